@@ -1,0 +1,57 @@
+"""rl_ckpt: checkpoints for reinforcement learning on Ray, written as Arrow files to local disk or S3.
+
+Three lines do the work:
+
+    ckpt = rl_ckpt.Checkpointer("s3://bucket/run-7")
+    ckpt.save(step, workers)
+    ckpt.restore(workers)
+
+Importing the package imports neither Ray nor torch nor jax.
+"""
+
+from rl_ckpt._version import __version__
+from rl_ckpt.checkpointer import Checkpointer
+from rl_ckpt.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CommitConflictError,
+    CommitUnknownError,
+    CorruptionError,
+    FencedError,
+    InvalidInputError,
+    SaveSkippedError,
+    SaveTimeoutError,
+    StorageError,
+    UntrustedDataError,
+    WorkerFailuresError,
+)
+from rl_ckpt.info import CheckpointInfo, RestoreReport
+from rl_ckpt.pending import PendingSave
+from rl_ckpt.plan.retention import EveryNSteps, KeepRule, LatestN
+from rl_ckpt.state.declare import PerRank, Replicated, Sharded
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointInfo",
+    "CheckpointNotFoundError",
+    "Checkpointer",
+    "CommitConflictError",
+    "CommitUnknownError",
+    "CorruptionError",
+    "EveryNSteps",
+    "FencedError",
+    "InvalidInputError",
+    "KeepRule",
+    "LatestN",
+    "PendingSave",
+    "PerRank",
+    "Replicated",
+    "RestoreReport",
+    "SaveSkippedError",
+    "SaveTimeoutError",
+    "Sharded",
+    "StorageError",
+    "UntrustedDataError",
+    "WorkerFailuresError",
+    "__version__",
+]

@@ -1,0 +1,364 @@
+"""Checkpointer: the face of the package. Reads like the recipe; the work is done on the floors below.
+
+`save` and `restore` drive Ray actors (rl_ckpt/runtime, imported at the first call); `save_state` and `load_state` need no Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rl_ckpt.errors import CheckpointNotFoundError, CorruptionError, InvalidInputError
+from rl_ckpt.info import CheckpointInfo, RestoreReport
+from rl_ckpt.options import Options, WhenBusy, check_step
+from rl_ckpt.pending import PendingSave
+from rl_ckpt.plan.match import match_all, view
+from rl_ckpt.plan.retention import KeepRule
+from rl_ckpt.state import leaves
+from rl_ckpt.state.arrays import UnsupportedLeafError
+from rl_ckpt.state.leaves import Json
+from rl_ckpt.state.tree import unflatten
+from rl_ckpt.store.committer import SaveRequest, info_of
+from rl_ckpt.store.pins import pin
+from rl_ckpt.store.plain_save import PlainSaver
+from rl_ckpt.store.reader import load_leaves
+from rl_ckpt.store.run import Run
+from rl_ckpt.store.urls import normalise_url
+
+if TYPE_CHECKING:
+    from rl_ckpt.runtime.service import Service
+    from rl_ckpt.runtime.worker import WorkerCheckpointer
+
+
+class Checkpointer:
+    """Saves and restores the checkpoints of one run.
+
+    Example:
+        ckpt = Checkpointer("s3://bucket/run-7", keep=[LatestN(3), EveryNSteps(1000)])
+        pending = ckpt.save(step, workers)
+        pending.result()
+        report = ckpt.restore(workers)
+
+    One Checkpointer is used by one thread at a time. It is a context manager; `close` waits for what is being written.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        keep: Sequence[KeepRule] = (),
+        storage_options: Mapping[str, Any] | None = None,
+        get_state: str = "get_state",
+        set_state: str = "set_state",
+        when_busy: WhenBusy = "wait",
+        allow_pickle: bool = False,
+        weak_commits: bool = False,
+        chunk_bytes: int = Options.chunk_bytes,
+        write_streams: int = Options.write_streams,
+        join_timeout_s: float = Options.join_timeout_s,
+        write_timeout_s: float = Options.write_timeout_s,
+        grace_s: float = Options.grace_s,
+    ) -> None:
+        """Names a run. Nothing is read or written yet.
+
+        Args:
+            url: Where the run is: a local folder, or any fsspec url (`s3://bucket/run-7`).
+            keep: Retention rules; a checkpoint stays where any of them keeps it. None: all stay.
+            storage_options: For the file system, as fsspec takes them (endpoint, credentials). From the environment otherwise.
+            get_state: Name of the workers' method that returns their state tree.
+            set_state: Name of the workers' method that takes a state tree.
+            when_busy: What a save does while two earlier ones are still being written: "wait" or "skip".
+            allow_pickle: Whether leaves that are neither arrays nor plain data may be pickled, and loaded again. Loading such
+                a checkpoint runs code from it.
+            weak_commits: Accepts a store without create-only PUT: two coordinators may then overwrite each other's commits.
+            chunk_bytes: Upper limit of a chunk, in bytes.
+            write_streams: Shard files that a node writes at a time.
+            join_timeout_s: How long a save or restore waits for all its workers, in seconds.
+            write_timeout_s: How long a staged save may take until it is committed, in seconds.
+            grace_s: How long files that no checkpoint names any more are kept for readers still at them, in seconds.
+
+        Raises:
+            InvalidInputError: An argument is out of range, or the url's scheme is not supported.
+        """
+        self._options = Options(
+            chunk_bytes=chunk_bytes,
+            write_streams=write_streams,
+            when_busy=when_busy,
+            join_timeout_s=join_timeout_s,
+            write_timeout_s=write_timeout_s,
+            grace_s=grace_s,
+            allow_pickle=allow_pickle,
+            weak_commits=weak_commits,
+        )
+        bad = [rule for rule in keep if not isinstance(rule, KeepRule)]
+        if bad:
+            raise InvalidInputError(f"keep={bad!r}: rules are objects such as LatestN(3) and EveryNSteps(1000)")
+        self._url = normalise_url(url)
+        self._keep = tuple(keep)
+        self._storage_options = dict(storage_options or {})
+        self._methods = (get_state, set_state)
+        self._parent: str | None = None
+        self._pending: list[PendingSave] = []
+        self._saver: PlainSaver | None = None
+        self._service: Service | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        """Of the run, normalised, without secrets."""
+        return self._url
+
+    def save(
+        self,
+        step: int,
+        workers: Sequence[Any],
+        *,
+        metrics: Mapping[str, object] | None = None,
+        tag: str | None = None,
+    ) -> PendingSave:
+        """Saves the state of Ray actors; back as soon as it is staged.
+
+        Args:
+            step: Training step, at least 0, not yet saved in this line of checkpoints.
+            workers: Ray actor handles, by rank; each has `get_state()` (see the constructor) returning a state tree. What is
+                equal on several workers is written once; what differs belongs to its rank.
+            metrics: Plain values to find the checkpoint by later (a return, a loss).
+            tag: A name; a tagged checkpoint is never swept.
+
+        Returns:
+            The save under way: training may go on. `result()` waits for the commit.
+
+        Raises:
+            InvalidInputError: Bad arguments, or states that can't be saved or don't fit together; nothing was written.
+            WorkerFailuresError: Workers are dead or their `get_state` raised; by rank.
+            SaveTimeoutError: Workers did not take part in time.
+            SaveSkippedError: Earlier saves are still being written (`when_busy="skip"`).
+            CheckpointError: An earlier save failed in the background and nobody had asked for its result yet.
+        """
+        request = self._request(step, metrics, tag)
+        self._report_failures()
+        return self._track(self._running_service().save(request, workers))
+
+    def restore(
+        self,
+        workers: Sequence[Any],
+        *,
+        step: int | None = None,
+        select: str | Sequence[str] | None = None,
+        rename: Mapping[str, str] | None = None,
+        strict: bool = True,
+    ) -> RestoreReport:
+        """Restores Ray actors, onto any number of them.
+
+        Every worker's `get_state()` tells what it has; values go into its arrays in place where dtype and shape agree, and the
+        whole tree goes to `set_state(tree)`. No worker is touched before every chunk that any of them needs is verified.
+
+        Args:
+            workers: Ray actor handles, by rank.
+            step: Which checkpoint; None: the newest good one.
+            select: Globs of saved paths to restore (`"policy/*"`, `"!optimizer"`); None: everything.
+            rename: Saved path or prefix → the workers' path or prefix.
+            strict: Whether paths that are missing, unexpected or mismatched are an error; if not they are left alone.
+
+        Returns:
+            What was restored, from where, and what was left alone.
+
+        Raises:
+            CheckpointNotFoundError: No such run or checkpoint.
+            InvalidInputError: States don't fit (one error lists all paths), or bad arguments; no worker was changed.
+            CorruptionError: The checkpoint asked for (or every one) is damaged; no worker was changed.
+            WorkerFailuresError: Workers failed; by rank.
+        """
+        wanted = None if step is None else check_step(step)
+        report = self._running_service().restore(workers, wanted, select, rename, strict)
+        self._parent = report.id
+        return report
+
+    def worker(self, rank: int, world_size: int) -> WorkerCheckpointer:
+        """A picklable handle for use inside worker `rank` of `world_size`: every worker calls the same `save` or `restore`.
+
+        Raises:
+            InvalidInputError: `rank` is not in 0 … world_size - 1.
+        """
+        from rl_ckpt.runtime.worker import WorkerCheckpointer
+
+        return WorkerCheckpointer(self._running_service().spec, rank, world_size)
+
+    def save_state(
+        self, step: int, tree: Any, *, metrics: Mapping[str, object] | None = None, tag: str | None = None
+    ) -> PendingSave:
+        """Saves one process's state, without Ray; back as soon as it is staged, written by a background thread.
+
+        Args:
+            step: As for `save`.
+            tree: Nested dict, OrderedDict, list and tuple of arrays and plain data.
+            metrics: As for `save`.
+            tag: As for `save`.
+
+        Returns:
+            The save under way.
+
+        Raises:
+            InvalidInputError, SaveSkippedError, CheckpointError: As for `save`.
+        """
+        request = self._request(step, metrics, tag)
+        self._report_failures()
+        if self._service is not None and self._service.owns_run:
+            raise InvalidInputError(
+                f"this Checkpointer saves {self._url} through Ray actors already; use another url for plain state"
+            )
+        if self._saver is None:
+            self._saver = PlainSaver(
+                Run.create(self._url, self._storage_options, self._options.weak_commits), self._keep, self._options
+            )
+        if self._saver.sweep_failure:
+            warnings.warn(f"old checkpoints could not be swept: {self._saver.sweep_failure}", stacklevel=2)
+        return self._track(PendingSave(request.step, self._saver.save(request, tree)))
+
+    def load_state(
+        self,
+        step: int | None = None,
+        *,
+        select: str | Sequence[str] | None = None,
+        rank: int = 0,
+        as_numpy: bool = False,
+    ) -> Any:
+        """Reads a checkpoint's state tree into this process, without Ray.
+
+        Args:
+            step: Which checkpoint; None: the newest good one (a damaged one is passed over with a warning).
+            select: Globs of saved paths; only their bytes are read. None: everything.
+            rank: Whose per-rank leaves, where several workers saved. Sharded arrays come whole.
+            as_numpy: Gives torch and jax arrays as numpy arrays (where torch or jax is not installed).
+
+        Returns:
+            The tree, with containers, kinds, dtypes and shapes as they were saved, in memory of the caller's own.
+
+        Raises:
+            CheckpointNotFoundError: No such run or checkpoint.
+            CorruptionError: The checkpoint asked for (or every one) is damaged.
+            UntrustedDataError: A chosen leaf was pickled, and `allow_pickle` was not set.
+            InvalidInputError: `select` chooses nothing.
+        """
+        run = Run.open(self._url, self._storage_options)
+        damaged: list[str] = []
+        for commit in run.candidates(None if step is None else check_step(step)):
+            try:
+                manifest = run.manifest(commit)
+                match = match_all(view(manifest, rank), select, None)
+                values = load_leaves(run.store, manifest, match, self._options.allow_pickle, as_numpy)
+            except CorruptionError as error:
+                damaged.append(f"checkpoint {commit.id}: {error}")
+                continue
+            if damaged:
+                warnings.warn(f"fell back to checkpoint {commit.id}, since {'; '.join(damaged)}", stacklevel=2)
+            self._parent = commit.id
+            return unflatten(match.grown, values)
+        raise CorruptionError(f"no good checkpoint in {self._url}: {'; '.join(damaged)}")
+
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """All checkpoints of the run, oldest first; none where nothing was saved yet.
+
+        Raises:
+            StorageError: The store failed.
+            InvalidInputError: A newer release wrote the run.
+        """
+        try:
+            run = Run.open(self._url, self._storage_options)
+        except CheckpointNotFoundError:
+            return []
+        commits = run.log.read().commits
+        return [info_of(run, commit, commits) for commit in commits]
+
+    def latest(self) -> CheckpointInfo | None:
+        """The newest checkpoint, or None."""
+        found = self.checkpoints()
+        return found[-1] if found else None
+
+    @contextlib.contextmanager
+    def pin(self, step: int, *, seconds: float = 3600.0) -> Iterator[CheckpointInfo]:
+        """Holds a checkpoint against the sweep, of any process, while the block runs.
+
+        Args:
+            step: Which checkpoint.
+            seconds: When the hold ends if this process dies, counted from now.
+
+        Raises:
+            CheckpointNotFoundError: No such run or checkpoint.
+        """
+        run = Run.open(self._url, self._storage_options)
+        log = run.log.read()
+        commit = run.find(log, check_step(step))
+        with pin(run, commit.id, seconds):
+            yield info_of(run, commit, log.commits)
+
+    def close(self) -> None:
+        """Waits until all saves are committed or have failed, and ends this run's actors.
+
+        Raises:
+            CheckpointError: A save failed and nobody had asked for its result yet.
+        """
+        with self._lock:
+            saver, self._saver = self._saver, None
+            service, self._service = self._service, None
+        if saver is not None:
+            saver.close()
+        if service is not None:
+            service.close()
+        self._report_failures()
+
+    def __enter__(self) -> Checkpointer:
+        """Itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes."""
+        self.close()
+
+    def _request(self, step: int, metrics: Mapping[str, object] | None, tag: str | None) -> SaveRequest:
+        if tag is not None and not (isinstance(tag, str) and tag):
+            raise InvalidInputError(f"tag={tag!r} must be a string that is not empty")
+        return SaveRequest(check_step(step), _encode_metrics(metrics or {}), tag, self._parent)
+
+    def _running_service(self) -> Service:
+        from rl_ckpt.runtime.service import Service
+
+        if self._service is None:
+            if self._saver is not None:
+                self._saver.close()
+                self._saver = None
+            self._service = Service(
+                self._url, self._storage_options, self._keep, self._options, self._methods
+            )
+        return self._service
+
+    def _track(self, pending: PendingSave) -> PendingSave:
+        self._parent = None  # from here on, the newest commit is what a save continues
+        self._pending = [p for p in self._pending if not p.done()] + [pending]
+        return pending
+
+    def _report_failures(self) -> None:
+        """Raises the first failure of a background save that nobody has seen: nothing is swallowed."""
+        failures = [failure for p in self._pending if (failure := p.unseen_failure()) is not None]
+        self._pending = [p for p in self._pending if not p.done()]
+        if failures:
+            raise failures[0]
+
+
+def _encode_metrics(metrics: Mapping[str, object]) -> dict[str, Json]:
+    out: dict[str, Json] = {}
+    for name, value in metrics.items():
+        if not isinstance(name, str):
+            raise InvalidInputError(f"metrics: the name {name!r} must be a string")
+        try:
+            out[name] = leaves.encode(value)
+        except UnsupportedLeafError as error:
+            raise InvalidInputError(f"metrics[{name!r}] must be a number or other plain value: {error}") from error
+    return out

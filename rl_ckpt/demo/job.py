@@ -1,0 +1,196 @@
+"""The demo job: train, save while training, lose a node, rebuild with other workers, restore, go on.
+
+Owns the order of these things, the record of every save and the checks after the recovery. Everything that makes
+checkpoints is `rl_ckpt.Checkpointer`, used as anybody would: `save`, `restore`, nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from rl_ckpt import Checkpointer, PendingSave
+from rl_ckpt.demo.cluster import LocalCluster
+from rl_ckpt.demo.learner import Update
+from rl_ckpt.demo.records import Check, IterationRecord, JobConfig, JobResult, RecoveryRecord, SaveRecord
+from rl_ckpt.demo.team import LOST, Team
+from rl_ckpt.errors import CheckpointError, InvalidInputError
+
+Say = Callable[[str], None]
+_NODES = 2
+_SETTLE_S = 60.0
+
+
+def run_job(config: JobConfig, say: Say) -> JobResult:
+    """Run the whole job on a cluster of its own.
+
+    Args:
+        config: What to run.
+        say: Takes each line of progress.
+
+    Returns:
+        What happened; `JobResult.passed` tells whether the recovery held.
+
+    Raises:
+        InvalidInputError: There are checkpoints at the URL already; the demo would mix two runs.
+        CheckpointError: A checkpoint could not be restored, or the store cannot be used.
+    """
+    with Checkpointer(config.url) as ckpt:
+        if ckpt.latest() is not None:
+            raise InvalidInputError(f"{config.url} already holds checkpoints of another run: give the demo a new --url")
+    say(f"starting a Ray cluster on this machine: a head and {_NODES} nodes")
+    with LocalCluster(_NODES) as cluster, Checkpointer(config.url) as ckpt:
+        return Job(config, cluster, ckpt, say).run()
+
+
+class Job:
+    """One run of the demo.
+
+    Args:
+        config: What to run.
+        cluster: Where the actors live.
+        ckpt: Where the checkpoints go.
+        say: Takes each line of progress.
+    """
+
+    def __init__(self, config: JobConfig, cluster: LocalCluster, ckpt: Checkpointer, say: Say) -> None:
+        self._config = config
+        self._cluster = cluster
+        self._ckpt = ckpt
+        self._say = say
+        self._result = JobResult()
+        self._saves: list[Future[SaveRecord]] = []
+        self._saved_digests: dict[int, list[dict[str, str]]] = {}
+        self._life = 0
+        self._killed = ""
+        self._killed_at = math.nan
+        self._watchers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="demo-save")
+
+    def run(self) -> JobResult:
+        """Train to the end, with the failure in the middle."""
+        config = self._config
+        team = self._build_team(config.workers)
+        step = 0
+        with self._watchers:
+            while step < config.iterations:
+                fail_now = self._life == 0 and step >= config.fail_at
+                if fail_now:
+                    self._settle()  # so that there is certainly a checkpoint to come back to
+                try:
+                    update = team.iterate(self._kill_a_node if fail_now else None)
+                except LOST as error:
+                    team, step = self._recover(team, error)
+                    continue
+                step = update.step
+                self._note(update)
+                if step % config.save_every == 0:
+                    self._save(team, step)
+            self._settle()
+            team.disband()
+        self._check_progress()
+        return self._result
+
+    def _build_team(self, rollout_workers: int) -> Team:
+        nodes = self._cluster.nodes
+        self._say(f"building a learner and {rollout_workers} rollout workers on {len(nodes)} node(s)")
+        return Team(self._config, rollout_workers, nodes, self._life)
+
+    def _note(self, update: Update) -> None:
+        """Record an iteration and print its line."""
+        done = self._result.iterations
+        mean = statistics.fmean(update.returns) if update.returns else (done[-1].mean_return if done else math.nan)
+        done.append(IterationRecord(update.step, mean, len(update.returns), self._life))
+        bar = "" if math.isnan(mean) else "█" * max(1, round(mean / 500 * 30))
+        self._say(f"step {update.step:4d}  {update.env_steps:9,d} frames  return {mean:6.1f} {bar}")
+
+    def _save(self, team: Team, step: int) -> None:
+        """Begin a save and let a thread see when it is durable; training goes on at once."""
+        self._saved_digests[step] = team.digests()
+        mean = self._result.iterations[-1].mean_return
+        started = time.perf_counter()
+        pending = self._ckpt.save(step, team.workers, metrics={"return": mean})
+        stall_s = time.perf_counter() - started
+        self._saves.append(self._watchers.submit(_watch, pending, mean, started, stall_s))
+        self._say(f"step {step:4d}  saving (training waited {stall_s * 1e3:.0f} ms)")
+
+    def _settle(self) -> None:
+        """Wait until every save that was begun is durable or has failed."""
+        for future in self._saves:
+            self._result.saves.append(future.result())
+        self._saves.clear()
+
+    def _kill_a_node(self) -> None:
+        """Kill the node that holds the learner, in the middle of an iteration."""
+        victim = self._cluster.nodes[0]
+        self._killed, self._killed_at = victim, time.perf_counter()
+        count = self._cluster.kill_node(victim)
+        self._say(f"!!! SIGKILL to node {victim[:8]}: {count} processes, the learner and half of the rollout workers")
+
+    def _recover(self, lost: Team, error: Exception) -> tuple[Team, int]:
+        """A new team on the nodes that are left, with the state of the newest checkpoint."""
+        noticed = time.perf_counter()
+        failed_after = self._result.iterations[-1].step
+        self._say(f"the job noticed after {noticed - self._killed_at:.1f} s: {type(error).__name__}")
+        lost.disband()
+        self._cluster.wait_until_gone(self._killed)
+        self._life += 1
+        team = self._build_team(self._config.workers_after)
+        rebuilt = time.perf_counter()
+        step = self._ckpt.restore(team.workers).step
+        restored = time.perf_counter()
+        self._say(f"restored step {step} onto {len(team.workers)} actors in {restored - rebuilt:.2f} s")
+        self._result.recovery = RecoveryRecord(
+            failed_after, step, noticed - self._killed_at, rebuilt - noticed, restored - rebuilt
+        )
+        self._check_state(step, team.digests())
+        return team, step
+
+    def _check_state(self, step: int, found: list[dict[str, str]]) -> None:
+        """Everything with a counterpart is what was saved, bit for bit; the policy is so on every worker."""
+        saved = self._saved_digests[step]
+        wrong = [
+            f"rank {rank} {part}"
+            for rank, (before, now) in enumerate(zip(saved, found, strict=False))
+            for part in before
+            if before[part] != now[part]
+        ]
+        both = min(len(saved), len(found))
+        self._check(
+            "state came back bit for bit", not wrong, f"ranks 0 to {both - 1}" + (f", but not {wrong}" if wrong else "")
+        )
+        shared = {(parts["policy"], parts["filter"]) for parts in [saved[0], *found]}
+        self._check("every worker has the saved policy", len(shared) == 1, f"digest {saved[0]['policy']}")
+
+    def _check_progress(self) -> None:
+        """Step and return went on from the checkpoint instead of starting anew."""
+        recovery = self._result.recovery
+        if recovery is None:
+            self._check("the job survived the loss of a node", False, "no actor was lost: nothing was shown")
+            return
+        second = [r for r in self._result.iterations if r.life == 1]
+        first_step = second[0].step if second else 0
+        self._check(
+            "the step went on",
+            first_step == recovery.restored_step + 1,
+            f"restored {recovery.restored_step}, then came {first_step}",
+        )
+        saved = next(r.mean_return for r in self._result.saves if r.step == recovery.restored_step)
+        again = next((r.mean_return for r in second if r.ended), math.nan)
+        # Half is far below the scatter of one iteration and far above the 20 of an untrained policy.
+        self._check("the return went on", again >= saved / 2, f"{saved:.0f} at the save, {again:.0f} after the restore")
+
+    def _check(self, name: str, passed: bool, detail: str) -> None:
+        self._result.checks.append(Check(name, passed, detail))
+
+
+def _watch(pending: PendingSave, mean_return: float, started: float, stall_s: float) -> SaveRecord:
+    """Wait for a save to end; runs in a thread of its own."""
+    try:
+        info = pending.result(_SETTLE_S)
+    except CheckpointError as error:
+        return SaveRecord(pending.step, mean_return, stall_s, time.perf_counter() - started, 0, 0, str(error))
+    durable_s = time.perf_counter() - started
+    return SaveRecord(pending.step, mean_return, stall_s, durable_s, info.bytes, info.bytes_written)

@@ -1,0 +1,103 @@
+"""Moves the values in a one-batch Arrow IPC file to 64-byte boundaries, by editing the metadata that pyarrow wrote.
+
+Arrow's own writer pads buffers to 8 bytes. The format allows any multiple of 8 and recommends 64. Only four things say where
+values lie: the batch's buffer list, its body length, its metadata length, and the footer's block; these are rewritten, and
+nothing else. Layouts: the Arrow columnar format's Message.fbs, Schema.fbs and File.fbs; flatbuffers' table encoding.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+
+_MAGIC = 8  # "ARROW1" and two bytes of padding
+_PREFIX = 8  # continuation marker and metadata length, both int32
+_BUFFERS_PER_COLUMN = 3  # validity of the list, validity of its values, the values
+_MESSAGE_HEADER, _MESSAGE_BODY_LENGTH = 2, 3  # field numbers in the flatbuffer tables
+_BATCH_BUFFERS = 2
+_FOOTER_BATCHES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A file's parts around the values."""
+
+    head: bytes
+    padded: list[int]
+    offsets: list[int]
+    tail: bytes
+
+
+def align(head: bytes, tail: bytes, sizes: list[int], alignment: int) -> Layout:
+    """Lays the values out anew.
+
+    Args:
+        head: The file up to the first value: magic, schema message, batch message.
+        tail: The file after the last value and its padding: end marker, footer, magic.
+        sizes: Bytes of each column's values.
+        alignment: Multiple of 8 at which each column's values shall start.
+
+    Returns:
+        The new head and tail, each column's padded size and its offset in the file.
+    """
+    message = _MAGIC + _PREFIX + struct.unpack_from("<i", head, _MAGIC + 4)[0]
+    pad = -len(head) % alignment
+    new_head, new_tail = bytearray(head + bytes(pad)), bytearray(tail)
+    lengths = np.asarray(sizes, np.int64)
+    padded = -(-lengths // alignment) * alignment
+    starts = np.cumsum(padded) - padded
+    body = int(padded.sum())
+
+    struct.pack_into("<i", new_head, message + 4, struct.unpack_from("<i", head, message + 4)[0] + pad)
+    root = _root(new_head, message + _PREFIX)
+    struct.pack_into("<q", new_head, _field(new_head, root, _MESSAGE_BODY_LENGTH), body)
+    batch = _follow(new_head, _field(new_head, root, _MESSAGE_HEADER))
+    buffers, count = _vector(new_head, _field(new_head, batch, _BATCH_BUFFERS))
+    if count != _BUFFERS_PER_COLUMN * len(sizes):
+        raise AssertionError(f"pyarrow wrote {count} buffers for {len(sizes)} columns")
+    table = np.frombuffer(new_head, np.int64, 2 * count, buffers).reshape(len(sizes), _BUFFERS_PER_COLUMN, 2)
+    table[:, :, 0] = starts[:, None]
+    table[:, 2, 1] = lengths
+    del table
+
+    footer = len(tail) - 6 - 4 - struct.unpack_from("<i", tail, len(tail) - 10)[0]
+    blocks, _ = _vector(new_tail, _field(new_tail, _root(new_tail, footer), _FOOTER_BATCHES))
+    struct.pack_into("<i", new_tail, blocks + 8, len(new_head) - message)
+    struct.pack_into("<q", new_tail, blocks + 16, body)
+    offsets = (starts + len(new_head)).tolist()
+    return Layout(bytes(new_head), padded.tolist(), offsets, bytes(new_tail))
+
+
+def body_bytes(head: bytes) -> int:
+    """Length of the batch's body as the batch message at the end of `head` gives it."""
+    message = _MAGIC + _PREFIX + struct.unpack_from("<i", head, _MAGIC + 4)[0]
+    root = _root(head, message + _PREFIX)
+    found: int = struct.unpack_from("<q", head, _field(head, root, _MESSAGE_BODY_LENGTH))[0]
+    return found
+
+
+def _root(data: bytes | bytearray, start: int) -> int:
+    return _follow(data, start)
+
+
+def _follow(data: bytes | bytearray, at: int) -> int:
+    target: int = at + struct.unpack_from("<I", data, at)[0]
+    return target
+
+
+def _field(data: bytes | bytearray, table: int, number: int) -> int:
+    """Where a table's field is stored, by its vtable."""
+    vtable = table - struct.unpack_from("<i", data, table)[0]
+    offset = struct.unpack_from("<H", data, vtable + 4 + 2 * number)[0]
+    if not offset:
+        raise AssertionError(f"field {number} is absent from pyarrow's metadata")
+    found: int = table + offset
+    return found
+
+
+def _vector(data: bytes | bytearray, at: int) -> tuple[int, int]:
+    """Start of a vector's elements, and their number."""
+    start = _follow(data, at)
+    return start + 4, struct.unpack_from("<I", data, start)[0]

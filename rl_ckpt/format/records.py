@@ -1,0 +1,158 @@
+"""Records: run.json, the commit log's records and pins, as self-checking JSON (docs/format.md).
+
+Owns: their fields and their encoding. A record's file is `{"digest": ..., "record": {...}}`, where the digest covers the bytes
+of `record` as they stand in the file. Does not know: where files are, who may create one.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+from rl_ckpt.errors import CorruptionError, InvalidInputError
+from rl_ckpt.format.digest import digest
+from rl_ckpt.state.leaves import Json
+
+FORMAT_VERSION = 1
+
+RUN_FILE = "run.json"
+COMMITS, MANIFESTS, SHARDS, PINS = "commits/", "manifests/", "shards/", "pins/"
+
+
+class RunRecord(msgspec.Struct, frozen=True, tag="run", tag_field="kind"):
+    """A run: created once, never changed."""
+
+    version: int
+    run: str
+    """Random id; every commit record and manifest repeats it."""
+    created: float
+    """Unix seconds."""
+    by: str
+    """Release, host and process that created it."""
+    create_only: str
+    """"probed" where the store kept the create-only promise under a race, "weak" where the user did without."""
+
+
+class CommitRecord(msgspec.Struct, frozen=True, tag="commit", tag_field="kind", kw_only=True):
+    """A checkpoint exists once this record does."""
+
+    number: int
+    """Position in the commit log, from 1; also in the file's name."""
+    run: str
+    write_id: str
+    """Random id of this write: tells a landed write from a lost race when the store's reply was lost."""
+    epoch: int
+    id: str
+    """`<step>-<attempt>`."""
+    step: int
+    manifest_bytes: int
+    manifest_digest: str
+    bytes: int
+    """Of all arrays, each once."""
+    bytes_written: int
+    """Of shard files and manifest that this save wrote."""
+    time: float
+    """Unix seconds of the commit."""
+    metrics: dict[str, Json] = {}
+    tag: str | None = None
+    parent: str | None = None
+    """Id of the checkpoint this one continues."""
+    world_size: int = 1
+
+
+class EpochRecord(msgspec.Struct, frozen=True, tag="epoch", tag_field="kind", kw_only=True):
+    """A new coordinator owns the run from here on; older ones are fenced."""
+
+    number: int
+    run: str
+    write_id: str
+    epoch: int
+    owner: str
+    """Release, host and process, for messages."""
+    time: float
+
+
+class PinRecord(msgspec.Struct, frozen=True, tag="pin", tag_field="kind", kw_only=True):
+    """A reader's hold on one checkpoint against the sweep."""
+
+    checkpoint: str
+    by: str
+    expires: float
+    """Unix seconds."""
+
+
+LogRecord = CommitRecord | EpochRecord
+Record = TypeVar("Record", bound=msgspec.Struct)
+
+
+class _Envelope(msgspec.Struct):
+    digest: str
+    record: msgspec.Raw
+
+
+def encode(record: msgspec.Struct) -> bytes:
+    """The bytes of a record's file."""
+    body = msgspec.json.encode(record)
+    return msgspec.json.encode(_Envelope(digest(body).hex(), msgspec.Raw(body)))
+
+
+def decode(name: str, data: bytes, kind: type[Record]) -> Record:
+    """Reads a record's file.
+
+    Args:
+        name: Of the file, for messages.
+        data: Its bytes.
+        kind: Which record (or union of records) it must be.
+
+    Raises:
+        CorruptionError: The bytes are not such a record, or not those that were written.
+    """
+    try:
+        envelope = msgspec.json.decode(data, type=_Envelope)
+        found = digest(bytes(envelope.record)).hex()
+        if found != envelope.digest:
+            raise CorruptionError(f"{name} is damaged: its record has digest {found}, {envelope.digest} was written")
+        return msgspec.json.decode(envelope.record, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CorruptionError(f"{name} is damaged or no record of a run: {error}") from error
+
+
+def decode_run(url: str, data: bytes) -> RunRecord:
+    """Reads run.json.
+
+    Raises:
+        CorruptionError: It is damaged.
+        InvalidInputError: The run was written by a newer release.
+    """
+    record = decode(f"{url}/{RUN_FILE}", data, _Version)
+    if record.version > FORMAT_VERSION:
+        raise InvalidInputError(
+            f"{url} has format version {record.version}; this release reads up to {FORMAT_VERSION}: upgrade rl-ckpt"
+        )
+    return decode(f"{url}/{RUN_FILE}", data, RunRecord)
+
+
+class _Version(msgspec.Struct):
+    version: int
+
+
+def commit_name(number: int) -> str:
+    """File of a log record."""
+    return f"{COMMITS}{number:08d}.json"
+
+
+def commit_number(name: str) -> int | None:
+    """The number in a log record's file name; None for any other file."""
+    stem = name.removeprefix(COMMITS).removesuffix(".json")
+    return int(stem) if stem.isdecimal() and commit_name(int(stem)) == name else None
+
+
+def manifest_name(checkpoint: str) -> str:
+    """File of a checkpoint's manifest."""
+    return f"{MANIFESTS}{checkpoint}.json"
+
+
+def pin_name(pin: str) -> str:
+    """File of a pin."""
+    return f"{PINS}{pin}.json"

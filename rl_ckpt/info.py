@@ -1,0 +1,64 @@
+"""What callers learn about checkpoints, saves and restores. Plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """A committed checkpoint."""
+
+    step: int
+    """Training step, as the caller counts."""
+    id: str
+    """`<step>-<attempt>`; unique in the run, also where a rolled-back run reaches a step again."""
+    url: str
+    """Of its manifest."""
+    bytes: int
+    """Of all arrays, each once, in bytes."""
+    bytes_written: int
+    """That this save wrote: less than `bytes` where chunks were stored already, plus metadata."""
+    time: float
+    """Of the commit, in Unix seconds."""
+    metrics: Mapping[str, object]
+    """As given at save."""
+    tag: str | None
+    """As given at save; a tagged checkpoint is never swept."""
+    lineage: tuple[str, ...]
+    """Ids of its ancestors, the parent first."""
+    world_size: int
+    """Number of workers that saved it."""
+    stall_s: float | None = None
+    """How long the save kept its slowest worker from training, in seconds; only known to the process that saved."""
+    durable_s: float | None = None
+    """From the call of `save` to the commit, in seconds; only known to the process that saved."""
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreReport:
+    """What a restore did."""
+
+    step: int
+    """The step that was restored."""
+    id: str
+    """Of the checkpoint."""
+    world_size: int
+    """Number of workers restored."""
+    saved_world_size: int
+    """Number of workers that saved it."""
+    bytes: int
+    """Put into workers' arrays, all ranks together."""
+    bytes_from: Mapping[str, int]
+    """Bytes of chunks by source: "files" (mapped by the workers themselves), "store" (fetched by shard servers), "peers"."""
+    seconds: float
+    """From the call to the last worker's state being set."""
+    kept: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    """By rank: leaves that were left as they were (not selected, not matching, or no counterpart in the checkpoint)."""
+    ranks_without_counterpart: tuple[int, ...] = ()
+    """Ranks past the saved world size: they keep what belongs to a rank."""
+    ranks_dropped: tuple[int, ...] = ()
+    """Saved ranks past the new world size: what belonged to them was restored to nobody."""
+    fell_back: Mapping[str, str] = field(default_factory=dict)
+    """Newer checkpoints that could not be used: id → why."""

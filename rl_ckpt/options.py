@@ -1,0 +1,62 @@
+"""Options: the settings of a Checkpointer, with their defaults. Plain data; every process of a run gets the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rl_ckpt.errors import InvalidInputError
+
+WhenBusy = Literal["wait", "skip"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How saves and restores are done. All sizes in bytes, all times in seconds."""
+
+    chunk_bytes: int = 16 << 20
+    """Upper limit of a chunk, the unit that is hashed, stored and read."""
+    file_bytes: int = 256 << 20
+    """Size past which a shard server splits its shard files further."""
+    write_streams: int = 4
+    """Shard files that a shard server writes at a time."""
+    when_busy: WhenBusy = "wait"
+    """What a save does while two earlier ones are still being written."""
+    join_timeout_s: float = 60.0
+    """How long a save or restore waits for all its workers."""
+    write_timeout_s: float = 3600.0
+    """How long a staged save may take until it is committed."""
+    grace_s: float = 300.0
+    """How long files that no checkpoint names any more are kept for readers that are still at them."""
+    allow_pickle: bool = False
+    """Whether leaves that are neither arrays nor plain data may be pickled, and loaded again."""
+    weak_commits: bool = False
+    """Accepts a store without create-only PUT: two coordinators at once may then overwrite each other's commits."""
+
+    def __post_init__(self) -> None:
+        """Checks every value.
+
+        Raises:
+            InvalidInputError: A value is out of range; the message names it.
+        """
+        for name in ("chunk_bytes", "file_bytes", "write_streams", "join_timeout_s", "write_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise InvalidInputError(f"{name}={getattr(self, name)!r} must be greater than 0")
+        if self.grace_s < 0:
+            raise InvalidInputError(f"grace_s={self.grace_s!r} must not be negative")
+        if self.when_busy not in ("wait", "skip"):
+            raise InvalidInputError(f"when_busy={self.when_busy!r} must be 'wait' or 'skip'")
+
+
+def check_step(step: object) -> int:
+    """A step as an int of at least 0.
+
+    Raises:
+        InvalidInputError: It is neither.
+    """
+    if isinstance(step, bool) or not hasattr(step, "__index__"):
+        raise InvalidInputError(f"step={step!r} must be an int, not {type(step).__name__}")
+    value = int(step.__index__())
+    if value < 0:
+        raise InvalidInputError(f"step={value} must not be negative")
+    return value

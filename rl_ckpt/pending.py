@@ -1,0 +1,83 @@
+"""A save under way, as the caller holds it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+
+from rl_ckpt.errors import SaveTimeoutError
+from rl_ckpt.info import CheckpointInfo
+
+
+class PendingSave:
+    """A save that is staged: training may go on while it is written and committed."""
+
+    def __init__(self, step: int, future: Future[CheckpointInfo]) -> None:
+        """Made by the save methods."""
+        self._step = step
+        self._future = future
+        self._seen = False
+
+    @property
+    def step(self) -> int:
+        """The step that is being saved."""
+        return self._step
+
+    def done(self) -> bool:
+        """Whether the save is committed or has failed."""
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> CheckpointInfo:
+        """Waits until the checkpoint is committed.
+
+        Args:
+            timeout: How long to wait, in seconds; None: until it is decided.
+
+        Returns:
+            The committed checkpoint.
+
+        Raises:
+            SaveTimeoutError: Not decided yet; the save goes on.
+            CheckpointError: Why the save failed; earlier checkpoints are untouched.
+        """
+        try:
+            info = self._future.result(timeout)
+        except FutureTimeoutError as error:
+            if self._future.done():
+                self._seen = True
+                raise
+            raise SaveTimeoutError(
+                f"step {self._step} is not committed after {timeout} s and is still being written; wait longer"
+            ) from error
+        except BaseException:
+            self._seen = True
+            raise
+        self._seen = True
+        return info
+
+    def unseen_failure(self) -> BaseException | None:
+        """The error of a failed save that nobody has asked for yet; asking marks it as seen."""
+        if self._seen or not self._future.done():
+            return None
+        self._seen = True
+        return self._future.exception()
+
+    def __repr__(self) -> str:
+        """Step and state."""
+        return f"PendingSave(step={self._step}, {'done' if self.done() else 'being written'})"
+
+
+def in_thread(call: Callable[[], CheckpointInfo], name: str) -> Future[CheckpointInfo]:
+    """Runs a blocking wait in a daemon thread, as a future."""
+    future: Future[CheckpointInfo] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - it is not handled here but handed to whoever asks for the result
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future

@@ -1,0 +1,58 @@
+"""What one worker has, before anything is staged."""
+
+from __future__ import annotations
+
+import msgspec
+
+from rl_ckpt.format.digest import digest
+from rl_ckpt.state.arrays import flat_bytes, host_part
+from rl_ckpt.state.boxes import Box, cut
+from rl_ckpt.state.dtypes import dtype_from_name
+from rl_ckpt.state.tree import REPLICATED, FlatTree, LocalArray, Node
+
+
+class Inventory(msgspec.Struct, frozen=True):
+    """One rank's nodes by path, and for each of its arrays the digests of its chunks, in the order of `chunk_boxes`."""
+
+    nodes: dict[str, Node]
+    digests: dict[str, tuple[bytes, ...]]
+    """16 bytes a chunk; empty for chunks of declared replicas that another rank hashes."""
+
+
+def chunk_boxes(array: LocalArray, chunk_bytes: int) -> list[Box]:
+    """How a worker's array is cut; the same on every rank that holds the same box."""
+    return cut(array.box, dtype_from_name(array.spec.dtype).itemsize, chunk_bytes)
+
+
+def box_bytes(array: LocalArray, box: Box) -> int:
+    """Bytes of a box of an array."""
+    return box.size * dtype_from_name(array.spec.dtype).itemsize
+
+
+def chunk_values(flat: FlatTree, path: str, box: Box) -> memoryview:
+    """The values of one chunk as flat bytes: a view of the worker's own memory where it is contiguous on the host."""
+    array = flat.nodes[path]
+    assert isinstance(array, LocalArray)
+    return flat_bytes(host_part(flat.arrays[path], array.spec.kind, box, array.box))
+
+
+def take_inventory(flat: FlatTree, chunk_bytes: int, rank: int, world_size: int) -> Inventory:
+    """Hashes a worker's arrays, chunk by chunk.
+
+    Args:
+        flat: The worker's tree.
+        chunk_bytes: Upper limit of a chunk.
+        rank: Of the worker.
+        world_size: Number of workers; of declared replicas each hashes every `world_size`-th chunk.
+    """
+    digests: dict[str, tuple[bytes, ...]] = {}
+    for path in flat.arrays:
+        array = flat.nodes[path]
+        assert isinstance(array, LocalArray)
+        boxes = chunk_boxes(array, chunk_bytes)
+        mine = [array.declared != REPLICATED or i % world_size == rank for i in range(len(boxes))]
+        digests[path] = tuple(
+            digest(chunk_values(flat, path, box)) if hashed else b"" for box, hashed in zip(boxes, mine, strict=True)
+        )
+    return Inventory(dict(flat.nodes), digests)
+

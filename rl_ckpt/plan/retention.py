@@ -1,0 +1,68 @@
+"""Retention: rules that say which checkpoints stay. A checkpoint stays where any rule keeps it; the newest always stays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from rl_ckpt.errors import InvalidInputError
+from rl_ckpt.format.records import CommitRecord
+
+
+@runtime_checkable
+class KeepRule(Protocol):
+    """A rule: chooses the checkpoints to keep."""
+
+    def keep(self, commits: Sequence[CommitRecord]) -> set[str]:
+        """Ids of the checkpoints that this rule keeps.
+
+        Args:
+            commits: All of the run, oldest commit first; not empty.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LatestN:
+    """Keeps the `n` newest checkpoints."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        """Checks `n`: an integer of at least 1."""
+        if not isinstance(self.n, int) or self.n < 1:
+            raise InvalidInputError(f"LatestN({self.n!r}): n must be an integer of at least 1; the newest is never deleted")
+
+    def keep(self, commits: Sequence[CommitRecord]) -> set[str]:
+        """See `KeepRule.keep`."""
+        return {commit.id for commit in commits[-self.n :]}
+
+
+@dataclass(frozen=True, slots=True)
+class EveryNSteps:
+    """Keeps checkpoints at steps that are multiples of `n`."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        """Checks `n`: an integer of at least 1."""
+        if not isinstance(self.n, int) or self.n < 1:
+            raise InvalidInputError(f"EveryNSteps({self.n!r}): n must be an integer of at least 1")
+
+    def keep(self, commits: Sequence[CommitRecord]) -> set[str]:
+        """See `KeepRule.keep`."""
+        return {commit.id for commit in commits if commit.step % self.n == 0}
+
+
+def to_drop(commits: Sequence[CommitRecord], rules: Sequence[KeepRule]) -> list[CommitRecord]:
+    """Checkpoints that no rule keeps.
+
+    Args:
+        commits: All of the run, oldest commit first.
+        rules: None at all keeps everything. Tagged checkpoints and the newest stay whatever the rules say.
+    """
+    if not rules or not commits:
+        return []
+    kept = {commits[-1].id}.union(*(rule.keep(commits) for rule in rules))
+    return [commit for commit in commits if commit.id not in kept and commit.tag is None]

@@ -1,0 +1,68 @@
+"""Spread: which shard server fetches which chunk from the store, so that each leaves the store once per cluster.
+
+Owns: the choice of the fetcher and of who passes a chunk on. Source order is rotated, so that peers do not all ask the same
+server for the same chunk first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rl_ckpt.format.manifest import Manifest
+
+ChunkId = tuple[int, int]
+"""Index of the array in the manifest, and of the chunk in the array."""
+
+
+@dataclass(slots=True)
+class ServerFetch:
+    """What one shard server brings in: chunks from the store, and chunks from peers by peer."""
+
+    store: list[ChunkId] = field(default_factory=list)
+    peers: dict[str, list[ChunkId]] = field(default_factory=dict)
+
+
+def spread(manifest: Manifest, needs: Mapping[str, set[ChunkId]]) -> dict[str, ServerFetch]:
+    """Plans the fetches of a restore.
+
+    Args:
+        manifest: For the chunks' sizes.
+        needs: Chunks that the workers on each server's node want.
+
+    Returns:
+        By server. Every chunk is read from the store by exactly one server, the least loaded of those that need it; chunks
+        with the fewest takers are dealt first. Equal bytes under several ids (tied across arrays) count as one chunk.
+    """
+    takers: dict[ChunkId, list[str]] = {}
+    for server in sorted(needs):
+        for chunk in needs[server]:
+            takers.setdefault(chunk, []).append(server)
+    out = {server: ServerFetch() for server in needs}
+    load = dict.fromkeys(needs, 0)
+    for chunk in sorted(takers, key=lambda c: (len(takers[c]), -_bytes(manifest, c), c)):
+        fetcher = min(takers[chunk], key=lambda server: (load[server], server))
+        load[fetcher] += _bytes(manifest, chunk)
+        out[fetcher].store.append(chunk)
+        for server in takers[chunk]:
+            if server != fetcher:
+                out[server].peers.setdefault(fetcher, []).append(chunk)
+    for i, server in enumerate(sorted(out)):
+        out[server].store.sort()
+        order = sorted(out[server].peers)
+        out[server].peers = {peer: sorted(out[server].peers[peer]) for peer in order[i:] + order[:i]}
+    return out
+
+
+def canonical_chunks(manifest: Manifest) -> dict[ChunkId, ChunkId]:
+    """Every chunk's first twin: chunks that are the same bytes of the same file are one to fetch."""
+    first: dict[tuple[int, int, int], ChunkId] = {}
+    out: dict[ChunkId, ChunkId] = {}
+    for a, array in enumerate(manifest.arrays):
+        for c, chunk in enumerate(array.chunks):
+            out[a, c] = first.setdefault((chunk.file, chunk.offset, chunk.bytes), (a, c))
+    return out
+
+
+def _bytes(manifest: Manifest, chunk: ChunkId) -> int:
+    return manifest.arrays[chunk[0]].chunks[chunk[1]].bytes

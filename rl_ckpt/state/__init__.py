@@ -1,0 +1,1 @@
+"""State floor: trees, leaves, boxes and array adapters. Pure: no files, no network, no Ray, no threads."""

@@ -1,0 +1,245 @@
+"""State trees: nested containers of leaves, taken apart into nodes by path and put together again.
+
+Owns: walking a tree, naming every node, finding tied arrays, and the reverse. Promises: what comes back equals what went
+in, in container type, key order, kind, dtype, shape and bits. Does not know: bytes on storage, other workers.
+
+A tree is dict (string and int keys), OrderedDict, list and tuple, nested, of leaves: arrays (state/arrays.py), plain data
+(state/leaves.py) and, where the user allows it, pickled objects.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from rl_ckpt.errors import InvalidInputError
+from rl_ckpt.state import arrays, leaves
+from rl_ckpt.state.arrays import ArraySpec, UnsupportedLeafError
+from rl_ckpt.state.boxes import Box
+from rl_ckpt.state.declare import PerRank, Replicated, Sharded
+from rl_ckpt.state.leaves import Json
+from rl_ckpt.state.paths import Key, join
+
+AUTO, REPLICATED, PER_RANK, SHARDED = "auto", "replicated", "per_rank", "sharded"
+
+_INLINE_BYTES = 1024  # longer bytes, strings and pickles are kept as chunks, shorter ones in the manifest
+
+
+class Container(msgspec.Struct, frozen=True, tag_field="node", tag="container", omit_defaults=True):
+    """An inner node: its type ("dict", "OrderedDict", "list", "tuple") and its keys in order."""
+
+    type: str
+    keys: tuple[Key, ...] = ()
+
+
+class Plain(msgspec.Struct, frozen=True, tag_field="node", tag="plain", omit_defaults=True):
+    """A leaf of plain data, encoded by state/leaves.py; `per_rank` where it was declared so."""
+
+    value: Json
+    per_rank: bool = False
+
+
+class Tie(msgspec.Struct, frozen=True, tag_field="node", tag="tie"):
+    """The very array (the same object or memory) that stands at `path` too."""
+
+    path: str
+
+
+class LocalArray(msgspec.Struct, frozen=True, tag_field="node", tag="array"):
+    """A worker's array: the spec with its *global* shape, the box the worker holds, and how it was declared."""
+
+    spec: ArraySpec
+    box: Box
+    declared: str = AUTO
+
+
+Node = Container | Plain | Tie | LocalArray
+
+
+@dataclass(slots=True)
+class FlatTree:
+    """A tree taken apart: nodes by path in the order of the walk (a container before its children), and the arrays."""
+
+    nodes: dict[str, Node] = field(default_factory=dict)
+    arrays: dict[str, Any] = field(default_factory=dict)
+    """By path, the user's own objects (not copies) for every `LocalArray`; bytes for long plain leaves."""
+
+
+def flatten(tree: Any, allow_pickle: bool = False) -> FlatTree:
+    """Takes a tree apart.
+
+    Args:
+        tree: See the module's docstring; `Replicated`, `PerRank` and `Sharded` may wrap parts of it.
+        allow_pickle: Whether leaves that are neither arrays nor plain data are pickled.
+
+    Returns:
+        Nodes and arrays by path. Arrays are referenced, not copied.
+
+    Raises:
+        InvalidInputError: A leaf, key or container that can't be stored; all of them are named by path.
+    """
+    walker = _Walker(allow_pickle)
+    walker.walk("", tree, AUTO)
+    if walker.problems:
+        lines = "\n  ".join(walker.problems)
+        raise InvalidInputError(f"the state can't be saved (nothing was written):\n  {lines}")
+    return walker.flat
+
+
+class _Walker:
+    def __init__(self, allow_pickle: bool) -> None:
+        self.flat = FlatTree()
+        self.problems: list[str] = []
+        self._allow_pickle = allow_pickle
+        self._seen: dict[tuple[object, ...], str] = {}
+        self._above: set[int] = set()
+
+    def walk(self, path: str, value: Any, declared: str) -> None:
+        try:
+            self._node(path, value, declared)
+        except UnsupportedLeafError as why:
+            self.problems.append(f"{path or '(root)'}: {why}")
+
+    def _node(self, path: str, value: Any, declared: str) -> None:
+        kind = type(value)
+        if kind in (Replicated, PerRank):
+            inner = REPLICATED if kind is Replicated else PER_RANK
+            if declared not in (AUTO, inner):
+                raise UnsupportedLeafError(f"declared {inner} inside a part that is declared {declared}")
+            self._node(path, value.tree, inner)
+        elif kind is Sharded:
+            self._sharded(path, value, declared)
+        elif kind in (dict, OrderedDict):
+            bad = [key for key in value if type(key) not in (str, int)]
+            if bad:
+                raise UnsupportedLeafError(f"key {bad[0]!r} of type {type(bad[0]).__name__}; keys must be str or int")
+            self._container(path, value, kind.__name__, dict(value), declared)
+        elif kind in (list, tuple):
+            self._container(path, value, kind.__name__, dict(enumerate(value)), declared)
+        else:
+            self._leaf(path, value, declared)
+
+    def _container(self, path: str, value: Any, name: str, children: Mapping[Key, Any], declared: str) -> None:
+        if id(value) in self._above:
+            raise UnsupportedLeafError("a container that contains itself")
+        self.flat.nodes[path] = Container(name, tuple(children))
+        self._above.add(id(value))
+        for key, child in children.items():
+            self.walk(join(path, key), child, declared)
+        self._above.discard(id(value))
+
+    def _sharded(self, path: str, value: Sharded, declared: str) -> None:
+        if declared != AUTO:
+            raise UnsupportedLeafError(f"declared sharded inside a part that is declared {declared}")
+        kind = arrays.kind_of(value.array)
+        if kind is None:
+            raise UnsupportedLeafError("Sharded takes an array")
+        spec = arrays.spec_of(value.array, kind)
+        if not len(spec.shape) == len(value.global_shape) == len(value.offset) or not spec.shape:
+            raise UnsupportedLeafError(
+                f"a shard of shape {spec.shape} with global_shape {value.global_shape} and offset {value.offset}; "
+                "all three need one entry per axis, and at least one axis"
+            )
+        if any(o < 0 or o + n > g for o, n, g in zip(value.offset, spec.shape, value.global_shape, strict=True)):
+            raise UnsupportedLeafError(
+                f"a shard of shape {spec.shape} at offset {value.offset} lies outside global_shape {value.global_shape}"
+            )
+        whole = ArraySpec(kind, spec.dtype, value.global_shape)
+        self._array(path, value.array, whole, Box(value.offset, spec.shape), SHARDED)
+
+    def _leaf(self, path: str, value: Any, declared: str) -> None:
+        if isinstance(value, np.ndarray) and value.dtype.kind == "T":
+            self._plain(path, leaves.encode_strings(value), declared)
+            return
+        if isinstance(value, np.ndarray) and value.dtype.hasobject and self._allow_pickle:
+            self._long(path, leaves.encode_pickle(value), arrays.PICKLE, declared)
+            return
+        try:
+            kind = arrays.kind_of(value)
+            spec = arrays.spec_of(value, kind) if kind else None
+        except UnsupportedLeafError:
+            if not self._allow_pickle:
+                raise
+            kind = spec = None
+        if kind == arrays.DTENSOR:
+            assert spec is not None
+            box, shape = arrays.dtensor_box(value)
+            self._array(path, value, ArraySpec(kind, spec.dtype, shape), box, SHARDED)
+        elif kind is not None and spec is not None:
+            if not spec.shape or 0 in spec.shape or not np.dtype(arrays.dtype_from_name(spec.dtype)).itemsize:
+                self._plain(path, leaves.encode_array(value, spec), declared)
+            else:
+                self._array(path, value, spec, Box.whole(spec.shape), declared)
+        else:
+            self._data(path, value, declared)
+
+    def _data(self, path: str, value: Any, declared: str) -> None:
+        if type(value) is bytes and len(value) > _INLINE_BYTES:
+            self._long(path, value, arrays.BYTES, declared)
+        elif type(value) is str and len(value) > _INLINE_BYTES:
+            self._long(path, value.encode("utf-8", "surrogatepass"), arrays.STR, declared)
+        else:
+            try:
+                self._plain(path, leaves.encode(value), declared)
+            except UnsupportedLeafError:
+                if not self._allow_pickle:
+                    raise
+                self._long(path, leaves.encode_pickle(value), arrays.PICKLE, declared)
+
+    def _long(self, path: str, data: bytes, kind: str, declared: str) -> None:
+        spec = ArraySpec(kind, "uint8", (len(data),))
+        self._array(path, np.frombuffer(data, np.uint8), spec, Box.whole(spec.shape), declared)
+
+    def _plain(self, path: str, value: Json, declared: str) -> None:
+        self.flat.nodes[path] = Plain(value, declared == PER_RANK)
+
+    def _array(self, path: str, value: Any, spec: ArraySpec, box: Box, declared: str) -> None:
+        key = (*arrays.memory_key(value, spec.kind), declared, box, spec.shape)
+        first = self._seen.setdefault(key, path)
+        if first != path:
+            self.flat.nodes[path] = Tie(first)
+            return
+        self.flat.nodes[path] = LocalArray(spec, box, declared)
+        self.flat.arrays[path] = value
+
+
+_MISSING = object()
+
+
+def unflatten(nodes: Mapping[str, Node], values: Mapping[str, Any]) -> Any:
+    """Puts a tree together.
+
+    Args:
+        nodes: By path; only containers are looked at, so any mapping with the right containers will do.
+        values: Leaves by path. Children of a container without a value are left out (a subset of a checkpoint);
+            list positions then close up.
+
+    Returns:
+        The tree. The same object in `values` under several paths comes back as one object (ties).
+    """
+    tree = _build("", nodes, values)
+    return {} if tree is _MISSING else tree
+
+
+def _build(path: str, nodes: Mapping[str, Node], values: Mapping[str, Any]) -> Any:
+    node = nodes.get(path)
+    if not isinstance(node, Container):
+        return values.get(path, _MISSING)
+    children = [(key, _build(join(path, key), nodes, values)) for key in node.keys]
+    kept = [(key, child) for key, child in children if child is not _MISSING]
+    if node.keys and not kept:
+        return _MISSING
+    match node.type:
+        case "list":
+            return [child for _, child in kept]
+        case "tuple":
+            return tuple(child for _, child in kept)
+        case "OrderedDict":
+            return OrderedDict(kept)
+        case _:
+            return dict(kept)

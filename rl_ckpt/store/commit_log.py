@@ -1,0 +1,207 @@
+"""The commit log: numbered records, each created by a PUT that fails where it exists.
+
+Owns: reading the log, taking over a run (an epoch record), and appending commits. Promises: of two writers exactly one gets
+each number; a writer that was taken over from learns it at its next append; a lost reply is told from a lost race by the
+record's write id. Does not know: manifests, what a checkpoint holds, which should stay.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+
+from rl_ckpt.errors import (
+    CommitConflictError,
+    CommitUnknownError,
+    CorruptionError,
+    FencedError,
+    StorageError,
+)
+from rl_ckpt.format import records
+from rl_ckpt.format.records import CommitRecord, EpochRecord, LogRecord
+from rl_ckpt.store.base import ObjectExistsError, ObjectMissingError, Store
+
+_READERS = 16
+_APPEND_TRIES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """The commit log as it was read."""
+
+    head: int = 0
+    """Highest record number; 0 for an empty log."""
+    commits: tuple[CommitRecord, ...] = ()
+    """Oldest first."""
+    epoch: int = 0
+    """Highest epoch."""
+    owner: str = ""
+    """Who opened that epoch."""
+    damaged: dict[str, str] = field(default_factory=dict)
+    """Records that can't be read: name → why."""
+
+
+class CommitLog:
+    """The log of one run. Thread-safe for reading; one thread at a time may append."""
+
+    def __init__(self, store: Store, run: str) -> None:
+        """The log of the run with id `run`, on its store."""
+        self._store = store
+        self._run = run
+        self._known: dict[str, LogRecord] = {}  # records never change, so each is read once
+        self._head = 0
+        self._epoch = 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that this process opened; 0 for a reader."""
+        return self._epoch
+
+    def read(self) -> Log:
+        """Reads all records.
+
+        Raises:
+            StorageError: The store failed.
+        """
+        names = {
+            number: item.name
+            for item in self._store.list(records.COMMITS)
+            if (number := records.commit_number(item.name)) is not None
+        }
+        self._known = {name: record for name, record in self._known.items() if name in set(names.values())}
+        damaged: dict[str, str] = {}
+        new = [name for name in names.values() if name not in self._known]
+        with ThreadPoolExecutor(min(_READERS, len(new) or 1), "rl_ckpt-log") as pool:
+            for name, found in zip(new, pool.map(self._read_one, new), strict=True):
+                if isinstance(found, str):
+                    damaged[name] = found
+                elif found is not None:
+                    self._known[name] = found
+        ordered = [self._known[names[n]] for n in sorted(names) if names[n] in self._known]
+        epochs = [r for r in ordered if isinstance(r, EpochRecord)]
+        return Log(
+            max(names, default=0),
+            tuple(r for r in ordered if isinstance(r, CommitRecord)),
+            max((r.epoch for r in ordered), default=0),
+            epochs[-1].owner if epochs else "",
+            damaged,
+        )
+
+    def _read_one(self, name: str) -> LogRecord | str | None:
+        """The record, why it can't be read, or None where a sweep took it away meanwhile."""
+        try:
+            record: LogRecord = records.decode(
+                self._store.object_url(name), self._store.get(name), CommitRecord | EpochRecord  # type: ignore[arg-type]
+            )
+        except ObjectMissingError:
+            return None
+        except CorruptionError as error:
+            return str(error)
+        if record.run != self._run or records.commit_name(record.number) != name:
+            return f"{name} belongs to another place (run {record.run}, number {record.number})"
+        return record
+
+    def claim(self, owner: str) -> Log:
+        """Takes the run over: appends an epoch record, which fences every older writer.
+
+        Args:
+            owner: Who takes over, for the messages that others will get.
+
+        Returns:
+            The log up to the new epoch record.
+
+        Raises:
+            StorageError, CommitUnknownError: The store failed.
+        """
+        while True:
+            log = self.read()
+            epoch = log.epoch + 1
+            self._head = log.head
+
+            def make(number: int, write_id: str, epoch: int = epoch) -> LogRecord:
+                return EpochRecord(
+                    number=number, run=self._run, write_id=write_id, epoch=epoch, owner=owner, time=time.time()
+                )
+
+            if self._append(make) is None:
+                self._epoch = epoch
+                return log
+
+    def commit(self, make: Callable[[int, str], CommitRecord]) -> CommitRecord:
+        """Appends a commit. The checkpoint exists from here on.
+
+        Args:
+            make: Builds the record from its number and write id.
+
+        Raises:
+            FencedError: A newer coordinator owns the run.
+            CommitConflictError: Another writer got in without taking the run over.
+            CommitUnknownError: The store's answer was lost and the record could not be read back.
+            StorageError: The store failed.
+        """
+        made: list[CommitRecord] = []
+
+        def keep(number: int, write_id: str) -> LogRecord:
+            made.append(make(number, write_id))
+            return made[-1]
+
+        winner = self._append(keep)
+        if winner is None:
+            return made[-1]
+        if isinstance(winner, EpochRecord):
+            raise FencedError(
+                f"{self._store.url} was taken over by {winner.owner} (epoch {winner.epoch}, this is epoch {self._epoch}); "
+                "this process may not commit any more. If the takeover was a mistake, stop the other job and start again"
+            )
+        raise CommitConflictError(
+            f"{self._store.url}: another writer committed checkpoint {winner.id} as record {winner.number}; two jobs write "
+            "to one run. Give each its own url"
+        )
+
+    def _append(self, make: Callable[[int, str], LogRecord]) -> LogRecord | None:
+        """Creates record head + 1; returns the record that stands there where the race was lost."""
+        number, write_id = self._head + 1, uuid.uuid4().hex
+        name, record = records.commit_name(number), make(number, write_id)
+        data = records.encode(record)
+        for _ in range(_APPEND_TRIES):
+            failure: StorageError | None = None
+            try:
+                self._store.create(name, data)
+            except ObjectExistsError:
+                pass
+            except StorageError as error:
+                failure = error
+            else:
+                break
+            found = self._read_back(name, failure)
+            if found is None:  # it did not land, or a sweep removed another's record: try again
+                continue
+            if found.write_id != write_id:
+                return found
+            break
+        else:
+            raise CommitUnknownError(f"{name} could not be created in {_APPEND_TRIES} tries, nor was it there: see the store")
+        self._head = number
+        self._known[name] = record
+        return None
+
+    def _read_back(self, name: str, failure: StorageError | None) -> LogRecord | None:
+        """What stands at `name` after a create that did not say it succeeded."""
+        try:
+            found = self._read_one(name)
+        except StorageError as error:
+            raise CommitUnknownError(
+                f"{self._store.object_url(name)}: the store's answer to the commit was lost ({failure or 'it exists'}), and "
+                f"reading it back failed too ({error}); list the checkpoints when the store answers again"
+            ) from error
+        if isinstance(found, str):
+            raise CommitConflictError(f"{found}; it stands where this commit belongs: move it away and save again")
+        if found is None and failure is not None:
+            raise failure
+        return found
+
+

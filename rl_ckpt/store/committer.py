@@ -1,0 +1,212 @@
+"""The writing side of a run: opening it for writing, committing, retention and sweep.
+
+Owns: the order in which a save becomes a checkpoint (manifest, then commit record, then retention, then sweep) and the rules
+about steps. One committer at a time owns a run; a newer one fences it. Used by the coordinator and by saves without Ray alike.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rl_ckpt.errors import CorruptionError, InvalidInputError
+from rl_ckpt.format import manifest as manifests
+from rl_ckpt.format import records
+from rl_ckpt.format.digest import digest
+from rl_ckpt.format.manifest import Manifest
+from rl_ckpt.format.records import CommitRecord
+from rl_ckpt.info import CheckpointInfo
+from rl_ckpt.plan.deal import SavePlan, Stored, Written, entries, stored_chunks
+from rl_ckpt.plan.retention import KeepRule, to_drop
+from rl_ckpt.state import leaves
+from rl_ckpt.state.leaves import Json
+from rl_ckpt.store.run import Run, lineage, who
+from rl_ckpt.store.sweep import Sweeper
+
+
+@dataclass(frozen=True, slots=True)
+class SaveRequest:
+    """What a caller says of a save."""
+
+    step: int
+    metrics: Mapping[str, Json] = field(default_factory=dict)
+    """Encoded by state/leaves.py."""
+    tag: str | None = None
+    parent: str | None = None
+    """Id of the checkpoint that the job last restored or saved; None: the newest."""
+
+
+class Committer:
+    """Commits checkpoints to one run. Not thread-safe: one thread at a time."""
+
+    def __init__(self, run: Run, keep: Sequence[KeepRule], grace_s: float) -> None:
+        """Takes the run over: appends an epoch record.
+
+        Raises:
+            StorageError, CommitUnknownError: The store failed.
+        """
+        self.run = run
+        self._keep = tuple(keep)
+        log = run.log.claim(who())
+        self._commits = list(log.commits)
+        self._sweeper = Sweeper(run, grace_s)
+        self._stored: Stored | None = None
+
+    @property
+    def commits(self) -> Sequence[CommitRecord]:
+        """All commits of the run, oldest first."""
+        return self._commits
+
+    def attempt(self, request: SaveRequest) -> str:
+        """Checks a request and names its checkpoint.
+
+        Returns:
+            A new id, `<step>-<attempt>`.
+
+        Raises:
+            InvalidInputError: The step is committed already in this line of checkpoints.
+        """
+        line = self._line(request.parent)
+        twice = next((c for c in self._commits if c.step == request.step and c.id in line), None)
+        if twice is not None:
+            raise InvalidInputError(
+                f"step {request.step} is committed already as {twice.id} in {self.run.store.url}; save a later step, or "
+                f"restore a checkpoint before it first (then the new one starts another branch)"
+            )
+        checkpoint = f"{request.step}-{uuid.uuid4().hex[:12]}"
+        self._sweeper.protect(checkpoint)
+        return checkpoint
+
+    def _line(self, parent: str | None) -> set[str]:
+        """Ids of the checkpoint that the job continues and its ancestors."""
+        start = next((c for c in self._commits if c.id == parent), self._commits[-1] if self._commits else None)
+        return {start.id, *lineage(start, self._commits)} if start else set()
+
+    def stored(self) -> Stored:
+        """Chunks that the newest checkpoint holds, which a save need not write again."""
+        if self._stored is None:
+            self._stored = {}
+            if self._commits:
+                try:
+                    self._stored = stored_chunks(self.run.manifest(self._commits[-1]))
+                except CorruptionError:
+                    self._stored = {}  # nothing to refer to: this save writes everything, and stands by itself
+        return self._stored
+
+    def commit(
+        self,
+        checkpoint: str,
+        request: SaveRequest,
+        plan: SavePlan,
+        written: Mapping[str, Sequence[Written]],
+        digests: Mapping[tuple[str, int], bytes],
+    ) -> CommitRecord:
+        """Makes a checkpoint of what was written; then retention and sweep.
+
+        Args:
+            checkpoint: From `attempt`.
+            request: What the caller said.
+            plan: What was planned.
+            written: What the shard servers wrote, by server.
+            digests: Of what was staged, by server and offset.
+
+        Raises:
+            FencedError, CommitConflictError, CommitUnknownError, StorageError: As `CommitLog.commit`. Unless the outcome is
+                unknown, nothing is committed and the files are orphans for the sweep.
+        """
+        manifest = self._manifest(checkpoint, request, plan, written, digests)
+        data = manifests.encode(manifest)
+        self.run.store.put(records.manifest_name(checkpoint), [data])
+        files = sum(w.bytes for server in written.values() for w in server)
+
+        def make(number: int, write_id: str) -> CommitRecord:
+            return CommitRecord(
+                number=number,
+                run=self.run.record.run,
+                write_id=write_id,
+                epoch=self.run.log.epoch,
+                id=checkpoint,
+                step=request.step,
+                manifest_bytes=len(data),
+                manifest_digest=digest(data).hex(),
+                bytes=manifest.array_bytes,
+                bytes_written=files + len(data),
+                time=manifest.time,
+                metrics=manifest.metrics,
+                tag=request.tag,
+                parent=manifest.parent,
+                world_size=manifest.world_size,
+            )
+
+        # Commit record last: a crash before this line leaves orphans for the sweep, never half a checkpoint.
+        record = self.run.log.commit(make)
+        self._commits.append(record)
+        self._stored = stored_chunks(manifest)
+        self._sweeper.committed(manifest)
+        return record
+
+    def tidy(self) -> None:
+        """Retention and sweep: drops the checkpoints that no rule keeps, then files that no checkpoint names.
+
+        Raises:
+            StorageError: The store failed; what is left goes at the next sweep.
+        """
+        dropped = {commit.id for commit in to_drop(self._commits, self._keep)}
+        gone = self._sweeper.sweep(
+            [commit for commit in self._commits if commit.id in dropped],
+            [commit for commit in self._commits if commit.id not in dropped],
+        )
+        self._commits = [commit for commit in self._commits if commit.id not in gone]
+
+    def abandon(self, checkpoint: str) -> None:
+        """Says that an attempt will not be committed: its files are orphans from now on."""
+        self._sweeper.release(checkpoint)
+
+    def info(self, record: CommitRecord) -> CheckpointInfo:
+        """A commit as callers see it."""
+        return info_of(self.run, record, self._commits)
+
+    def _manifest(
+        self,
+        checkpoint: str,
+        request: SaveRequest,
+        plan: SavePlan,
+        written: Mapping[str, Sequence[Written]],
+        digests: Mapping[tuple[str, int], bytes],
+    ) -> Manifest:
+        files, arrays = entries(plan, written, digests)
+        parent = request.parent or (self._commits[-1].id if self._commits else None)
+        return Manifest(
+            run=self.run.record.run,
+            id=checkpoint,
+            step=request.step,
+            world_size=plan.merged.world_size,
+            time=time.time(),
+            writer=who(),
+            parent=parent,
+            metrics=dict(request.metrics),
+            tag=request.tag,
+            files=files,
+            arrays=arrays,
+            nodes=plan.merged.nodes,
+        )
+
+
+def info_of(run: Run, record: CommitRecord, commits: Sequence[CommitRecord], **times: Any) -> CheckpointInfo:
+    """A commit record as callers see it."""
+    return CheckpointInfo(
+        step=record.step,
+        id=record.id,
+        url=run.store.object_url(records.manifest_name(record.id)),
+        bytes=record.bytes,
+        bytes_written=record.bytes_written,
+        time=record.time,
+        metrics={name: leaves.decode(value, name) for name, value in record.metrics.items()},
+        tag=record.tag,
+        lineage=lineage(record, commits),
+        world_size=record.world_size,
+        **times,
+    )

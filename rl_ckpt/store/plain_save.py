@@ -1,0 +1,141 @@
+"""Saves of plain state without Ray: staged in this process, written and committed by a background thread.
+
+Same plan, format, commit and fencing as a save through Ray actors. Memory is bounded at two generations: the one being
+written and the one being staged.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rl_ckpt.errors import SaveSkippedError, StorageError
+from rl_ckpt.info import CheckpointInfo
+from rl_ckpt.options import Options
+from rl_ckpt.plan.deal import SavePlan, deal
+from rl_ckpt.plan.inventory import take_inventory
+from rl_ckpt.plan.merge import merge
+from rl_ckpt.plan.retention import KeepRule
+from rl_ckpt.plan.stage import stage
+from rl_ckpt.state.tree import flatten
+from rl_ckpt.store.committer import Committer, SaveRequest, info_of
+from rl_ckpt.store.run import Run
+from rl_ckpt.store.shard_writer import write_files
+
+_SERVER = "local"
+_GENERATIONS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    checkpoint: str
+    request: SaveRequest
+    plan: SavePlan
+    memory: memoryview
+    digests: dict[tuple[str, int], bytes]
+    begun: float
+    stall_s: float
+
+
+class PlainSaver:
+    """Saves from one process. `save` may be called from any thread."""
+
+    def __init__(self, run: Run, keep: Sequence[KeepRule], options: Options) -> None:
+        """Takes the run over for this process.
+
+        Raises:
+            StorageError, CommitUnknownError: The store failed.
+        """
+        self._run = run
+        self._options = options
+        self._committer = Committer(run, keep, options.grace_s)
+        self._lock = threading.Lock()  # the committer is used by the caller (attempt) and by the writing thread (commit)
+        self._buffers: queue.Queue[np.ndarray[Any, np.dtype[np.uint8]]] = queue.Queue()
+        for _ in range(_GENERATIONS):
+            self._buffers.put(np.empty(0, np.uint8))
+        self._writer = ThreadPoolExecutor(1, "rl_ckpt-save")  # one: commits keep the order of the saves
+        self.sweep_failure: str | None = None
+
+    def save(self, request: SaveRequest, tree: Any) -> Future[CheckpointInfo]:
+        """Stages a state; back as soon as the caller may change it.
+
+        Args:
+            request: Step, metrics, tag and parent.
+            tree: See state/tree.py.
+
+        Returns:
+            Resolves once the checkpoint is committed.
+
+        Raises:
+            InvalidInputError: The state can't be saved or the step is committed already; nothing was written.
+            SaveSkippedError: Two saves are still being written, and the options say to skip.
+        """
+        begun = time.monotonic()
+        flat = flatten(tree, self._options.allow_pickle)
+        buffer = self._buffer()
+        try:
+            inventory = take_inventory(flat, self._options.chunk_bytes, 0, 1)
+            merged = merge([inventory], self._options.chunk_bytes)
+            with self._lock:
+                checkpoint, stored = self._committer.attempt(request), self._committer.stored()
+            plan = deal(merged, [_SERVER], checkpoint, stored, self._options.write_streams, self._options.file_bytes)
+            size = plan.staged_bytes.get(_SERVER, 0)
+            if len(buffer) < size:
+                buffer = np.empty(size, np.uint8)
+            memory = buffer[:size].data.cast("B") if size else memoryview(bytearray())
+            found = stage(flat, plan.stage[0], memory)
+            digests = {(_SERVER, item.offset): d for item, d in zip(plan.stage[0], found, strict=True)}
+        except BaseException:
+            self._buffers.put(buffer)
+            raise
+        staged = _Staged(checkpoint, request, plan, memory, digests, begun, time.monotonic() - begun)
+        job = self._writer.submit(self._write, staged)
+        job.add_done_callback(lambda _: self._buffers.put(buffer))
+        self._writer.submit(self._tidy)
+        return job
+
+    def _buffer(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        try:
+            return self._buffers.get(block=self._options.when_busy == "wait")
+        except queue.Empty as error:
+            raise SaveSkippedError(
+                f"skipped: {_GENERATIONS} saves are still being written to {self._run.store.url}; save less often, or use "
+                "when_busy='wait'"
+            ) from error
+
+    def _write(self, staged: _Staged) -> CheckpointInfo:
+        plan = staged.plan
+        try:
+            files = plan.files.get(_SERVER, [])
+            written = write_files(self._run.store, files, staged.memory, self._options.write_streams) if files else []
+            with self._lock:
+                record = self._committer.commit(
+                    staged.checkpoint, staged.request, plan, {_SERVER: written}, staged.digests
+                )
+                durable_s = time.monotonic() - staged.begun
+                return info_of(
+                    self._run, record, self._committer.commits, stall_s=staged.stall_s, durable_s=durable_s
+                )
+        except BaseException:
+            with self._lock:
+                self._committer.abandon(staged.checkpoint)
+            raise
+
+    def _tidy(self) -> None:
+        try:
+            with self._lock:
+                self._committer.tidy()
+            self.sweep_failure = None
+        except StorageError as error:  # the checkpoint is committed; the next call of the user says what is left to do
+            self.sweep_failure = str(error)
+
+    def close(self) -> None:
+        """Waits until everything staged is committed or has failed."""
+        self._writer.shutdown(wait=True)

@@ -1,0 +1,145 @@
+"""A run on its store: run.json, the commit log, manifests.
+
+Owns: opening and creating a run, finding a checkpoint, reading its manifest. Promises: what is returned was committed, and its
+bytes are those that were. Does not write checkpoints (store/committer.py), nor read their values (store/reader.py).
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rl_ckpt import _version
+from rl_ckpt.errors import CheckpointNotFoundError, CorruptionError
+from rl_ckpt.format import manifest as manifests
+from rl_ckpt.format import records
+from rl_ckpt.format.manifest import Manifest
+from rl_ckpt.format.records import CommitRecord, RunRecord
+from rl_ckpt.store.base import ObjectExistsError, ObjectMissingError, Store
+from rl_ckpt.store.commit_log import CommitLog, Log
+from rl_ckpt.store.probe import probe_create_only
+from rl_ckpt.store.urls import open_store
+
+
+def who() -> str:
+    """This process, for records and messages."""
+    return f"rl-ckpt {_version.__version__} on {socket.gethostname()}, process {os.getpid()}"
+
+
+class Run:
+    """One run, opened for reading, or for writing by `create`."""
+
+    def __init__(self, store: Store, record: RunRecord) -> None:
+        """A run whose run.json was read already; see `open` and `create`."""
+        self.store = store
+        self.record = record
+        self.log = CommitLog(store, record.run)
+
+    @staticmethod
+    def open(url: str, storage_options: Mapping[str, Any] | None = None) -> Run:
+        """Opens a run that exists.
+
+        Raises:
+            CheckpointNotFoundError: There is none at `url`.
+            CorruptionError: run.json is damaged.
+            InvalidInputError: A newer release wrote it, or the url can't be used.
+            StorageError: The store failed.
+        """
+        store = open_store(url, storage_options)
+        try:
+            data = store.get(records.RUN_FILE)
+        except ObjectMissingError as error:
+            found = [item.name for item in store.list()[:4]]
+            what = f"it holds {found} but no run.json: it is not a run" if found else "nothing is there yet"
+            raise CheckpointNotFoundError(
+                f"no run at {store.url}: {what}. Give the url that was given to the Checkpointer which saved"
+            ) from error
+        return Run(store, records.decode_run(store.url, data))
+
+    @staticmethod
+    def create(url: str, storage_options: Mapping[str, Any] | None = None, weak_commits: bool = False) -> Run:
+        """Opens a run, creating it where there is none.
+
+        Args:
+            url: Where.
+            storage_options: For fsspec.
+            weak_commits: Does without the create-only promise, and without the probe for it.
+
+        Raises:
+            InvalidInputError: The store does not keep the create-only promise, or the url can't be used.
+            CorruptionError: run.json is damaged.
+            StorageError: The store failed.
+        """
+        store = open_store(url, storage_options)
+        try:
+            return Run(store, records.decode_run(store.url, store.get(records.RUN_FILE)))
+        except ObjectMissingError:
+            pass
+        if not weak_commits:
+            probe_create_only(store)
+        promise = "weak" if weak_commits else "probed"
+        record = RunRecord(records.FORMAT_VERSION, uuid.uuid4().hex, time.time(), who(), promise)
+        try:
+            store.create(records.RUN_FILE, records.encode(record))
+        except ObjectExistsError:  # another process created it meanwhile, or the reply to our own PUT was lost
+            return Run.open(url, storage_options)
+        return Run(store, record)
+
+    def find(self, log: Log, step: int | None) -> CommitRecord:
+        """The newest commit, or the newest of a step.
+
+        Raises:
+            CheckpointNotFoundError: There is none; the message lists what there is.
+        """
+        if not log.commits:
+            broken = f"; damaged records: {log.damaged}" if log.damaged else ""
+            raise CheckpointNotFoundError(f"{self.store.url} has no checkpoint yet{broken}")
+        if step is None:
+            return log.commits[-1]
+        found = [commit for commit in log.commits if commit.step == step]
+        if not found:
+            raise CheckpointNotFoundError(f"{self.store.url} has no checkpoint of step {step}; it has {_steps(log)}")
+        return found[-1]
+
+    def manifest(self, commit: CommitRecord) -> Manifest:
+        """Reads and verifies a checkpoint's manifest.
+
+        Raises:
+            CorruptionError: It is missing or damaged.
+            StorageError: The store failed.
+        """
+        name = records.manifest_name(commit.id)
+        url = self.store.object_url(name)
+        try:
+            data = self.store.get(name)
+        except ObjectMissingError as error:
+            raise CorruptionError(f"{url} is missing, though record {commit.number} commits it") from error
+        return manifests.decode(url, data, bytes.fromhex(commit.manifest_digest))
+
+    def candidates(self, step: int | None) -> Sequence[CommitRecord]:
+        """Commits to try for a restore, best first: only the one asked for, or from the newest backwards."""
+        log = self.log.read()
+        first = self.find(log, step)
+        return [first] if step is not None else log.commits[::-1]
+
+
+def lineage(commit: CommitRecord, commits: Sequence[CommitRecord]) -> tuple[str, ...]:
+    """Ids of a checkpoint's ancestors, its parent first, as far back as there are records."""
+    by_id = {c.id: c for c in commits}
+    out: list[str] = []
+    parent = commit.parent
+    while parent is not None and parent not in out:
+        out.append(parent)
+        known = by_id.get(parent)
+        parent = known.parent if known else None
+    return tuple(out)
+
+
+def _steps(log: Log) -> str:
+    steps = [commit.step for commit in log.commits]
+    shown = ", ".join(map(str, steps[-20:]))
+    return f"steps {'… ' if len(steps) > 20 else ''}{shown}"

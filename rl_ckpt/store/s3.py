@@ -1,0 +1,305 @@
+"""Objects in an S3 bucket: AWS, Ceph, MinIO and whatever else speaks the protocol.
+
+Small objects are one PUT; larger ones a multipart upload whose parts go in parallel straight from the caller's
+buffers and which is aborted when it fails. Ranges are fetched in parallel straight into the caller's buffers.
+`create` is a single PUT with `If-None-Match: *`, never multipart, as servers exist that ignore the condition there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+
+from botocore.exceptions import ClientError
+
+from rl_ckpt.errors import CheckpointError, CorruptionError, StorageError
+from rl_ckpt.store import s3_errors
+from rl_ckpt.store.base import (
+    Buffer,
+    ObjectMissingError,
+    StorageOptions,
+    Store,
+    StoredObject,
+    check_name,
+    check_prefix,
+    flat_segments,
+)
+from rl_ckpt.store.local import short_message
+from rl_ckpt.store.ranges import Span, SpanWriter, plan_spans
+from rl_ckpt.store.retry import RetryPolicy, Tries
+from rl_ckpt.store.s3_client import Body, S3Connection, cut
+
+T = TypeVar("T")
+
+Listing = list[StoredObject]
+
+_PART_BYTES = 16 << 20
+_MAX_PARTS = 10_000
+_SPAN_BYTES = 16 << 20
+_GAP_BYTES = 256 << 10
+_AT_ONCE = 16
+
+
+class S3Store(Store):
+    """Objects below one prefix of a bucket.
+
+    Args:
+        url: `s3://bucket` or `s3://bucket/prefix`, as `open_store` normalises it.
+        storage_options: As s3fs takes them, and the fields of `RetryPolicy`. Nothing given: the environment and the
+            AWS configuration files decide (`AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL`, `AWS_PROFILE`, keys, roles).
+    """
+
+    def __init__(self, url: str, storage_options: StorageOptions | None = None) -> None:
+        super().__init__(url, storage_options)
+        self._policy, options = RetryPolicy.take(self.storage_options)
+        self._connection = S3Connection(options)
+        self._connection.open()
+        self._bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._bucket_seen = False
+
+    def put(self, name: str, segments: Sequence[Buffer]) -> None:
+        """Store by one PUT up to 16 MiB, by a multipart upload of 16 parts at once above."""
+        key = self._key(name)
+        views = flat_segments(segments)
+        if sum(view.nbytes for view in views) <= _PART_BYTES:
+            self._run(self._put_one(name, key, views))
+        else:
+            self._run(self._put_parts(name, key, views))
+
+    def create(self, name: str, data: bytes) -> None:
+        """Create by one PUT with `If-None-Match: *`."""
+        key = self._key(name)
+        self._run(self._put_one(name, key, flat_segments([data]), IfNoneMatch="*"))
+
+    def get(self, name: str) -> bytes:
+        """Fetch the whole object in one request."""
+        key = self._key(name)
+
+        async def attempt() -> bytes:
+            answer = await self._connection.call("get_object", Bucket=self._bucket, Key=key)
+            async with answer["Body"] as body:
+                data: bytes = await body.read()
+            return data
+
+        data = self._run(self._request("GetObject", name, attempt))
+        self.stats.count_read(len(data))
+        return data
+
+    def read_into(self, name: str, reads: Sequence[tuple[int, memoryview]]) -> None:
+        """Fetch ranges of at most 16 MiB, 16 at once, each chunk copied from the socket's buffer to its place."""
+        key = self._key(name)
+        spans = plan_spans(reads, span_bytes=_SPAN_BYTES, gap_bytes=_GAP_BYTES)
+        if spans:
+            self._run(_all_of((self._fetch(name, key, span) for span in spans), _AT_ONCE))
+        elif not self.exists(name):
+            raise ObjectMissingError(self.object_url(name))
+
+    def list(self, prefix: str = "") -> list[StoredObject]:
+        """List page by page; keys that stand for folders, or are hidden, are left out."""
+        check_prefix(prefix)
+        return self._run(self._list(prefix))
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Delete one by one, 16 at once: the request for many at a time is not understood everywhere."""
+        keys = [(name, self._key(name)) for name in names]
+        self._run(_all_of((self._delete(name, key) for name, key in keys), _AT_ONCE))
+
+    def exists(self, name: str) -> bool:
+        """Ask for the object's head."""
+        key = self._key(name)
+        try:
+            self._run(self._api("HeadObject", name, "head_object", Bucket=self._bucket, Key=key))
+        except ObjectMissingError:
+            self._run(self._check_bucket())
+            return False
+        return True
+
+    def clean_partial(self, older_than_s: float) -> int:
+        """Abort unfinished multipart uploads below the prefix."""
+        return self._run(self._abort_uploads(datetime.now(UTC) - timedelta(seconds=older_than_s)))
+
+    def _key(self, name: str) -> str:
+        return self._prefix + check_name(name)
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self._connection.run(coroutine)
+
+    async def _request(self, operation: str, name: str, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Try until it succeeds, fails for good or the deadline has passed; errors come out as this floor's."""
+        tries = Tries(self._policy)
+        while True:
+            try:
+                return await attempt()
+            except Exception as error:
+                if not s3_errors.is_expected(error):
+                    raise
+                wait = tries.next_wait_s(known=self._connection.answered) if s3_errors.is_transient(error) else None
+                if wait is None:
+                    url = self.object_url(name)
+                    said = s3_errors.explain(error, operation, url, self._connection.endpoint(), tries.told())
+                    raise s3_errors.signal(error, url) or said from error
+            self.stats.count_retry()
+            await asyncio.sleep(wait)
+
+    async def _api(self, operation: str, name: str, method: str, **parameters: Any) -> dict[str, Any]:
+        return await self._request(operation, name, lambda: self._connection.call(method, **parameters))
+
+    async def _put_one(self, name: str, key: str, views: Sequence[memoryview], **condition: str) -> None:
+        body = Body(views) if views else b""
+        await self._api("PutObject", name, "put_object", Bucket=self._bucket, Key=key, Body=body, **condition)
+        self.stats.count_write(len(body))
+
+    async def _put_parts(self, name: str, key: str, views: Sequence[memoryview]) -> None:
+        where = {"Bucket": self._bucket, "Key": key}
+        parts = cut(views, part_bytes(sum(view.nbytes for view in views)))
+        begun = await self._api("CreateMultipartUpload", name, "create_multipart_upload", **where)
+        upload = where | {"UploadId": begun["UploadId"]}
+        try:
+            etags = await _all_of((self._put_part(name, upload, n, p) for n, p in enumerate(parts, 1)), _AT_ONCE)
+            await self._complete(name, upload, etags, sum(view.nbytes for view in views))
+        except BaseException:
+            # Also on cancellation. A crash before this line leaves an upload for clean_partial, never an object.
+            await self._abort(name, upload)
+            raise
+
+    async def _put_part(self, name: str, upload: dict[str, str], number: int, views: Sequence[memoryview]) -> str:
+        body = Body(views)
+        answer = await self._api("UploadPart", name, "upload_part", PartNumber=number, Body=body, **upload)
+        self.stats.count_write(len(body))
+        return str(answer["ETag"])
+
+    async def _complete(self, name: str, upload: dict[str, str], etags: Sequence[str], size_bytes: int) -> None:
+        parts = [{"PartNumber": number, "ETag": etag} for number, etag in enumerate(etags, 1)]
+
+        async def attempt() -> None:
+            try:
+                await self._connection.call("complete_multipart_upload", MultipartUpload={"Parts": parts}, **upload)
+            except ClientError as error:
+                # The reply to an earlier try was lost after it landed: then the upload is gone and the object there.
+                if s3_errors.code_and_status(error)[0] != "NoSuchUpload" or not await self._landed(upload, parts):
+                    raise
+
+        await self._request("CompleteMultipartUpload", name, attempt)
+        await self._check_size(name, upload["Key"], size_bytes)
+
+    async def _landed(self, upload: dict[str, str], parts: Sequence[Any]) -> bool:
+        head = await self._connection.call("head_object", Bucket=upload["Bucket"], Key=upload["Key"])
+        return str(head.get("ETag", "")).strip('"').endswith(f"-{len(parts)}")
+
+    async def _check_size(self, name: str, key: str, size_bytes: int) -> None:
+        head = await self._api("HeadObject", name, "head_object", Bucket=self._bucket, Key=key)
+        if head["ContentLength"] != size_bytes:
+            raise StorageError(
+                f"upload of {self.object_url(name)} ended with {head['ContentLength']} bytes instead of {size_bytes}: "
+                "another writer used the same name, or the server lost a part. Save again"
+            )
+
+    async def _abort(self, name: str, upload: dict[str, str]) -> None:
+        try:
+            await self._api("AbortMultipartUpload", name, "abort_multipart_upload", **upload)
+        except (ObjectMissingError, CheckpointError):
+            return  # The failure that led here is what the caller must hear; clean_partial removes what is left.
+
+    async def _fetch(self, name: str, key: str, span: Span) -> None:
+        await self._request("GetObject", name, lambda: self._fetch_once(name, key, span))
+        self.stats.count_read(span.size_bytes)
+
+    async def _fetch_once(self, name: str, key: str, span: Span) -> None:
+        where = {"Bucket": self._bucket, "Key": key}
+        try:
+            answer = await self._connection.call(
+                "get_object", Range=f"bytes={span.offset_bytes}-{span.end_bytes - 1}", **where
+            )
+        except ClientError as error:
+            if s3_errors.code_and_status(error)[1] != 416:
+                raise
+            head = await self._connection.call("head_object", **where)
+            raise CorruptionError(
+                short_message(self.object_url(name), span.end_bytes, head["ContentLength"])
+            ) from error
+        async with answer["Body"] as body:
+            self._check_range(name, span, answer)
+            writer = SpanWriter(span)
+            async for chunk in body.raw_stream.content.iter_any():
+                writer.write(chunk)
+
+    def _check_range(self, name: str, span: Span, answer: dict[str, Any]) -> None:
+        if answer["ContentLength"] == span.size_bytes and "ContentRange" in answer:
+            return
+        if "ContentRange" not in answer:
+            raise StorageError(f"read of {self.object_url(name)}: the server ignores ranges (no Content-Range)")
+        found = int(answer["ContentRange"].rpartition("/")[2])
+        raise CorruptionError(short_message(self.object_url(name), span.end_bytes, found))
+
+    async def _list(self, prefix: str) -> Listing:
+        found: list[StoredObject] = []
+        page: dict[str, str] = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
+        while True:
+            answer = await self._api("ListObjectsV2", prefix, "list_objects_v2", **page)
+            for entry in answer.get("Contents", ()):
+                name = entry["Key"].removeprefix(self._prefix)
+                if not any(part[:1] in ("", ".") for part in name.split("/")):
+                    found.append(StoredObject(name, entry["Size"], entry["LastModified"].timestamp()))
+            if not answer.get("IsTruncated"):
+                return sorted(found, key=lambda o: o.name)
+            page["ContinuationToken"] = answer["NextContinuationToken"]
+
+    async def _delete(self, name: str, key: str) -> None:
+        try:
+            await self._api("DeleteObject", name, "delete_object", Bucket=self._bucket, Key=key)
+        except ObjectMissingError:
+            return
+
+    async def _check_bucket(self) -> None:
+        """A head of something missing does not say whether it is the object or the bucket: ask once."""
+        if not self._bucket_seen:
+            await self._api("ListObjectsV2", "", "list_objects_v2", Bucket=self._bucket, MaxKeys=1)
+            self._bucket_seen = True
+
+    async def _abort_uploads(self, before: datetime) -> int:
+        page: dict[str, str] = {"Bucket": self._bucket, "Prefix": self._prefix}
+        stale: list[dict[str, str]] = []
+        while True:
+            answer = await self._api("ListMultipartUploads", "", "list_multipart_uploads", **page)
+            stale.extend(
+                {"Bucket": self._bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+                for upload in answer.get("Uploads", ())
+                if upload["Initiated"] <= before
+            )
+            if not answer.get("IsTruncated"):
+                break
+            page |= {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
+        await _all_of((self._abort(upload["Key"], upload) for upload in stale), _AT_ONCE)
+        return len(stale)
+
+
+def part_bytes(size_bytes: int) -> int:
+    """Part size, a whole number of MiB, with which an object fits in the 10,000 parts that S3 allows."""
+    needed = -(-size_bytes // _MAX_PARTS)
+    return max(_PART_BYTES, -(-needed >> 20) << 20)
+
+
+async def _all_of(coroutines: Iterable[Coroutine[Any, Any, T]], at_once: int) -> list[T]:
+    """Run coroutines, some at once, results in order; the first failure cancels the others and waits for them."""
+    waiting = list(enumerate(coroutines))[::-1]
+    results: dict[int, T] = {}
+
+    async def work() -> None:
+        while waiting:
+            number, coroutine = waiting.pop()
+            results[number] = await coroutine
+
+    count = len(waiting)
+    workers = [asyncio.ensure_future(work()) for _ in range(min(at_once, count))]
+    try:
+        await asyncio.gather(*workers)
+    finally:
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+        for _, coroutine in waiting:
+            coroutine.close()
+    return [results[number] for number in range(count)]

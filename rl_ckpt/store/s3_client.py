@@ -1,0 +1,208 @@
+"""One process's connection to an S3 server: s3fs's own client, tuned, and the bodies that go through it uncopied.
+
+s3fs finds endpoint, credentials and region as every AWS tool does, and takes the same storage options as ever; its
+client runs on fsspec's event loop thread, which all threads of the process share. What is tuned, and why (1 GiB,
+loopback): payload signing and the default checksums cost half of the speed and our digests cover the bytes end to
+end; botocore's own retries are off as they cannot be counted; listings and instances are not cached.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
+
+from botocore.exceptions import ClientError
+from s3fs import S3FileSystem
+
+from rl_ckpt.errors import InvalidInputError
+
+T = TypeVar("T")
+
+_CONNECT_TIMEOUT_S = 4
+_READ_TIMEOUT_S = 60
+_POOL_CONNECTIONS = 64
+_SEND_BYTES = 256 << 10
+
+_LEFT_BY_FORK: list[S3FileSystem] = []
+"""Clients of the parent process: closing one here would wait for a loop thread that does not exist in this process."""
+
+
+class S3Connection:
+    """The client of this process, made at first use and again after a fork.
+
+    Args:
+        options: As s3fs takes them; the caller's settings win over ours.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = dict(options)
+        self._lock = threading.Lock()
+        self._fs: S3FileSystem | None = None
+        self._pid = 0
+        self._registered: set[int] = set()
+        self.answered = False
+        """Whether the server has answered anything yet."""
+
+    def open(self) -> asyncio.AbstractEventLoop:
+        """Make the client of this process unless it is there; the loop that it runs on.
+
+        Raises:
+            InvalidInputError: s3fs does not take the options.
+        """
+        loop: asyncio.AbstractEventLoop = self._filesystem().loop
+        return loop
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the loop thread and wait; an interrupt of the waiting thread cancels it."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.open())
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """One request, one try; errors are botocore's and aiohttp's own.
+
+        Args:
+            method: Name of the client's method, such as `put_object`.
+            **parameters: Of S3's request, as boto3 documents them.
+        """
+        fs = self._filesystem()
+        bound = getattr(await self._client(fs, parameters["Bucket"]), method)
+        try:
+            answer: dict[str, Any] = await bound(**fs._get_s3_method_kwargs(bound, **parameters))
+        except ClientError:
+            self.answered = True
+            raise
+        self.answered = True
+        return answer
+
+    async def _client(self, fs: S3FileSystem, bucket: str) -> Any:
+        try:
+            await fs.set_session()
+            client = await fs.get_s3(bucket)
+        except (ValueError, TypeError, KeyError) as error:
+            raise InvalidInputError(f"cannot open s3://{bucket}: {error}. Check storage_options") from error
+        if id(client) not in self._registered:
+            # Else each part waits for "100 Continue", which some servers and proxies never send.
+            client.meta.events.register_first("before-sign.s3", _drop_expect)
+            self._registered.add(id(client))
+        return client
+
+    def endpoint(self) -> str:
+        """Address of the server for messages, or how it would be found."""
+        client = self._fs and self._fs._s3
+        return str(client.meta.endpoint_url) if client else "the S3 endpoint"
+
+    def _filesystem(self) -> S3FileSystem:
+        with self._lock:
+            if self._fs is not None and self._pid != os.getpid():
+                _LEFT_BY_FORK.append(self._fs)
+                self._fs = None
+                self.answered = False
+            if self._fs is None:
+                try:
+                    self._fs = S3FileSystem(**_tuned(self._options))
+                except (ValueError, TypeError, KeyError) as error:
+                    raise InvalidInputError(f"storage_options do not fit s3fs: {error}") from error
+                self._pid = os.getpid()
+                self._registered = set()
+            return self._fs
+
+
+def _tuned(options: Mapping[str, Any]) -> dict[str, Any]:
+    config = {
+        "connect_timeout": _CONNECT_TIMEOUT_S,
+        "read_timeout": _READ_TIMEOUT_S,
+        "max_pool_connections": _POOL_CONNECTIONS,
+        "retries": {"total_max_attempts": 1, "mode": "standard"},
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+        **options.get("config_kwargs", {}),
+    }
+    config["s3"] = {"payload_signing_enabled": False, **config.get("s3", {})}
+    return {**options, "config_kwargs": config, "use_listings_cache": False, "skip_instance_cache": True}
+
+
+def _drop_expect(request: Any, **_: Any) -> None:
+    del request.headers["Expect"]
+
+
+class Body:
+    """A part's bytes, sent from the caller's buffers without being joined first.
+
+    aiohttp sends what it iterates asynchronously, botocore wants `read`, `seek`, `tell` and a length (it reads only
+    where payload signing was asked for). Sending again starts from the beginning.
+
+    Args:
+        views: Flat byte views; the body is their concatenation.
+    """
+
+    def __init__(self, views: Sequence[memoryview]) -> None:
+        self._views = views
+        self._size = sum(view.nbytes for view in views)
+        self._position = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    async def __aiter__(self) -> AsyncIterator[bytes | memoryview]:
+        for block in blocks(self._views, _SEND_BYTES):
+            yield block
+
+    def read(self, size: int = -1) -> bytes:
+        """Copy of the next `size` bytes, of all that is left when negative."""
+        begin, left = self._position, self._size - self._position if size < 0 else size
+        taken = list(take(self._views, begin, begin + left))
+        self._position += sum(view.nbytes for view in taken)
+        return b"".join(taken)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to an offset in bytes, from the beginning or (`os.SEEK_END`) the end."""
+        self._position = offset + (self._size if whence == os.SEEK_END else 0)
+        return self._position
+
+    def tell(self) -> int:
+        """Offset of the next byte that `read` gives."""
+        return self._position
+
+
+def take(views: Sequence[memoryview], begin: int, end: int) -> list[memoryview]:
+    """The bytes `begin` to `end` of the concatenation of views, as views."""
+    taken = []
+    position = 0
+    for view in views:
+        low, high = max(begin - position, 0), min(end - position, view.nbytes)
+        if low < high:
+            taken.append(view[low:high])
+        position += view.nbytes
+        if position >= end:
+            break
+    return taken
+
+
+def cut(views: Sequence[memoryview], size_bytes: int) -> list[list[memoryview]]:
+    """Cut the concatenation of views into runs of `size_bytes` each, the last one shorter; nothing is copied."""
+    runs: list[list[memoryview]] = []
+    room = 0
+    for view in views:
+        begin = 0
+        while begin < view.nbytes:
+            if not room:
+                runs.append([])
+                room = size_bytes
+            piece = view[begin : begin + room]
+            runs[-1].append(piece)
+            begin += piece.nbytes
+            room -= piece.nbytes
+    return runs
+
+
+def blocks(views: Sequence[memoryview], size_bytes: int) -> list[bytes | memoryview]:
+    """Pieces fit for one write to a socket: slices of large views, many small views joined."""
+    runs = cut(views, size_bytes)
+    return [run[0] if len(run) == 1 else b"".join(run) for run in runs]

@@ -1,0 +1,120 @@
+"""Sweep: deleting what no checkpoint names.
+
+Owns: the order of deletion (commit record, manifest, files) and the grace that readers get. Promises: nothing that a live
+manifest names is touched, nor a checkpoint with a valid pin, nor the newest, nor an epoch record: those keep a coordinator
+that was fenced long ago from finding its next record number free.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rl_ckpt.errors import CorruptionError
+from rl_ckpt.format import records
+from rl_ckpt.format.manifest import Manifest
+from rl_ckpt.format.records import CommitRecord, PinRecord
+from rl_ckpt.store.base import ObjectMissingError
+from rl_ckpt.store.run import Run
+
+
+class Sweeper:
+    """Deletes orphans of one run; kept by the run's committer."""
+
+    def __init__(self, run: Run, grace_s: float) -> None:
+        """A sweeper that waits `grace_s` seconds between first seeing an orphan and deleting it."""
+        self._run = run
+        self._grace_s = grace_s
+        self._files: dict[str, frozenset[str]] = {}  # by checkpoint: the shard files that its manifest names
+        self._in_flight: set[str] = set()
+        self._orphans: dict[str, float] = {}  # name → when it was first seen as one, by this process's clock
+        self._look = True  # whether there may be orphans that nobody has seen: at first, what a killed writer left
+
+    def protect(self, checkpoint: str) -> None:
+        """Says that files of `checkpoint` are being written."""
+        self._in_flight.add(checkpoint)
+
+    def committed(self, manifest: Manifest) -> None:
+        """Says that `manifest` is committed."""
+        self._files[manifest.id] = frozenset(file.name for file in manifest.files)
+        self._in_flight.discard(manifest.id)
+
+    def release(self, checkpoint: str) -> None:
+        """Says that an attempt was given up."""
+        self._in_flight.discard(checkpoint)
+        self._look = True
+
+    def sweep(self, dropped: Sequence[CommitRecord], live: Sequence[CommitRecord]) -> set[str]:
+        """Deletes dropped checkpoints' records, and orphans past their grace.
+
+        Args:
+            dropped: Checkpoints that retention let go.
+            live: All others, oldest first.
+
+        Returns:
+            Ids of the checkpoints that are gone; those that a pin holds are not among them.
+
+        Raises:
+            StorageError: The store failed; nothing live is harmed, and the next sweep goes on.
+        """
+        if not dropped and not self._orphans and not self._look:
+            return set()
+        store, pinned = self._run.store, self._pinned()
+        gone = {commit.id for commit in dropped} - pinned
+        # Record first: a crash after this line leaves a manifest and files that no commit names, never the reverse.
+        store.delete([records.commit_name(commit.number) for commit in dropped if commit.id in gone])
+        now = time.monotonic()
+        kept = [*live, *(commit for commit in dropped if commit.id in pinned)]
+        orphans = {name: self._orphans.get(name, now) for name in self._find_orphans(kept)}
+        due = [name for name, since in orphans.items() if now - since >= self._grace_s]
+        store.delete(sorted(due, key=lambda name: (not name.startswith(records.MANIFESTS), name)))  # manifests first
+        self._orphans = {name: since for name, since in orphans.items() if name not in set(due)}
+        self._files = {commit.id: self._files[commit.id] for commit in kept if commit.id in self._files}
+        self._look = False
+        return gone
+
+    def _find_orphans(self, live: Sequence[CommitRecord]) -> list[str]:
+        checkpoints = {commit.id for commit in live} | self._in_flight
+        named = set[str]()
+        for commit in live:
+            known = self._named_by(commit)
+            if known is None:
+                return []  # an unreadable manifest may name any file: better to keep too much
+            named |= known
+        listed = [*self._run.store.list(records.MANIFESTS), *self._run.store.list(records.SHARDS)]
+        return [
+            item.name
+            for item in listed
+            if item.name not in named and _checkpoint_of(item.name) not in checkpoints
+        ]
+
+    def _named_by(self, commit: CommitRecord) -> frozenset[str] | None:
+        if commit.id not in self._files:
+            try:
+                self._files[commit.id] = frozenset(file.name for file in self._run.manifest(commit).files)
+            except CorruptionError:
+                return None
+        return self._files[commit.id]
+
+    def _pinned(self) -> set[str]:
+        out: set[str] = set()
+        for item in self._run.store.list(records.PINS):
+            try:
+                pin = records.decode(item.name, self._run.store.get(item.name), PinRecord)
+            except ObjectMissingError:
+                continue
+            except CorruptionError:  # a pin that can't be read names no checkpoint
+                self._run.store.delete([item.name])
+                continue
+            if pin.expires > time.time():
+                out.add(pin.checkpoint)
+            else:
+                self._run.store.delete([item.name])
+        return out
+
+
+def _checkpoint_of(name: str) -> str:
+    """The checkpoint that a manifest or shard file was written for."""
+    if name.startswith(records.MANIFESTS):
+        return name.removeprefix(records.MANIFESTS).removesuffix(".json")
+    return name.removeprefix(records.SHARDS).split("/")[0]

@@ -1,0 +1,182 @@
+"""S3 when it is overloaded, slow or cut off: a real server behind a proxy that breaks chosen requests."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from rl_ckpt.errors import StorageError
+from rl_ckpt.store.base import ObjectExistsError, Store
+from rl_ckpt.store.urls import open_store
+from tests.s3_servers import S3Server
+from tests.store.contract import some_bytes
+from tests.store.faulty_proxy import Fault, Proxy, run_proxy
+
+LARGE_BYTES = 40_000_000
+
+
+@pytest.fixture
+def proxy(moto_server: S3Server) -> Iterator[Proxy]:
+    with run_proxy(moto_server) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def bucket(moto_server: S3Server) -> str:
+    return moto_server.new_bucket()
+
+
+@pytest.fixture
+def open_through(moto_server: S3Server, bucket: str, proxy: Proxy) -> Callable[..., Store]:
+    url = f"s3://{bucket}/{uuid.uuid4().hex}"
+
+    def opener(**options: Any) -> Store:
+        quick = {"retry_base_s": 0.001, "endpoint_url": proxy.url}
+        return open_store(url, moto_server.storage_options() | quick | options)
+
+    return opener
+
+
+@pytest.fixture
+def store(open_through: Callable[..., Store]) -> Store:
+    return open_through()
+
+
+def is_(method: str, *, having: str = "", lacking: str = "no such thing") -> Callable[[str, str], bool]:
+    return lambda m, path: m == method and having in path and lacking not in path
+
+
+TRANSIENT = [
+    pytest.param({"status": 503, "code": "SlowDown"}, id="503 SlowDown"),
+    pytest.param({"status": 500, "code": "InternalError"}, id="500"),
+    pytest.param({"status": 429, "code": "TooManyRequests"}, id="429"),
+    pytest.param({"status": 502, "code": ""}, id="502 from a gateway"),
+    pytest.param({"status": 400, "code": "RequestTimeout"}, id="RequestTimeout"),
+    pytest.param({"lose_reply": True}, id="connection cut"),
+]
+
+
+@pytest.mark.parametrize("what", TRANSIENT)
+def test_transient_failures_are_retried_and_counted(store: Store, proxy: Proxy, what: dict[str, Any]):
+    proxy.faults = [Fault(is_("PUT"), **what), Fault(is_("PUT"), **what), Fault(is_("GET"), **what)]
+    store.put("a", [b"x"])
+    assert store.get("a") == b"x"
+    assert store.stats.snapshot().retries == 3
+    assert proxy.faults == []
+
+
+@pytest.mark.parametrize("what", TRANSIENT)
+def test_each_request_of_an_upload_is_retried(store: Store, proxy: Proxy, what: dict[str, Any]):
+    proxy.faults = [
+        Fault(is_("POST", having="?uploads"), **what),
+        Fault(is_("PUT", having="partNumber=2"), **what),
+        Fault(is_("POST", having="uploadId="), **what),
+    ]
+    data = some_bytes(LARGE_BYTES)
+    store.put("a", [data])
+    assert store.get("a") == data
+    assert store.stats.snapshot().retries == 3
+
+
+@pytest.mark.parametrize("at", [0, 1, 100_000, 16 << 20])
+def test_a_body_cut_within_is_fetched_again(store: Store, proxy: Proxy, at: int):
+    data = some_bytes(LARGE_BYTES)
+    store.put("a", [data])
+    proxy.faults = [Fault(is_("GET"), cut_reply_after_bytes=at - 1 if at > 1 else at) for _ in range(2)]
+    back = bytearray(LARGE_BYTES)
+    store.read_into("a", [(0, memoryview(back))])
+    assert back == data
+    assert store.stats.snapshot().retries == 2
+    proxy.faults = [Fault(is_("GET"), cut_reply_after_bytes=at)]
+    assert store.get("a") == data
+    assert store.stats.snapshot().retries == 3
+
+
+def test_create_whose_reply_is_lost_says_that_the_object_exists(store: Store, proxy: Proxy):
+    proxy.faults = [Fault(is_("PUT"), lose_reply=True)]
+    with pytest.raises(ObjectExistsError):
+        store.create("commits/1", b"mine")
+    assert store.get("commits/1") == b"mine"
+
+
+def test_create_that_meets_another_under_way_tries_again(store: Store, proxy: Proxy):
+    proxy.faults = [Fault(is_("PUT"), status=409, code="ConditionalRequestConflict")]
+    store.create("commits/1", b"mine")
+    assert store.get("commits/1") == b"mine"
+    assert store.stats.snapshot().retries == 1
+
+
+@pytest.mark.parametrize("code", ["PreconditionFailed", ""])
+def test_create_knows_a_lost_race_by_status_alone(store: Store, proxy: Proxy, code: str):
+    proxy.faults = [Fault(is_("PUT"), status=412, code=code)]
+    with pytest.raises(ObjectExistsError):
+        store.create("commits/1", b"mine")
+    assert store.stats.snapshot().retries == 0
+
+
+def test_the_deadline_ends_the_retries_and_the_error_says_it_all(open_through: Callable[..., Store], proxy: Proxy):
+    store = open_through(retry_deadline_s=0.2)
+    proxy.faults = [Fault(is_("PUT"), status=503, code="SlowDown") for _ in range(10_000)]
+    with pytest.raises(StorageError) as told:
+        store.put("a", [b"x"])
+    retries = store.stats.snapshot().retries
+    assert f"PutObject of {store.url}/a at {proxy.url} failed after {retries + 1} tries in " in str(told.value)
+    assert "SlowDown (HTTP 503): as told" in str(told.value)
+    assert "raise storage_options['retry_deadline_s']" in str(told.value)
+    assert len(proxy.seen) == retries + 1 > 2
+
+
+@pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (400, "InvalidRequest"), (501, "NotImplemented")])
+def test_lasting_failures_are_told_at_once(store: Store, proxy: Proxy, status: int, code: str):
+    proxy.faults = [Fault(is_("PUT"), status=status, code=code)]
+    with pytest.raises(StorageError, match=rf"after 1 try .*{code} \(HTTP {status}\)"):
+        store.put("a", [b"x"])
+    assert len(proxy.seen) == 1
+
+
+def test_a_server_that_never_answers_is_given_up(open_through: Callable[..., Store], proxy: Proxy):
+    store = open_through(first_contact_s=0.1, config_kwargs={"read_timeout": 0.2})
+    proxy.faults = [Fault(is_("PUT"), hang=True) for _ in range(3)]
+    with pytest.raises(StorageError, match=r"PutObject of .*/a at .* failed after 1 try in .*Timeout"):
+        store.put("a", [b"x"])
+
+
+def test_an_upload_that_fails_for_good_is_aborted(open_through: Callable[..., Store], proxy: Proxy):
+    store = open_through(retry_deadline_s=0.05)
+    proxy.faults = [Fault(is_("PUT", having="partNumber=2"), status=503, code="SlowDown") for _ in range(1000)]
+    with pytest.raises(StorageError, match="UploadPart .*SlowDown"):
+        store.put("a", [bytes(LARGE_BYTES)])
+    assert [method for method, path in proxy.seen if "uploadId=" in path][-1] == "DELETE"
+    assert store.clean_partial(-2) == 0
+    assert store.list() == []
+
+
+def test_an_abort_that_fails_too_hides_nothing(open_through: Callable[..., Store], proxy: Proxy):
+    store = open_through()
+    proxy.faults = [
+        Fault(is_("PUT", having="partNumber=2"), status=403, code="AccessDenied"),
+        Fault(is_("DELETE"), status=403, code="AccessDenied"),
+    ]
+    with pytest.raises(StorageError, match="UploadPart .*AccessDenied"):
+        store.put("a", [bytes(LARGE_BYTES)])
+    assert store.clean_partial(-2) == 1
+
+
+def test_every_call_survives_one_bad_answer(store: Store, proxy: Proxy):
+    calls: list[Callable[[], object]] = [
+        lambda: store.put("a", [b"x"]),
+        lambda: store.create("b", b"x"),
+        lambda: store.get("a"),
+        lambda: store.read_into("a", [(0, memoryview(bytearray(1)))]),
+        store.list,
+        lambda: store.exists("a"),
+        lambda: store.delete(["a"]),
+        lambda: store.clean_partial(0),
+    ]
+    for number, call in enumerate(calls, 1):
+        proxy.faults = [Fault(lambda _method, _path: True, status=503, code="SlowDown")]
+        call()
+        assert store.stats.snapshot().retries == number
