@@ -9,6 +9,7 @@ own (its generator, its counter) goes to the actor of the same rank; actors beyo
 
 from __future__ import annotations
 
+import logging
 import sys
 import tempfile
 from typing import Any
@@ -58,7 +59,7 @@ def show(title: str, actors: list[Any]) -> None:
 
 def main(url: str) -> None:
     """Save four actors, restore three, then six."""
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     walker: Any = ray.remote(Walker)
     workers = [walker.remote(rank) for rank in range(4)]
     weights = ray.put(np.ones(1_000_000, dtype=np.float32))

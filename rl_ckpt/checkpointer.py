@@ -19,11 +19,8 @@ from rl_ckpt.options import Options, WhenBusy, check_step
 from rl_ckpt.pending import PendingSave
 from rl_ckpt.plan.match import match_all, view
 from rl_ckpt.plan.retention import KeepRule
-from rl_ckpt.state import leaves
-from rl_ckpt.state.arrays import UnsupportedLeafError
-from rl_ckpt.state.leaves import Json
 from rl_ckpt.state.tree import unflatten
-from rl_ckpt.store.committer import SaveRequest, info_of
+from rl_ckpt.store.committer import SaveRequest, encode_metrics, info_of
 from rl_ckpt.store.pins import pin
 from rl_ckpt.store.plain_save import PlainSaver
 from rl_ckpt.store.reader import load_leaves
@@ -325,7 +322,7 @@ class Checkpointer:
     def _request(self, step: int, metrics: Mapping[str, object] | None, tag: str | None) -> SaveRequest:
         if tag is not None and not (isinstance(tag, str) and tag):
             raise InvalidInputError(f"tag={tag!r} must be a string that is not empty")
-        return SaveRequest(check_step(step), _encode_metrics(metrics or {}), tag, self._parent)
+        return SaveRequest(check_step(step), encode_metrics(metrics or {}), tag, self._parent)
 
     def _running_service(self) -> Service:
         from rl_ckpt.runtime.service import Service
@@ -350,15 +347,3 @@ class Checkpointer:
         self._pending = [p for p in self._pending if not p.done()]
         if failures:
             raise failures[0]
-
-
-def _encode_metrics(metrics: Mapping[str, object]) -> dict[str, Json]:
-    out: dict[str, Json] = {}
-    for name, value in metrics.items():
-        if not isinstance(name, str):
-            raise InvalidInputError(f"metrics: the name {name!r} must be a string")
-        try:
-            out[name] = leaves.encode(value)
-        except UnsupportedLeafError as error:
-            raise InvalidInputError(f"metrics[{name!r}] must be a number or other plain value: {error}") from error
-    return out

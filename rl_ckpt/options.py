@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,13 +40,21 @@ class Options:
         Raises:
             InvalidInputError: A value is out of range; the message names it.
         """
-        for name in ("chunk_bytes", "file_bytes", "write_streams", "join_timeout_s", "write_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise InvalidInputError(f"{name}={getattr(self, name)!r} must be greater than 0")
-        if self.grace_s < 0:
-            raise InvalidInputError(f"grace_s={self.grace_s!r} must not be negative")
+        for name in ("chunk_bytes", "file_bytes", "write_streams"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InvalidInputError(f"{name}={value!r} must be an integer of at least 1")
+        for name in ("join_timeout_s", "write_timeout_s"):
+            if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
+                raise InvalidInputError(f"{name}={getattr(self, name)!r} must be a number of seconds greater than 0")
+        if not (_is_number(self.grace_s) and self.grace_s >= 0):
+            raise InvalidInputError(f"grace_s={self.grace_s!r} must be a number of seconds, 0 or more")
         if self.when_busy not in ("wait", "skip"):
             raise InvalidInputError(f"when_busy={self.when_busy!r} must be 'wait' or 'skip'")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def check_step(step: object) -> int:
@@ -54,9 +63,10 @@ def check_step(step: object) -> int:
     Raises:
         InvalidInputError: It is neither.
     """
-    if isinstance(step, bool) or not hasattr(step, "__index__"):
-        raise InvalidInputError(f"step={step!r} must be an int, not {type(step).__name__}")
-    value = int(step.__index__())
-    if value < 0:
-        raise InvalidInputError(f"step={value} must not be negative")
+    try:
+        value = -1 if isinstance(step, bool) else operator.index(step)  # type: ignore[arg-type]  # that is the question
+    except TypeError:
+        value = -1
+    if not 0 <= value < 2**63:
+        raise InvalidInputError(f"step={step!r} ({type(step).__name__}) must be an int from 0 to 2**63 - 1")
     return value

@@ -45,9 +45,9 @@ class PendingSave:
         try:
             info = self._future.result(timeout)
         except FutureTimeoutError as error:
-            if self._future.done():
+            if self._future.done():  # decided in this very moment, or the save itself ran into a timeout
                 self._seen = True
-                raise
+                return self._future.result()
             raise SaveTimeoutError(
                 f"step {self._step} is not committed after {timeout} s and is still being written; wait longer"
             ) from error

@@ -89,7 +89,8 @@ def run_ceph(*, store: str = "memstore", size_gb: int = 8) -> Iterator[S3Server]
 
     Args:
         store: `memstore` keeps objects in memory, `bluestore` in a file.
-        size_gb: Room for objects, in GiB.
+        size_gb: Room for objects, in GiB. What is replaced or deleted is given back some seconds later only, and
+            memstore does not stop at its limit: a load of many GiB can take all memory of the machine.
     """
     # Short: the path of a Unix socket, which the programs put into it, has at most 107 characters.
     with tempfile.TemporaryDirectory(prefix="ceph-", dir="/tmp") as name, _Processes(Path(name)) as processes:
@@ -158,7 +159,9 @@ class _Processes:
             time.sleep(0.05)
 
     def _said(self) -> str:
-        return "".join(f"\n--- {out.name}\n{out.read_text(errors='replace')[-2000:]}" for out in self._folder.glob("*.out"))
+        return "".join(
+            f"\n--- {out.name}\n{out.read_text(errors='replace')[-2000:]}" for out in self._folder.glob("*.out")
+        )
 
 
 def _answers(url: str) -> bool:
@@ -238,6 +241,8 @@ rgw_frontends = beast endpoint=127.0.0.1:{port}
 rgw_thread_pool_size = 64
 rgw_num_control_oids = 1
 rgw_gc_max_objs = 4
+rgw_gc_obj_min_wait = 2
+rgw_gc_processor_period = 2
 rgw_lc_max_objs = 2
 rgw_enable_ops_log = false
 rgw_enable_usage_log = false

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = run_job(config, say)
     except CheckpointError as error:
-        console.print(f"[red]the demo stopped:[/] {error}")
+        print(f"the demo stopped: {error}", file=sys.stderr)
         return 2 if isinstance(error, InvalidInputError) else 1
     show(result, console, out / "return.png")
     console.print(f"checkpoints: {config.url}", soft_wrap=True)

@@ -34,11 +34,11 @@ class Settings:
 
     hidden: int = 128
     """Width of both hidden layers of both networks."""
-    rate: float = 2e-4
+    rate: float = 1.5e-4
     """Adam's learning rate."""
-    gamma: float = 0.98
+    gamma: float = 0.99
     lam: float = 0.95
-    clip: float = 0.2
+    clip: float = 0.1
     entropy_coef: float = 0.005
     epochs: int = 6
     """Passes over each iteration's experience."""

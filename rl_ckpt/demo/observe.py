@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rl_ckpt import PerRank
 from rl_ckpt.demo.policy import Floats
 
 State = dict[str, Any]
@@ -65,7 +66,8 @@ def tree_digest(tree: object) -> str:
     """Digest of a tree of dicts, arrays and plain leaves.
 
     Args:
-        tree: Nested mappings with str keys; leaves are arrays or have a `repr` that tells their value.
+        tree: Nested mappings with str keys; leaves are arrays or have a `repr` that tells their value. A declaration
+            counts as what it wraps.
 
     Returns:
         16 hex digits, equal for trees that are equal in names, order, dtypes, shapes and values.
@@ -76,7 +78,9 @@ def tree_digest(tree: object) -> str:
 
 
 def _feed(digest: hashlib.blake2b, path: str, node: object) -> None:
-    if isinstance(node, Mapping):
+    if isinstance(node, PerRank):
+        _feed(digest, path, node.tree)
+    elif isinstance(node, Mapping):
         for key, child in node.items():
             _feed(digest, f"{path}/{key}", child)
     elif isinstance(node, np.ndarray):

@@ -14,7 +14,7 @@ class JobConfig:
 
     url: str
     """Where the checkpoints go: a folder or any fsspec URL, e.g. `s3://bucket/run`."""
-    iterations: int = 40
+    iterations: int = 36
     """Training steps of the whole job; one is a round of playing and a round of learning."""
     workers: int = 4
     """Rollout workers until the failure."""

@@ -15,6 +15,7 @@ import plotext
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rl_ckpt.demo.records import JobResult, SaveRecord
 
@@ -82,7 +83,7 @@ def saves_table(saves: Sequence[SaveRecord]) -> Table:
             f"{save.stall_s * 1e3:.0f}",
             f"{save.durable_s * 1e3:.0f}",
             f"{save.mean_return:.1f}",
-            f"[red]{save.error}" if save.error else "committed",
+            Text(save.error, style="red") if save.error else "committed",
         )
     return table
 
@@ -104,6 +105,8 @@ def terminal_plot(result: JobResult, width: int, height: int) -> str:
     figure.plot_size(width, height)
     figure.theme("colorless")
     figure.title("mean return over iterations")
+    # Lower right: the curve begins low on the left and ends high on the right.
+    figure.legend(x=width - 10, y=height - 5, ha="right", va="bottom")
     line = figure.signal(points.x, points.returns)
     line.lines()
     line.label("return")
@@ -151,7 +154,7 @@ def show(result: JobResult, console: Console, png: Path) -> None:
     """
     console.print(saves_table(result.saves))
     if not all(math.isnan(r.mean_return) for r in result.iterations):
-        console.print(terminal_plot(result, width=min(console.width, 100), height=18), markup=False, highlight=False)
+        console.print(terminal_plot(result, width=min(console.width, 80), height=18), markup=False, highlight=False)
     recovery = result.recovery
     if recovery is not None:
         console.print(
@@ -161,7 +164,7 @@ def show(result: JobResult, console: Console, png: Path) -> None:
             soft_wrap=True,
         )
     for check in result.checks:
-        mark = "[green]ok[/]" if check.passed else "[red]FAILED[/]"
-        console.print(f"{mark}  {check.name}" + (f" ({check.detail})" if check.detail else ""), soft_wrap=True)
+        mark = Text("ok", "green") if check.passed else Text("FAILED", "red")
+        console.print(mark, f" {check.name} ({check.detail})", soft_wrap=True, markup=False, highlight=False)
     write_png(result, png)
     console.print(f"plot: {png}", soft_wrap=True)

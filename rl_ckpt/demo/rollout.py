@@ -16,6 +16,7 @@ import numpy as np
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 from numpy.typing import NDArray
 
+from rl_ckpt import PerRank
 from rl_ckpt.demo.observe import ObservationFilter, tree_digest
 from rl_ckpt.demo.policy import Floats, Ints, Network, draw_actions, forward, log_softmax
 
@@ -155,21 +156,21 @@ class RolloutWorker:
         )
 
     def get_state(self) -> State:
-        """Everything this worker would need to go on as if nothing had happened."""
-        return {
-            "policy": dict(self._policy),
-            "filter": self._filter.get_state(),
-            "envs": self._envs.get_state(),
-            "episodes": self._episodes,
-            "rng": self._rng.bit_generator.state,
-        }
+        """Everything this worker would need to go on as if nothing had happened.
+
+        What every worker shares is found by its equal values. The rest is declared to be this worker's own, so that a
+        number that happens to be equal on two of them is not taken for something shared.
+        """
+        own = {"envs": self._envs.get_state(), "episodes": self._episodes, "rng": self._rng.bit_generator.state}
+        return {"policy": dict(self._policy), "filter": self._filter.get_state(), "own": PerRank(own)}
 
     def set_state(self, state: State) -> None:
-        """Go on from what `get_state` gave, here or in another process."""
+        """Go on from what a checkpoint kept of `get_state`, here or in another process."""
         self.set_policy(state["policy"], state["filter"])
-        self._envs.set_state(state["envs"])
-        self._episodes = state["episodes"]
-        self._rng.bit_generator.state = state["rng"]
+        own = state["own"]
+        self._envs.set_state(own["envs"])
+        self._episodes = own["episodes"]
+        self._rng.bit_generator.state = own["rng"]
 
     def digests(self) -> dict[str, str]:
         """Digest of each part of the state, to prove that a restore gave back what was saved."""

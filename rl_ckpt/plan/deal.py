@@ -24,7 +24,7 @@ class StageItem(msgspec.Struct, frozen=True, array_like=True):
     path: str
     box: Box
     offset: int
-    bytes: int
+    size_bytes: int
     digest: bytes
 
 

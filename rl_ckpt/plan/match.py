@@ -148,7 +148,9 @@ def match_state(
             out.grown.update({p: containers[p] for p in parents(target) if p in containers and _within(p, top)})
         elif path in seen.required:
             out.problems.unexpected.append(target)
-    _unfilled(out, nodes, Selector(select), {renamed(path, rename) for path in seen.elsewhere})
+    wanted = Selector(select)
+    _grow_empty(out, [renamed(path, rename) for path in seen.containers if wanted(path)], containers, nodes)
+    _unfilled(out, nodes, wanted, {renamed(path, rename) for path in seen.elsewhere})
     for path in _tied_apart(nodes, out):
         out.problems.mismatched[path] = "tied to another leaf here, but saved apart from it"
         del out.fills[path]
@@ -237,6 +239,17 @@ def _placeholder(path: str, nodes: Mapping[str, Node]) -> str | None:
     node = nodes[known[-1]]
     empty = isinstance(node, Container) and not node.keys
     return known[-1] if empty or _is_none(node) else None
+
+
+def _grow_empty(
+    out: Match, chosen: Sequence[str], containers: Mapping[str, Container], nodes: Mapping[str, Node]
+) -> None:
+    """Empty containers of the checkpoint where the worker has a placeholder: they hold no leaf that would bring them."""
+    for target in chosen:
+        if target in containers and not containers[target].keys:
+            top = target if target in nodes and _is_none(nodes[target]) else _placeholder(target, nodes)
+            if top == target or (top is not None and target not in nodes):
+                out.grown.update({p: containers[p] for p in [*parents(target), target] if p in containers and _within(p, top)})
 
 
 def _within(path: str, top: str | None) -> bool:

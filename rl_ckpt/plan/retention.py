@@ -31,7 +31,7 @@ class LatestN:
 
     def __post_init__(self) -> None:
         """Checks `n`: an integer of at least 1."""
-        if not isinstance(self.n, int) or self.n < 1:
+        if not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < 1:
             raise InvalidInputError(f"LatestN({self.n!r}): n must be an integer of at least 1; the newest is never deleted")
 
     def keep(self, commits: Sequence[CommitRecord]) -> set[str]:
@@ -47,7 +47,7 @@ class EveryNSteps:
 
     def __post_init__(self) -> None:
         """Checks `n`: an integer of at least 1."""
-        if not isinstance(self.n, int) or self.n < 1:
+        if not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < 1:
             raise InvalidInputError(f"EveryNSteps({self.n!r}): n must be an integer of at least 1")
 
     def keep(self, commits: Sequence[CommitRecord]) -> set[str]:

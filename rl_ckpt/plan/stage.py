@@ -33,7 +33,7 @@ def stage(flat: FlatTree, items: Sequence[StageItem], memory: memoryview) -> lis
     target = np.frombuffer(memory, np.uint8)
     digests, changed = [], []
     for item in items:
-        place = target[item.offset : item.offset + item.bytes]
+        place = target[item.offset : item.offset + item.size_bytes]
         place[:] = np.frombuffer(chunk_values(flat, item.path, item.box), np.uint8)
         digests.append(digest(place.data))
         if item.digest and digests[-1] != item.digest:

@@ -20,7 +20,7 @@ import numpy as np
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.state import cuda
 from rl_ckpt.state.boxes import Box, overlap, slices
-from rl_ckpt.state.dtypes import dtype_from_name, dtype_name
+from rl_ckpt.state.dtypes import ML_DTYPES, dtype_from_name, dtype_name
 
 Host = np.ndarray[Any, np.dtype[Any]]
 
@@ -140,7 +140,7 @@ def host_part(leaf: Any, kind: str, box: Box, have: Box) -> Host:
 def _numpy_of(tensor: Any) -> Host:
     """View of a CPU tensor. torch gives numpy no bfloat16 or float8, so those pass as integers of their width."""
     dtype = dtype_from_name(str(tensor.dtype).removeprefix("torch."))
-    if dtype.kind in "biufc":
+    if dtype.name not in ML_DTYPES:
         return np.asarray(tensor.numpy())
     torch = sys.modules["torch"]
     integers: Any = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
@@ -184,7 +184,7 @@ def _library(name: str) -> Any:
 
 
 def _tensor_over(host: Host, torch: Any) -> Any:
-    if host.dtype.kind in "biufc" and host.dtype.name != "bool":
+    if host.dtype.name not in ("bool", *ML_DTYPES):
         return torch.from_numpy(host)
     width = {1: np.uint8, 2: np.int16, 4: np.int32}[host.dtype.itemsize]
     return torch.from_numpy(host.view(width)).view(getattr(torch, host.dtype.name))
@@ -260,7 +260,8 @@ def memory_key(leaf: Any, kind: str) -> tuple[object, ...]:
     if kind == NUMPY:
         return (NUMPY, leaf.__array_interface__["data"][0], leaf.shape, leaf.strides, leaf.dtype.str, leaf.dtype.name)
     if kind in (TORCH, PARAMETER, FROZEN_PARAMETER):
-        return (kind, str(leaf.device), leaf.data_ptr(), tuple(leaf.shape), leaf.stride(), str(leaf.dtype), leaf.is_conj())
+        seen_as = (str(leaf.dtype), tuple(leaf.shape), leaf.stride(), leaf.is_conj(), leaf.is_neg())
+        return (kind, str(leaf.device), leaf.data_ptr(), *seen_as)
     return (kind, id(leaf))
 
 

@@ -46,7 +46,10 @@ def dtype_name(dtype: np.dtype[np.generic]) -> str | None:
         return dtype.str if dtype_from_name(dtype.str) == dtype else None
     if dtype.names is None:
         return None
-    name = "descr:" + json.dumps(np.lib.format.dtype_to_descr(dtype))
+    try:
+        name = "descr:" + json.dumps(np.lib.format.dtype_to_descr(dtype))
+    except ValueError:  # numpy has no description for fields that overlap or stand out of order
+        return None
     return name if dtype_from_name(name) == dtype else None
 
 

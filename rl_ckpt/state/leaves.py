@@ -23,6 +23,7 @@ Json = None | bool | int | float | str | list[Any] | dict[str, Any]
 """A JSON value. (msgspec takes no recursive alias, so the inside of lists and objects is not typed.)"""
 
 _SAFE_INT = 2**53
+_MISSING_STRINGS: dict[str, dict[str, Any]] = {"": {}, "none": {"na_object": None}, "nan": {"na_object": math.nan}}
 
 
 def encode(leaf: object) -> Json:
@@ -44,7 +45,7 @@ def encode(leaf: object) -> Json:
         return leaf if math.isfinite(leaf) else {"$": "float", "v": struct.pack("<d", leaf).hex()}
     if kind is str:
         assert isinstance(leaf, str)
-        return leaf if _is_utf8(leaf) else {"$": "str", "v": _b64(leaf.encode("utf-8", "surrogatepass"))}
+        return leaf if is_utf8(leaf) else {"$": "str", "v": _b64(leaf.encode("utf-8", "surrogatepass"))}
     if kind is bytes:
         assert isinstance(leaf, bytes)
         return {"$": "bytes", "v": _b64(leaf)}
@@ -72,14 +73,13 @@ def encode_strings(leaf: Any) -> Json:
     """An array of numpy's variable-width strings as JSON.
 
     Raises:
-        UnsupportedLeafError: Its missing-value object is neither absent, None nor NaN.
+        UnsupportedLeafError: Its dtype is another than `StringDType()` with None, NaN or nothing for missing values.
     """
-    missing = getattr(leaf.dtype, "na_object", "")
-    name = {"": "", "None": "none"}.get(str(missing))
-    if name is None and isinstance(missing, float) and math.isnan(missing):
-        name = "nan"
+    name = next((name for name, na in _MISSING_STRINGS.items() if np.dtypes.StringDType(**na) == leaf.dtype), None)
     if name is None:
-        raise UnsupportedLeafError(f"a StringDType array with na_object={missing!r}; use None or NaN for missing values")
+        raise UnsupportedLeafError(
+            f"an array of dtype {leaf.dtype!r}; use StringDType() or, for missing values, na_object=None or NaN"
+        )
     values: list[Json] = [encode(v) if isinstance(v, str) else None for v in leaf.ravel().tolist()]
     return {"$": "strings", "na": name, "shape": list(leaf.shape), "v": values}
 
@@ -174,7 +174,7 @@ def _encode_scalar(leaf: np.generic) -> Json:
 
 
 def _decode_strings(value: dict[str, Json]) -> Any:
-    na = {"": {}, "none": {"na_object": None}, "nan": {"na_object": math.nan}}[str(value["na"])]
+    na = _MISSING_STRINGS[str(value["na"])]
     items = value["v"]
     assert isinstance(items, list)
     flat = np.empty(len(items), np.dtypes.StringDType(**na))
@@ -187,5 +187,6 @@ def _b64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-def _is_utf8(text: str) -> bool:
-    return not any("\ud800" <= char <= "\udfff" for char in text) if not text.isascii() else True
+def is_utf8(text: str) -> bool:
+    """Whether a string can stand in a JSON file as it is (it has no lone surrogates)."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)

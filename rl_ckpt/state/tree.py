@@ -118,6 +118,9 @@ class _Walker:
             bad = [key for key in value if type(key) not in (str, int)]
             if bad:
                 raise UnsupportedLeafError(f"key {bad[0]!r} of type {type(bad[0]).__name__}; keys must be str or int")
+            broken = [key for key in value if type(key) is str and not leaves.is_utf8(key)]
+            if broken:
+                raise UnsupportedLeafError(f"key {broken[0]!r} holds a lone surrogate; keys must be valid Unicode text")
             self._container(path, value, kind.__name__, dict(value), declared)
         elif kind in (list, tuple):
             self._container(path, value, kind.__name__, dict(enumerate(value)), declared)

@@ -55,6 +55,8 @@ class CommitLog:
         self._known: dict[str, LogRecord] = {}  # records never change, so each is read once
         self._head = 0
         self._epoch = 0
+        self._unsettled: dict[str, LogRecord] = {}  # by write id: sent, outcome not learnt; one may yet land at head + 1
+        self._late: list[CommitRecord] = []
 
     @property
     def epoch(self) -> int:
@@ -95,7 +97,9 @@ class CommitLog:
         """The record, why it can't be read, or None where a sweep took it away meanwhile."""
         try:
             record: LogRecord = records.decode(
-                self._store.object_url(name), self._store.get(name), CommitRecord | EpochRecord  # type: ignore[arg-type]
+                self._store.object_url(name),
+                self._store.get(name),
+                CommitRecord | EpochRecord,  # type: ignore[arg-type]
             )
         except ObjectMissingError:
             return None
@@ -162,11 +166,26 @@ class CommitLog:
             "to one run. Give each its own url"
         )
 
+    def take_late(self) -> list[CommitRecord]:
+        """Commits of this process whose outcome was unknown and that turned out to have landed, since the last call."""
+        late, self._late = self._late, []
+        return late
+
+    def overtaken(self) -> bool:
+        """Whether the log holds records that this process does not know: another coordinator may own the run by now.
+
+        Raises:
+            StorageError: The store failed.
+        """
+        numbers = [records.commit_number(item.name) for item in self._store.list(records.COMMITS)]
+        return any(number is not None and number > self._head for number in numbers)
+
     def _append(self, make: Callable[[int, str], LogRecord]) -> LogRecord | None:
         """Creates record head + 1; returns the record that stands there where the race was lost."""
         number, write_id = self._head + 1, uuid.uuid4().hex
         name, record = records.commit_name(number), make(number, write_id)
         data = records.encode(record)
+        self._unsettled[write_id] = record  # from here on it may land, whatever this process learns of it
         for _ in range(_APPEND_TRIES):
             failure: StorageError | None = None
             try:
@@ -180,14 +199,26 @@ class CommitLog:
             found = self._read_back(name, failure)
             if found is None:  # it did not land, or a sweep removed another's record: try again
                 continue
-            if found.write_id != write_id:
+            if found.write_id == write_id:
+                break
+            if found.write_id not in self._unsettled:
+                del self._unsettled[write_id]
                 return found
-            break
+            if isinstance(found, CommitRecord):  # an earlier one of our own, of which no answer came: go on after it
+                self._late.append(found)
+            self._landed(found)
+            return self._append(make)
         else:
-            raise CommitUnknownError(f"{name} could not be created in {_APPEND_TRIES} tries, nor was it there: see the store")
-        self._head = number
-        self._known[name] = record
+            raise CommitUnknownError(
+                f"{name} could not be created in {_APPEND_TRIES} tries, nor was it there: see the store"
+            )
+        self._landed(record)
         return None
+
+    def _landed(self, record: LogRecord) -> None:
+        self._head = record.number
+        self._known[records.commit_name(record.number)] = record
+        self._unsettled.clear()  # all of them were for this number, which is taken now
 
     def _read_back(self, name: str, failure: StorageError | None) -> LogRecord | None:
         """What stands at `name` after a create that did not say it succeeded."""
@@ -203,5 +234,3 @@ class CommitLog:
         if found is None and failure is not None:
             raise failure
         return found
-
-

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rl_ckpt.errors import CorruptionError, InvalidInputError
+from rl_ckpt.errors import CommitUnknownError, CorruptionError, InvalidInputError, StorageError
 from rl_ckpt.format import manifest as manifests
 from rl_ckpt.format import records
 from rl_ckpt.format.digest import digest
@@ -22,6 +22,7 @@ from rl_ckpt.info import CheckpointInfo
 from rl_ckpt.plan.deal import SavePlan, Stored, Written, entries, stored_chunks
 from rl_ckpt.plan.retention import KeepRule, to_drop
 from rl_ckpt.state import leaves
+from rl_ckpt.state.arrays import UnsupportedLeafError
 from rl_ckpt.state.leaves import Json
 from rl_ckpt.store.run import Run, lineage, who
 from rl_ckpt.store.sweep import Sweeper
@@ -53,6 +54,8 @@ class Committer:
         log = run.log.claim(who())
         self._commits = list(log.commits)
         self._sweeper = Sweeper(run, grace_s)
+        self._open: dict[str, int] = {}  # attempts that are neither committed nor abandoned, with their steps
+        self._unsettled: set[str] = set()  # attempts whose commit record was sent and may yet land
         self._stored: Stored | None = None
 
     @property
@@ -60,11 +63,12 @@ class Committer:
         """All commits of the run, oldest first."""
         return self._commits
 
-    def attempt(self, request: SaveRequest) -> str:
+    def attempt(self, request: SaveRequest) -> tuple[str, Stored]:
         """Checks a request and names its checkpoint.
 
         Returns:
-            A new id, `<step>-<attempt>`.
+            A new id, `<step>-<attempt>`, and the chunks of the newest checkpoint, which the save need not write again. Their
+            files are kept from the sweep until the attempt is committed or abandoned.
 
         Raises:
             InvalidInputError: The step is committed already in this line of checkpoints.
@@ -76,25 +80,33 @@ class Committer:
                 f"step {request.step} is committed already as {twice.id} in {self.run.store.url}; save a later step, or "
                 f"restore a checkpoint before it first (then the new one starts another branch)"
             )
+        if request.parent is None and request.step in self._open.values():
+            raise InvalidInputError(f"step {request.step} is being saved already; save a later step")
         checkpoint = f"{request.step}-{uuid.uuid4().hex[:12]}"
-        self._sweeper.protect(checkpoint)
-        return checkpoint
+        stored = self._stored_now()
+        self._sweeper.protect(checkpoint, {file.name for file, _ in stored.values()})
+        self._open[checkpoint] = request.step
+        return checkpoint, stored
 
     def _line(self, parent: str | None) -> set[str]:
         """Ids of the checkpoint that the job continues and its ancestors."""
         start = next((c for c in self._commits if c.id == parent), self._commits[-1] if self._commits else None)
         return {start.id, *lineage(start, self._commits)} if start else set()
 
-    def stored(self) -> Stored:
-        """Chunks that the newest checkpoint holds, which a save need not write again."""
+    def _stored_now(self) -> Stored:
         if self._stored is None:
-            self._stored = {}
-            if self._commits:
-                try:
-                    self._stored = stored_chunks(self.run.manifest(self._commits[-1]))
-                except CorruptionError:
-                    self._stored = {}  # nothing to refer to: this save writes everything, and stands by itself
+            try:
+                self._stored = (
+                    self._intact(stored_chunks(self.run.manifest(self._commits[-1]))) if self._commits else {}
+                )
+            except CorruptionError:
+                self._stored = {}  # nothing to refer to: this save writes everything, and stands by itself
         return self._stored
+
+    def _intact(self, stored: Stored) -> Stored:
+        """Leaves out chunks whose file is gone or cut short: a new checkpoint must not lean on those."""
+        sizes = {item.name: item.size_bytes for item in self.run.store.list(records.SHARDS)}
+        return {key: value for key, value in stored.items() if sizes.get(value[0].name) == value[0].bytes}
 
     def commit(
         self,
@@ -142,11 +154,25 @@ class Committer:
             )
 
         # Commit record last: a crash before this line leaves orphans for the sweep, never half a checkpoint.
-        record = self.run.log.commit(make)
+        try:
+            record = self.run.log.commit(make)
+        except (StorageError, CommitUnknownError):
+            # The record may still land, until another stands in its place: until then its files are no orphans.
+            self._unsettled.add(checkpoint)
+            raise
+        self._settle()
         self._commits.append(record)
         self._stored = stored_chunks(manifest)
         self._sweeper.committed(manifest)
+        self._open.pop(checkpoint, None)
         return record
+
+    def _settle(self) -> None:
+        """Takes up commits that landed although they had seemed to fail; the others can't land any more."""
+        self._commits.extend(self.run.log.take_late())
+        for checkpoint in self._unsettled:
+            self._sweeper.release(checkpoint)
+        self._unsettled.clear()
 
     def tidy(self) -> None:
         """Retention and sweep: drops the checkpoints that no rule keeps, then files that no checkpoint names.
@@ -162,8 +188,9 @@ class Committer:
         self._commits = [commit for commit in self._commits if commit.id not in gone]
 
     def abandon(self, checkpoint: str) -> None:
-        """Says that an attempt will not be committed: its files are orphans from now on."""
-        self._sweeper.release(checkpoint)
+        """Says that an attempt will not be committed: its files are orphans from now on. One that is committed stays so."""
+        if self._open.pop(checkpoint, None) is not None and checkpoint not in self._unsettled:
+            self._sweeper.release(checkpoint)
 
     def info(self, record: CommitRecord) -> CheckpointInfo:
         """A commit as callers see it."""
@@ -210,3 +237,20 @@ def info_of(run: Run, record: CommitRecord, commits: Sequence[CommitRecord], **t
         world_size=record.world_size,
         **times,
     )
+
+
+def encode_metrics(metrics: Mapping[str, object]) -> dict[str, Json]:
+    """Metrics for a commit record.
+
+    Raises:
+        InvalidInputError: A name is no string, or a value no plain data.
+    """
+    out: dict[str, Json] = {}
+    for name, value in metrics.items():
+        if not isinstance(name, str):
+            raise InvalidInputError(f"metrics: the name {name!r} must be a string")
+        try:
+            out[name] = leaves.encode(value)
+        except UnsupportedLeafError as error:
+            raise InvalidInputError(f"metrics[{name!r}] must be a number or other plain value: {error}") from error
+    return out

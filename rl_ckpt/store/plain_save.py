@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from rl_ckpt.errors import SaveSkippedError, StorageError
+from rl_ckpt.errors import CheckpointError, SaveSkippedError
 from rl_ckpt.info import CheckpointInfo
 from rl_ckpt.options import Options
 from rl_ckpt.plan.deal import SavePlan, deal
@@ -38,6 +38,8 @@ class _Staged:
     checkpoint: str
     request: SaveRequest
     plan: SavePlan
+    buffer: np.ndarray[Any, np.dtype[np.uint8]]
+    """The generation of staging memory, of which `memory` is the part in use."""
     memory: memoryview
     digests: dict[tuple[str, int], bytes]
     begun: float
@@ -56,7 +58,9 @@ class PlainSaver:
         self._run = run
         self._options = options
         self._committer = Committer(run, keep, options.grace_s)
-        self._lock = threading.Lock()  # the committer is used by the caller (attempt) and by the writing thread (commit)
+        self._lock = (
+            threading.Lock()
+        )  # the committer is used by the caller (attempt) and by the writing thread (commit)
         self._buffers: queue.Queue[np.ndarray[Any, np.dtype[np.uint8]]] = queue.Queue()
         for _ in range(_GENERATIONS):
             self._buffers.put(np.empty(0, np.uint8))
@@ -80,11 +84,12 @@ class PlainSaver:
         begun = time.monotonic()
         flat = flatten(tree, self._options.allow_pickle)
         buffer = self._buffer()
+        checkpoint = ""
         try:
             inventory = take_inventory(flat, self._options.chunk_bytes, 0, 1)
             merged = merge([inventory], self._options.chunk_bytes)
             with self._lock:
-                checkpoint, stored = self._committer.attempt(request), self._committer.stored()
+                checkpoint, stored = self._committer.attempt(request)
             plan = deal(merged, [_SERVER], checkpoint, stored, self._options.write_streams, self._options.file_bytes)
             size = plan.staged_bytes.get(_SERVER, 0)
             if len(buffer) < size:
@@ -93,11 +98,10 @@ class PlainSaver:
             found = stage(flat, plan.stage[0], memory)
             digests = {(_SERVER, item.offset): d for item, d in zip(plan.stage[0], found, strict=True)}
         except BaseException:
-            self._buffers.put(buffer)
+            self._give_back(checkpoint, buffer)
             raise
-        staged = _Staged(checkpoint, request, plan, memory, digests, begun, time.monotonic() - begun)
+        staged = _Staged(checkpoint, request, plan, buffer, memory, digests, begun, time.monotonic() - begun)
         job = self._writer.submit(self._write, staged)
-        job.add_done_callback(lambda _: self._buffers.put(buffer))
         self._writer.submit(self._tidy)
         return job
 
@@ -120,20 +124,22 @@ class PlainSaver:
                     staged.checkpoint, staged.request, plan, {_SERVER: written}, staged.digests
                 )
                 durable_s = time.monotonic() - staged.begun
-                return info_of(
-                    self._run, record, self._committer.commits, stall_s=staged.stall_s, durable_s=durable_s
-                )
-        except BaseException:
-            with self._lock:
-                self._committer.abandon(staged.checkpoint)
-            raise
+                return info_of(self._run, record, self._committer.commits, stall_s=staged.stall_s, durable_s=durable_s)
+        finally:  # before the result is known: who waited for it finds the memory free
+            self._give_back(staged.checkpoint, staged.buffer)
+
+    def _give_back(self, checkpoint: str, buffer: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        """Frees a generation, and gives an attempt up unless it was committed."""
+        with self._lock:
+            self._committer.abandon(checkpoint)
+        self._buffers.put(buffer)
 
     def _tidy(self) -> None:
         try:
             with self._lock:
                 self._committer.tidy()
             self.sweep_failure = None
-        except StorageError as error:  # the checkpoint is committed; the next call of the user says what is left to do
+        except CheckpointError as error:  # the checkpoint is committed; the next call of the user says what is left to do
             self.sweep_failure = str(error)
 
     def close(self) -> None:

@@ -136,7 +136,9 @@ def _fetch(
     try:
         store.read_into(name, [(chunk.offset, place) for (_, chunk), (place, _) in zip(chunks, places, strict=True)])
     except ObjectMissingError as error:
-        raise CorruptionError(f"{store.object_url(name)} is missing, though checkpoint {manifest.id} names it") from error
+        raise CorruptionError(
+            f"{store.object_url(name)} is missing, though checkpoint {manifest.id} names it"
+        ) from error
     for (index, chunk), (place, direct) in zip(chunks, places, strict=True):
         check(chunk_name(manifest, chunk, store), place, bytes.fromhex(chunk.digest))
         if not direct:
@@ -152,9 +154,7 @@ def _destination(manifest: Manifest, index: int, chunk: Chunk, out: Mapping[int,
     return memoryview(bytearray(chunk.bytes)), False
 
 
-def load_leaves(
-    store: Store, manifest: Manifest, match: Match, allow_pickle: bool, as_numpy: bool
-) -> dict[str, Any]:
+def load_leaves(store: Store, manifest: Manifest, match: Match, allow_pickle: bool, as_numpy: bool) -> dict[str, Any]:
     """Reads the leaves that a match chose.
 
     Args:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 from botocore.exceptions import ClientError
@@ -40,6 +41,8 @@ _MAX_PARTS = 10_000
 _SPAN_BYTES = 16 << 20
 _GAP_BYTES = 256 << 10
 _AT_ONCE = 16
+_ABORT = RetryPolicy(retry_deadline_s=10.0)
+"""Not the caller's: after a failure that used up its deadline the clean-up still gets a fair try, and no more."""
 
 
 class S3Store(Store):
@@ -127,9 +130,11 @@ class S3Store(Store):
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self._connection.run(coroutine)
 
-    async def _request(self, operation: str, name: str, attempt: Callable[[], Awaitable[T]]) -> T:
+    async def _request(
+        self, operation: str, name: str, attempt: Callable[[], Awaitable[T]], policy: RetryPolicy | None = None
+    ) -> T:
         """Try until it succeeds, fails for good or the deadline has passed; errors come out as this floor's."""
-        tries = Tries(self._policy)
+        tries = Tries(policy or self._policy)
         while True:
             try:
                 return await attempt()
@@ -199,7 +204,8 @@ class S3Store(Store):
 
     async def _abort(self, name: str, upload: dict[str, str]) -> None:
         try:
-            await self._api("AbortMultipartUpload", name, "abort_multipart_upload", **upload)
+            call = partial(self._connection.call, "abort_multipart_upload", **upload)
+            await self._request("AbortMultipartUpload", name, call, _ABORT)
         except (ObjectMissingError, CheckpointError):
             return  # The failure that led here is what the caller must hear; clean_partial removes what is left.
 

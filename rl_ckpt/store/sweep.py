@@ -26,22 +26,22 @@ class Sweeper:
         self._run = run
         self._grace_s = grace_s
         self._files: dict[str, frozenset[str]] = {}  # by checkpoint: the shard files that its manifest names
-        self._in_flight: set[str] = set()
+        self._in_flight: dict[str, set[str]] = {}  # by checkpoint: files of older ones that it will name
         self._orphans: dict[str, float] = {}  # name → when it was first seen as one, by this process's clock
         self._look = True  # whether there may be orphans that nobody has seen: at first, what a killed writer left
 
-    def protect(self, checkpoint: str) -> None:
-        """Says that files of `checkpoint` are being written."""
-        self._in_flight.add(checkpoint)
+    def protect(self, checkpoint: str, files: set[str]) -> None:
+        """Says that files of `checkpoint` are being written, and that it will name `files` of older ones."""
+        self._in_flight[checkpoint] = files
 
     def committed(self, manifest: Manifest) -> None:
         """Says that `manifest` is committed."""
         self._files[manifest.id] = frozenset(file.name for file in manifest.files)
-        self._in_flight.discard(manifest.id)
+        self._in_flight.pop(manifest.id, None)
 
     def release(self, checkpoint: str) -> None:
         """Says that an attempt was given up."""
-        self._in_flight.discard(checkpoint)
+        self._in_flight.pop(checkpoint, None)
         self._look = True
 
     def sweep(self, dropped: Sequence[CommitRecord], live: Sequence[CommitRecord]) -> set[str]:
@@ -52,7 +52,8 @@ class Sweeper:
             live: All others, oldest first.
 
         Returns:
-            Ids of the checkpoints that are gone; those that a pin holds are not among them.
+            Ids of the checkpoints that are gone; those that a pin holds are not among them. None where another
+            coordinator owns the run: what may go is its decision.
 
         Raises:
             StorageError: The store failed; nothing live is harmed, and the next sweep goes on.
@@ -61,11 +62,14 @@ class Sweeper:
             return set()
         store, pinned = self._run.store, self._pinned()
         gone = {commit.id for commit in dropped} - pinned
-        # Record first: a crash after this line leaves a manifest and files that no commit names, never the reverse.
-        store.delete([records.commit_name(commit.number) for commit in dropped if commit.id in gone])
         now = time.monotonic()
         kept = [*live, *(commit for commit in dropped if commit.id in pinned)]
         orphans = {name: self._orphans.get(name, now) for name in self._find_orphans(kept)}
+        # After the listing: a newer coordinator's files look like orphans here, but its epoch record came before them.
+        if self._run.log.overtaken():
+            return set()
+        # Record first: a crash after this line leaves a manifest and files that no commit names, never the reverse.
+        store.delete([records.commit_name(commit.number) for commit in dropped if commit.id in gone])
         due = [name for name, since in orphans.items() if now - since >= self._grace_s]
         store.delete(sorted(due, key=lambda name: (not name.startswith(records.MANIFESTS), name)))  # manifests first
         self._orphans = {name: since for name, since in orphans.items() if name not in set(due)}
@@ -74,19 +78,15 @@ class Sweeper:
         return gone
 
     def _find_orphans(self, live: Sequence[CommitRecord]) -> list[str]:
-        checkpoints = {commit.id for commit in live} | self._in_flight
-        named = set[str]()
+        checkpoints = {commit.id for commit in live} | self._in_flight.keys()
+        named = set[str]().union(*self._in_flight.values())
         for commit in live:
             known = self._named_by(commit)
             if known is None:
                 return []  # an unreadable manifest may name any file: better to keep too much
             named |= known
         listed = [*self._run.store.list(records.MANIFESTS), *self._run.store.list(records.SHARDS)]
-        return [
-            item.name
-            for item in listed
-            if item.name not in named and _checkpoint_of(item.name) not in checkpoints
-        ]
+        return [item.name for item in listed if item.name not in named and _checkpoint_of(item.name) not in checkpoints]
 
     def _named_by(self, commit: CommitRecord) -> frozenset[str] | None:
         if commit.id not in self._files:

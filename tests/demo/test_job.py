@@ -39,7 +39,8 @@ def test_the_job_loses_a_node_and_goes_on_with_another_number_of_workers(
     with Checkpointer(url) as ckpt:
         infos = ckpt.checkpoints()
     assert [info.step for info in infos] == [4, 8, 12]
-    assert all(info.metrics["return"] > 0 for info in infos)
+    returns = [info.metrics["return"] for info in infos]
+    assert all(isinstance(value, float) and value > 10 for value in returns)
     # The policy is on every actor and stored once; the learner's own part, with Adam's moments, is most of the bytes.
     assert all(info.bytes_written > 400_000 for info in infos)
 
@@ -49,8 +50,8 @@ def test_a_url_in_use_is_refused_before_anything_is_trained(tmp_path: Path) -> N
         ckpt.save_state(1, {"a": 1}).result()
     done = run_demo("--url", str(tmp_path / "run"), "--out", str(tmp_path))
     assert done.returncode == 2
-    assert "already holds checkpoints" in done.stdout
-    assert "step    1" not in done.stdout
+    assert "already holds checkpoints" in done.stderr
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize("args", [["--workers", "0"], ["--iterations", "4", "--save-every", "4"]])

@@ -113,7 +113,7 @@ def test_a_run_passes_only_if_it_recovered_and_all_checks_hold(
     assert found.passed is passed
 
 
-@pytest.mark.parametrize(("iterations", "save_every"), [(40, 4), (8, 4), (6, 2), (9, 3), (4, 1)])
+@pytest.mark.parametrize(("iterations", "save_every"), [(36, 4), (8, 4), (6, 2), (9, 3), (4, 1)])
 def test_the_failure_comes_after_a_save_and_before_the_end(iterations: int, save_every: int) -> None:
     config = JobConfig(url="", iterations=iterations, save_every=save_every)
     assert save_every <= config.fail_at < iterations

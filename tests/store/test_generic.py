@@ -65,7 +65,9 @@ def test_transient_failures_are_retried_and_counted(store: Store):
 def test_lasting_failures_are_told_at_once(store: Store, error: Exception):
     store.put("a", [b"x"])
     again = failing(store, [error])
-    with pytest.raises(StorageError, match=rf"get of {store.url}/a failed after 1 try .*{type(error).__name__}") as told:
+    with pytest.raises(
+        StorageError, match=rf"get of {store.url}/a failed after 1 try .*{type(error).__name__}"
+    ) as told:
         again.get("a")
     assert told.value.__cause__ is error
 
@@ -79,7 +81,7 @@ def test_the_deadline_ends_the_retries(store: Store):
 
 
 def test_options_that_do_not_fit(tmp_path: Path):
-    with pytest.raises(InvalidInputError, match="retry_deadline_s.*must be seconds"):
+    with pytest.raises(InvalidInputError, match=r"retry_deadline_s.*must be seconds"):
         FsspecStore(f"file://{tmp_path}", {"retry_deadline_s": "soon"})
     with pytest.raises(InvalidInputError, match="cannot open sftp://nowhere"):
         FsspecStore("sftp://nowhere/x", {"port": "not a port"})

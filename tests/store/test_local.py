@@ -130,7 +130,11 @@ class TestErrors:
     def test_not_writable(self, store: LocalStore, tmp_path: Path):
         store.put("there", [b"x"])
         with unprivileged(tmp_path):
-            for call in (lambda: store.put("a", [b"x"]), lambda: store.create("b", b"x"), lambda: store.delete(["there"])):
+            for call in (
+                lambda: store.put("a", [b"x"]),
+                lambda: store.create("b", b"x"),
+                lambda: store.delete(["there"]),
+            ):
                 with pytest.raises(InvalidInputError, match=rf"Permission denied.*Make {store.root} writable for uid"):
                     call()
             assert store.get("there") == b"x"
@@ -139,7 +143,7 @@ class TestErrors:
     def test_not_readable(self, store: LocalStore, tmp_path: Path):
         store.put("there", [b"x"])
         Path(store.root, "there").chmod(0)
-        with unprivileged(tmp_path), pytest.raises(StorageError, match="get of .*there failed: Permission denied"):
+        with unprivileged(tmp_path), pytest.raises(StorageError, match=r"get of .*there failed: Permission denied"):
             store.get("there")
 
     def test_name_too_long(self, store: Store):
@@ -155,7 +159,7 @@ class TestErrors:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
         try:
-            with pytest.raises(StorageError, match="put of .*big failed: File too large"):
+            with pytest.raises(StorageError, match=r"put of .*big failed: File too large"):
                 store.put("big", [bytes(3 << 20)])
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -189,7 +193,7 @@ class TestFullDisk:
         free = store.free_bytes()
         assert free is not None
         store.put("filler", [bytes(free)])
-        with pytest.raises(StorageError, match="disk full: create of .*commits/1 needs 9000 bytes"):
+        with pytest.raises(StorageError, match=r"disk full: create of .*commits/1 needs 9000 bytes"):
             store.create("commits/1", bytes(9000))
         assert [o.name for o in store.list()] == ["filler"]
 

@@ -1,0 +1,331 @@
+"""The coordinator: one detached actor per run, which moves metadata only.
+
+The shell around two pure state machines: it turns messages into their events and carries out their instructions. It keeps nothing
+that storage does not also tell. It opens the run for writing (and so fences older coordinators) at its first save, so that jobs
+that only restore take nothing over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+import ray
+
+from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptionError, StorageError
+from rl_ckpt.format import manifest as manifests
+from rl_ckpt.format import records
+from rl_ckpt.format.manifest import Manifest
+from rl_ckpt.runtime import restore_machine as rm
+from rl_ckpt.runtime import save_machine as sm
+from rl_ckpt.runtime.messages import (
+    Failure,
+    FetchDone,
+    JoinSave,
+    Lost,
+    Matched,
+    Ok,
+    OpenRestore,
+    Reserve,
+    Reserved,
+    SaveDone,
+    SaveOutcome,
+    Staged,
+    Verified,
+    WriteDone,
+    decode,
+    encode,
+)
+from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
+from rl_ckpt.store.committer import Committer, info_of
+from rl_ckpt.store.run import Run
+
+_OUTCOMES_KEPT = 256
+
+
+class Coordinator:
+    """See the module. Made by `service.start`."""
+
+    def __init__(self, spec: RunSpec) -> None:
+        """Ready at once: the store is opened when it is first needed."""
+        self._spec = spec
+        self._saves = sm.SaveMachine(spec.options)
+        self._restores = rm.RestoreMachine(spec.options)
+        self._waiting: dict[tuple[str, int], list[asyncio.Future[bytes]]] = {}
+        self._outcomes: OrderedDict[str, asyncio.Future[SaveOutcome]] = OrderedDict()
+        self._servers: dict[str, Any] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._committing = ThreadPoolExecutor(1, "rl_ckpt-commit")  # the committer is for one thread
+        self._reading = ThreadPoolExecutor(4, "rl_ckpt-read")
+        self._committer: Committer | None = None
+        self._reader: Run | None = None
+        self._notice = ""
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._counts = {"messages": 0, "bytes_in": 0, "bytes_out": 0, "largest": 0}
+
+    # What workers call. Every message in and every reply out is counted.
+
+    async def join_save(self, data: bytes) -> bytes:
+        """A rank takes part in a save; the reply says what it stages."""
+        message = self._read(data, JoinSave)
+        self._servers.setdefault(message.server, None)
+        self._idle.clear()
+        return await self._answer(message.key, message.rank, lambda: self._saves.join(message))
+
+    async def staged(self, data: bytes) -> None:
+        """A rank has staged."""
+        message = self._read(data, Staged)
+        self._do(self._saves.staged(message.key, message.rank, message.digests, message.stall_s))
+
+    async def lost_save(self, data: bytes) -> None:
+        """A rank can't go on with a save."""
+        message = self._read(data, Lost)
+        self._do(self._saves.lost(message.key, message.rank, message.world_size, message.failure))
+
+    async def wait_save(self, checkpoint: str) -> bytes:
+        """Answers once the save of `checkpoint` is decided."""
+        outcome = self._outcomes.get(checkpoint)
+        if outcome is None:
+            text = f"nothing is known here of the save of {checkpoint}: the coordinator was restarted meanwhile"
+            return encode(Failure.of(CheckpointNotFoundError(text)))
+        return self._reply(await asyncio.shield(outcome))
+
+    async def open_restore(self, data: bytes) -> bytes:
+        """A rank takes part in a restore; the reply is the checkpoint to try."""
+        message = self._read(data, OpenRestore)
+        return await self._answer(message.key, message.rank, lambda: self._restores.open(message))
+
+    async def match(self, data: bytes) -> bytes:
+        """A rank says what it needs; the reply says where it is."""
+        message = self._read(data, Matched)
+        self._servers.setdefault(message.server, None)
+        return await self._answer(message.key, message.rank, lambda: self._restores.match(message))
+
+    async def verified(self, data: bytes) -> bytes:
+        """A rank has verified; the reply says whether all have."""
+        message = self._read(data, Verified)
+        return await self._answer(message.key, message.rank, lambda: self._restores.verify(message))
+
+    async def applied(self, key: str, rank: int) -> None:
+        """A rank has set its state."""
+        self._do(self._restores.applied(key, rank))
+
+    async def lost_restore(self, data: bytes) -> None:
+        """A rank can't go on with a restore."""
+        message = self._read(data, Lost)
+        self._do(self._restores.lost(message.key, message.rank, message.world_size, message.failure))
+
+    async def stats(self) -> dict[str, int]:
+        """Control messages so far, in number and bytes, for tests and metrics."""
+        return dict(self._counts)
+
+    async def servers(self) -> list[str]:
+        """Names of the shard servers that took part so far."""
+        return sorted(name for name in self._servers if name)
+
+    async def drain(self) -> bytes:
+        """Answers once no save is under way and the sweep is done."""
+        await self._idle.wait()
+        await asyncio.get_running_loop().run_in_executor(self._committing, lambda: None)
+        return encode(Ok())
+
+    # The shell.
+
+    def _read(self, data: bytes, kind: Any) -> Any:
+        self._counts["messages"] += 1
+        self._counts["bytes_in"] += len(data)
+        self._counts["largest"] = max(self._counts["largest"], len(data))
+        return decode(data, kind)
+
+    def _reply(self, message: msgspec.Struct) -> bytes:
+        data = encode(message)
+        self._counts["bytes_out"] += len(data)
+        self._counts["largest"] = max(self._counts["largest"], len(data))
+        return data
+
+    async def _answer(self, key: str, rank: int, event: Callable[[], Iterable[Any]]) -> bytes:
+        """Feeds an event, and waits until the machine answers this rank."""
+        future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault((key, rank), []).append(future)
+        self._do(event())
+        return await future
+
+    def _do(self, instructions: Iterable[Any]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case sm.Order(key, rank, reply) | rm.Answer(key, rank, reply):
+                    for future in self._waiting.pop((key, rank), []):
+                        if not future.done():
+                            future.set_result(self._reply(reply))
+                    if isinstance(reply, sm.SaveOrders) and reply.checkpoint not in self._outcomes:
+                        self._outcomes[reply.checkpoint] = asyncio.get_running_loop().create_future()
+                case sm.Name(key, request):
+                    self._spawn(self._name(key, request), key, self._saves.failed)
+                case sm.ReserveMemory(key, server, generation, size):
+                    self._spawn(self._reserve(key, server, generation, size), key, self._saves.failed)
+                case sm.Write(key, server, order):
+                    self._spawn(self._write(key, server, encode(order)), key, self._saves.failed)
+                case sm.Commit(key, save):
+                    self._spawn(self._commit(key, save), key, self._saves.failed)
+                case sm.Finish(_, outcome, checkpoint):
+                    self._finish(outcome, checkpoint)
+                case sm.Arm(key, state, seconds):
+                    self._later(seconds, lambda k=key, s=state: self._saves.timed_out(k, s))
+                case rm.Load(key, step, tried):
+                    self._spawn(self._load(key, step, tried), key, self._restores.failed)
+                case rm.Fetch(key, server, order):
+                    self._spawn(self._fetch(key, server, encode(order)), key, self._restores.failed)
+                case rm.Forget(key, servers):
+                    for server in servers:
+                        self._server(server).forget.remote(key)
+                case rm.Arm(key, attempt, state, seconds):
+                    self._later(seconds, lambda k=key, a=attempt, s=state: self._restores.timed_out(k, a, s))
+                case _:
+                    raise AssertionError(f"unknown instruction {instruction!r}")
+
+    def _later(self, seconds: float, event: Callable[[], Iterable[Any]]) -> None:
+        asyncio.get_running_loop().call_later(seconds, lambda: self._do(event()))
+
+    def _spawn(
+        self,
+        work: Coroutine[Any, Any, Iterable[Any]],
+        key: str,
+        failed: Callable[[str, CheckpointError], Iterable[Any]],
+    ) -> None:
+        async def run() -> None:
+            try:
+                event = await work
+            except CheckpointError as error:
+                event = failed(key, error)
+            except ray.exceptions.RayError as error:
+                event = failed(key, StorageError(f"a shard server could not be reached: {error}"))
+            except Exception as error:  # noqa: BLE001 - a bug of ours must fail this save, by name, and not hang it
+                event = failed(key, CheckpointError(f"internal error in the coordinator: {type(error).__name__}: {error}"))
+            self._do(event)
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _server(self, name: str) -> Any:
+        if self._servers.get(name) is None:
+            self._servers[name] = ray.get_actor(name, namespace=NAMESPACE)
+        return self._servers[name]
+
+    async def _call(self, reply: Awaitable[bytes], kind: Any) -> Any:
+        answer = decode(await reply, kind)
+        if isinstance(answer, Failure):
+            raise answer.error()
+        return answer
+
+    def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[[], Any]) -> Awaitable[Any]:
+        return asyncio.get_running_loop().run_in_executor(pool, work)
+
+    # Instructions of saves.
+
+    async def _name(self, key: str, request: Any) -> Iterable[Any]:
+        def work() -> Any:
+            if self._committer is None:
+                spec = self._spec
+                run = Run.create(spec.url, spec.storage_options, spec.options.weak_commits)
+                self._committer = Committer(run, spec.keep, spec.options.grace_s)
+            return self._committer.attempt(request)
+
+        checkpoint, stored = await self._in_thread(self._committing, work)
+        return self._saves.named(key, checkpoint, stored)
+
+    async def _reserve(self, key: str, server: str, generation: int, size: int) -> Iterable[Any]:
+        order = encode(Reserve(generation, size))
+        done = await self._call(self._server(server).reserve.remote(order), Reserved | Failure)
+        return self._saves.reserved(key, server, done.path)
+
+    async def _write(self, key: str, server: str, order: bytes) -> Iterable[Any]:
+        done = await self._call(self._server(server).write.remote(order), WriteDone | Failure)
+        return self._saves.written(key, server, done.written)
+
+    async def _commit(self, key: str, save: sm.Save) -> Iterable[Any]:
+        def work() -> SaveDone:
+            assert self._committer is not None and save.plan is not None
+            committer = self._committer
+            self._check_visible(committer.run, save)
+            record = committer.commit(save.checkpoint, save.request, save.plan, save.written, save.digests())
+            info = info_of(committer.run, record, committer.commits)
+            notice, self._notice = self._notice, ""
+            return SaveDone(
+                checkpoint=info.id,
+                step=info.step,
+                url=info.url,
+                bytes=info.bytes,
+                bytes_written=info.bytes_written,
+                time=info.time,
+                metrics=record.metrics,
+                tag=info.tag,
+                lineage=info.lineage,
+                world_size=info.world_size,
+                stall_s=save.stall_s,
+                notice=notice,
+            )
+
+        return self._saves.committed(key, await self._in_thread(self._committing, work))
+
+    def _check_visible(self, run: Run, save: sm.Save) -> None:
+        """On a local disk, every file must be there for the coordinator too: nodes with disks of their own make no run."""
+        assert save.plan is not None
+        for server, files in save.plan.files.items():
+            for file in files:
+                if run.store.local_path(file.name) is not None and not run.store.exists(file.name):
+                    raise StorageError(
+                        f"{run.store.object_url(file.name)}, which {server} wrote, is not there on the coordinator's node: the nodes "
+                        "don't share this folder. Give a shared file system or an object store (s3://...) as url"
+                    )
+
+    def _finish(self, outcome: SaveOutcome, checkpoint: str) -> None:
+        if checkpoint:
+            future = self._outcomes.setdefault(checkpoint, asyncio.get_running_loop().create_future())
+            if not future.done():
+                future.set_result(outcome)
+            while len(self._outcomes) > _OUTCOMES_KEPT:
+                self._outcomes.popitem(last=False)
+            if self._committer is not None:
+                self._committing.submit(self._tidy, checkpoint if isinstance(outcome, Failure) else "")
+        if not self._saves.busy():
+            self._idle.set()
+
+    def _tidy(self, abandoned: str) -> None:
+        assert self._committer is not None
+        if abandoned:
+            self._committer.abandon(abandoned)
+        try:
+            self._committer.tidy()
+        except CheckpointError as error:  # the checkpoint is committed all the same; the next save's caller is told
+            self._notice = f"old checkpoints could not be swept: {error}"
+
+    # Instructions of restores.
+
+    async def _load(self, key: str, step: int | None, tried: tuple[str, ...]) -> Iterable[Any]:
+        def work() -> tuple[Manifest, bytes, bool, dict[str, str]]:
+            if self._reader is None:
+                self._reader = Run.open(self._spec.url, self._spec.storage_options)
+            run, damaged = self._reader, {}
+            for commit in run.candidates(step):
+                if commit.id in tried:
+                    continue
+                try:
+                    manifest = run.manifest(commit)
+                except CorruptionError as error:
+                    damaged[commit.id] = str(error)
+                    continue
+                mappable = run.store.local_path(records.RUN_FILE) is not None
+                return manifest, manifests.encode(manifest), mappable, damaged
+            raise CorruptionError(f"no good checkpoint in {self._spec.url}: tried {[*tried, *damaged]}; {damaged or ''}")
+
+        return self._restores.loaded(key, *await self._in_thread(self._reading, work))
+
+    async def _fetch(self, key: str, server: str, order: bytes) -> Iterable[Any]:
+        done = await self._call(self._server(server).fetch.remote(order), FetchDone | Failure)
+        return self._restores.fetched(key, server, done)

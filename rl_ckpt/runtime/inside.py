@@ -1,0 +1,142 @@
+"""What runs inside the user's actors: the worker's side of saves and restores.
+
+No base class and no threads: plain functions, which Ray calls through `__ray_call__`. Promises: any error comes back as a value with
+its rank; nothing is raised into the user's actor, and nothing is kept in it between saves but the mapped staging memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgspec
+import ray
+
+from rl_ckpt.errors import CheckpointError, InvalidInputError, WorkerFailuresError
+from rl_ckpt.plan.inventory import take_inventory
+from rl_ckpt.plan.stage import stage
+from rl_ckpt.runtime import memory
+from rl_ckpt.runtime.messages import (
+    Failure,
+    JoinSave,
+    Lost,
+    SaveOrders,
+    Staged,
+    encode,
+)
+from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest, restore_rank
+from rl_ckpt.runtime.links import ToldError, ask, coordinator, ensure_server
+from rl_ckpt.runtime.spec import Place, RunSpec
+from rl_ckpt.state.tree import flatten
+from rl_ckpt.store.committer import SaveRequest
+
+
+class StagedRank(msgspec.Struct, frozen=True, tag="staged"):
+    """A rank has staged its part of a save."""
+
+    checkpoint: str
+    stall_s: float
+
+
+def save_in_actor(actor: Any, spec: RunSpec, place: Place, request: SaveRequest) -> bytes:
+    """Saves an actor's state; runs inside it."""
+
+    def work() -> StagedRank:
+        begun = time.monotonic()
+        state = _call(actor, spec.get_state)
+        return save_rank(spec, place, request, state, begun)
+
+    return _as_value(spec, place, "lost_save", work)
+
+
+def restore_in_actor(actor: Any, spec: RunSpec, place: Place, request: RestoreRequest) -> bytes:
+    """Restores an actor's state; runs inside it."""
+
+    def work() -> RestoredRank:
+        state = _call(actor, spec.get_state)
+        tree, report = restore_rank(spec, place, request, state)
+        _call(actor, spec.set_state, tree)
+        return report
+
+    return _as_value(spec, place, "lost_restore", work)
+
+
+def save_rank(spec: RunSpec, place: Place, request: SaveRequest, state: Any, begun: float) -> StagedRank:
+    """A rank's part in a save, up to the point where its state may change again.
+
+    Raises:
+        CheckpointError: As `Checkpointer.save`.
+    """
+    options = spec.options
+    flat = flatten(state, options.allow_pickle)
+    inventory = take_inventory(flat, options.chunk_bytes, place.rank, place.world_size)
+    join = JoinSave(
+        place.key,
+        place.rank,
+        place.world_size,
+        request.step,
+        dict(request.metrics),
+        request.tag,
+        request.parent,
+        ensure_server(spec),
+        inventory,
+    )
+    link = coordinator(spec)
+    reply = ask(link.join_save, join, SaveOrders)
+    digests = stage(flat, reply.items, memory.mapped(reply.memory)) if reply.items else []
+    stall_s = time.monotonic() - begun
+    # Not waited for: if it is lost, so is the coordinator, and whoever waits for the save's result is told.
+    link.staged.remote(encode(Staged(place.key, place.rank, tuple(digests), stall_s)))
+    return StagedRank(reply.checkpoint, stall_s)
+
+
+def _call(actor: Any, name: str, *args: Any) -> Any:
+    method = getattr(actor, name, None)
+    if not callable(method):
+        raise InvalidInputError(
+            f"{type(actor).__name__} has no method {name!r}; add it, or name yours: Checkpointer(..., get_state=..., set_state=...)"
+        )
+    if inspect.iscoroutinefunction(method):
+        raise InvalidInputError(f"{type(actor).__name__}.{name} is a coroutine; give a plain method (it may not wait for other actors)")
+    return method(*args)
+
+
+def _as_value(spec: RunSpec, place: Place, lost: str, work: Callable[[], msgspec.Struct]) -> bytes:
+    """Runs one rank's work; an error becomes a value, and the other ranks are told."""
+    try:
+        with guarded(spec, place, lost):
+            return encode(work())
+    except CheckpointError as error:
+        return encode(Failure.of(error))
+
+
+@contextlib.contextmanager
+def guarded(spec: RunSpec, place: Place, lost: str) -> Iterator[None]:
+    """Whatever goes wrong on a rank becomes an error of ours that names it, and the other ranks are told.
+
+    Args:
+        spec: The run.
+        place: Which rank, in which save or restore.
+        lost: The coordinator's method to tell.
+    """
+    try:
+        yield
+        return
+    except ToldError as told:
+        raise told.error from None
+    except CheckpointError as error:
+        failed = error
+    except ray.exceptions.RayError as error:
+        text = f"rank {place.rank}: the coordinator or a shard server was lost: {error}"
+        failed = WorkerFailuresError(text, {place.rank: text})
+    except Exception as error:  # noqa: BLE001 - the user's get_state or set_state may raise anything; it must not poison the actor
+        text = f"rank {place.rank} (process {os.getpid()}): {type(error).__name__}: {error}"
+        failed = WorkerFailuresError(text, {place.rank: text})
+    message = Lost(place.key, place.rank, place.world_size, Failure.of(failed))
+    with contextlib.suppress(ValueError, ray.exceptions.RayError):  # no coordinator left to tell
+        getattr(coordinator(spec), lost).remote(encode(message))
+    raise failed

@@ -1,0 +1,108 @@
+"""Links: a run's actors, found or started from any process of the cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import msgspec
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from rl_ckpt.errors import CheckpointError
+from rl_ckpt.runtime.coordinator import Coordinator
+from rl_ckpt.runtime.messages import Failure, decode, encode
+from rl_ckpt.runtime.shard_server import CONCURRENCY_GROUPS, ShardServer
+from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
+
+_RANKS_AT_ONCE = 20_000  # calls that may wait in the coordinator: more than there are ranks
+
+_coordinators: dict[str, Any] = {}
+_servers: dict[str, str] = {}  # service id → this node's shard server, once it has answered
+
+
+def start_coordinator(spec: RunSpec) -> RunSpec:
+    """Finds the run's coordinator or starts it.
+
+    Returns:
+        The spec with the coordinator's id in it.
+    """
+    handle = (
+        ray.remote(Coordinator)
+        .options(
+            name=spec.coordinator,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            max_restarts=-1,
+            num_cpus=0,
+            max_concurrency=_RANKS_AT_ONCE,
+        )
+        .remote(spec)
+    )
+    service = handle._actor_id.hex()
+    _coordinators[service] = handle
+    return dataclasses.replace(spec, service=service)
+
+
+def coordinator(spec: RunSpec) -> Any:
+    """The handle of the run's coordinator, in any process.
+
+    Raises:
+        ValueError: It was ended.
+    """
+    if spec.service not in _coordinators:
+        _coordinators[spec.service] = ray.get_actor(spec.coordinator, namespace=NAMESPACE)
+    return _coordinators[spec.service]
+
+
+def ensure_server(spec: RunSpec) -> str:
+    """Name of the shard server of the node where this runs; it is started where there is none.
+
+    Detached and pinned to its node: it outlives the worker that started it, and never comes back on another node.
+    """
+    if spec.service not in _servers:
+        node = ray.get_runtime_context().get_node_id()
+        name = spec.server(node)
+        handle = (
+            ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(ShardServer)
+            .options(
+                name=name,
+                namespace=NAMESPACE,
+                lifetime="detached",
+                get_if_exists=True,
+                max_restarts=-1,
+                num_cpus=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+            )
+            .remote(spec, name)
+        )
+        ray.get(handle.ready.remote())
+        _servers[spec.service] = name
+    return _servers[spec.service]
+
+
+class ToldError(Exception):
+    """The coordinator answered with a failure: it knows, and has told the other ranks."""
+
+    def __init__(self, error: CheckpointError) -> None:
+        """Carries the error to be raised to the caller."""
+        super().__init__(str(error))
+        self.error = error
+
+
+def ask(method: Any, message: msgspec.Struct, kind: Any) -> Any:
+    """Calls a method of the coordinator and waits.
+
+    Args:
+        method: Of the coordinator's handle.
+        message: What to send.
+        kind: Which replies there may be, beside `Failure`.
+
+    Raises:
+        ToldError: It answered with a failure.
+    """
+    reply = decode(ray.get(method.remote(encode(message))), kind | Failure)
+    if isinstance(reply, Failure):
+        raise ToldError(reply.error())
+    return reply

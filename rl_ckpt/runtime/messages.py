@@ -1,0 +1,231 @@
+"""Messages of the control plane, as msgpack bytes: what workers, shard servers and the coordinator tell one another.
+
+Metadata only: no field holds array values. Bytes rather than objects, so that they are checked on arrival, cost little to
+decode at 100,000 chunks, and can be counted exactly (a test proves by it that no shard byte passes the coordinator).
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+from rl_ckpt.errors import CheckpointError, from_code
+from rl_ckpt.plan.deal import FilePlan, StageItem, Written
+from rl_ckpt.plan.inventory import Inventory
+from rl_ckpt.plan.match import Problems
+from rl_ckpt.plan.spread import ChunkId
+from rl_ckpt.state.leaves import Json
+
+
+class Failure(msgspec.Struct, frozen=True, tag="failure"):
+    """An error that travels as a value."""
+
+    code: str
+    message: str
+    failures: dict[int, str] = {}
+    """By rank, where it is about ranks."""
+
+    @staticmethod
+    def of(error: CheckpointError) -> Failure:
+        """An error of ours as a value."""
+        return Failure(error.code, error.message, getattr(error, "failures", {}))
+
+    def error(self) -> CheckpointError:
+        """The error again, not raised."""
+        return from_code(self.code, self.message, self.failures)
+
+
+class JoinSave(msgspec.Struct, frozen=True):
+    """A rank takes part in a save."""
+
+    key: str
+    rank: int
+    world_size: int
+    step: int
+    metrics: dict[str, Json]
+    tag: str | None
+    parent: str | None
+    server: str
+    inventory: Inventory
+
+
+class SaveOrders(msgspec.Struct, frozen=True, tag="orders"):
+    """What a rank has to stage."""
+
+    checkpoint: str
+    memory: str
+    """File of the generation of staging memory, in shared memory of the rank's node; empty where nothing is to be staged."""
+    items: tuple[StageItem, ...]
+
+
+class Staged(msgspec.Struct, frozen=True):
+    """A rank has staged its chunks; `digests` in the order of its orders."""
+
+    key: str
+    rank: int
+    digests: tuple[bytes, ...]
+    stall_s: float
+
+
+class Lost(msgspec.Struct, frozen=True):
+    """A rank can't go on with a save or restore."""
+
+    key: str
+    rank: int
+    world_size: int
+    failure: Failure
+
+
+class WriteOrder(msgspec.Struct, frozen=True):
+    """A shard server writes one generation of its staging memory."""
+
+    generation: int
+    staged_bytes: int
+    files: tuple[FilePlan, ...]
+
+
+class WriteDone(msgspec.Struct, frozen=True, tag="written"):
+    """A shard server has written its files, in the order of the plan."""
+
+    written: tuple[Written, ...]
+
+
+class SaveDone(msgspec.Struct, frozen=True, tag="saved"):
+    """A save is committed; a CheckpointInfo's fields."""
+
+    checkpoint: str
+    step: int
+    url: str
+    bytes: int
+    bytes_written: int
+    time: float
+    metrics: dict[str, Json]
+    tag: str | None
+    lineage: tuple[str, ...]
+    world_size: int
+    stall_s: float
+    notice: str
+    """What the user should know though the save succeeded (a sweep that failed); mostly empty."""
+
+
+class OpenRestore(msgspec.Struct, frozen=True):
+    """A rank takes part in a restore."""
+
+    key: str
+    rank: int
+    world_size: int
+    step: int | None
+
+
+class Candidate(msgspec.Struct, frozen=True, tag="candidate"):
+    """The checkpoint to be tried."""
+
+    manifest: bytes
+    """The manifest's JSON, verified."""
+    fell_back: dict[str, str]
+
+
+class Matched(msgspec.Struct, frozen=True):
+    """What a rank needs of the candidate, or what doesn't fit."""
+
+    key: str
+    rank: int
+    server: str
+    node: str
+    problems: Problems
+    needs: tuple[ChunkId, ...]
+
+
+class Sources(msgspec.Struct, frozen=True, tag="sources"):
+    """Where a rank finds its chunks: in the store's own files, or in shared memory of its node."""
+
+    memory: str = ""
+    """File in shared memory; empty: the rank maps the store's files itself."""
+    offsets: tuple[int, ...] = ()
+    """Of each chunk that the rank needs, in the order in which it asked."""
+
+
+class TryNext(msgspec.Struct, frozen=True, tag="next"):
+    """The candidate is damaged; ask for the next one."""
+
+
+class Verified(msgspec.Struct, frozen=True):
+    """A rank has looked at all its chunks; `damaged` says what is wrong, or is empty."""
+
+    key: str
+    rank: int
+    damaged: str
+
+
+class Apply(msgspec.Struct, frozen=True, tag="apply"):
+    """Every rank has verified: values may be set."""
+
+    bytes_from: dict[str, int]
+
+
+class FetchItem(msgspec.Struct, frozen=True, array_like=True):
+    """One chunk: where it lies at its source, where it goes in the restore memory, and its digest."""
+
+    source_offset: int
+    offset: int
+    size_bytes: int
+    digest: bytes
+
+
+class FetchOrder(msgspec.Struct, frozen=True):
+    """A shard server brings chunks into its restore memory: from files of the store, or from a peer's restore memory."""
+
+    key: str
+    memory_bytes: int
+    files: dict[str, tuple[FetchItem, ...]] = {}
+    peers: dict[str, tuple[FetchItem, ...]] = {}
+
+
+class FetchDone(msgspec.Struct, frozen=True, tag="fetched"):
+    """What a shard server brought in; `damaged` says what is wrong, or is empty."""
+
+    bytes: int
+    damaged: str = ""
+    memory: str = ""
+    """File of the restore's memory, where workers of the node map it."""
+
+
+class Reserve(msgspec.Struct, frozen=True):
+    """A shard server sizes one generation of its staging memory."""
+
+    generation: int
+    bytes: int
+
+
+class Reserved(msgspec.Struct, frozen=True, tag="reserved"):
+    """A generation is there; `path` is where workers of the node map it."""
+
+    path: str
+
+
+class Ok(msgspec.Struct, frozen=True, tag="ok"):
+    """Done, nothing to add."""
+
+
+Message = TypeVar("Message")
+
+SaveReply = SaveOrders | Failure
+SaveOutcome = SaveDone | Failure
+OpenReply = Candidate | Failure
+MatchReply = Sources | TryNext | Failure
+VerifyReply = Apply | TryNext | Failure
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """A message as bytes."""
+    return msgspec.msgpack.encode(message)
+
+
+def decode(data: bytes, kind: type[Message]) -> Message:
+    """A message from bytes.
+
+    Raises:
+        msgspec.ValidationError: Not such a message: the two sides run different releases.
+    """
+    return msgspec.msgpack.decode(data, type=kind)

@@ -1,0 +1,359 @@
+"""The coordinator's brain for saves: a pure state machine, events in, instructions out. No Ray, no I/O, no clock, no threads.
+
+One save goes through
+    joining → waiting → reserving → staging → writing → committing → done
+and from each of them to failed. `waiting` is for one of two generations of staging memory; commits keep the order in which
+saves left `waiting`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rl_ckpt.errors import (
+    CheckpointError,
+    InvalidInputError,
+    SaveSkippedError,
+    SaveTimeoutError,
+    WorkerFailuresError,
+)
+from rl_ckpt.options import Options
+from rl_ckpt.plan.deal import SavePlan, Stored, Written, deal
+from rl_ckpt.plan.merge import merge
+from rl_ckpt.runtime.messages import Failure, JoinSave, SaveDone, SaveOrders, WriteOrder
+from rl_ckpt.store.committer import SaveRequest
+
+GENERATIONS = 2
+_FAILED_KEPT = 64  # failed saves that some ranks have not heard of yet
+
+JOINING, WAITING, RESERVING, STAGING, WRITING, COMMITTING, DONE, FAILED = (
+    "joining", "waiting", "reserving", "staging", "writing", "committing", "done", "failed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """Ask the committer for the checkpoint's id and what is stored already; answer with `named`."""
+
+    key: str
+    request: SaveRequest
+
+
+@dataclass(frozen=True, slots=True)
+class ReserveMemory:
+    """Have a server size a generation of its staging memory; answer with `reserved`."""
+
+    key: str
+    server: str
+    generation: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Answer a rank that joined."""
+
+    key: str
+    rank: int
+    reply: SaveOrders | Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Have a server write its files; answer with `written`."""
+
+    key: str
+    server: str
+    order: WriteOrder
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Have the committer commit; answer with `committed`."""
+
+    key: str
+    save: Save
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Tell whoever waits for the save; where it failed, its attempt is abandoned."""
+
+    key: str
+    outcome: SaveDone | Failure
+    checkpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """Call `timed_out(key, state)` after so many seconds."""
+
+    key: str
+    state: str
+    seconds: float
+
+
+Instruction = Name | ReserveMemory | Order | Write | Commit | Finish | Arm
+
+
+@dataclass(slots=True)
+class Save:
+    """One save under way."""
+
+    key: str
+    request: SaveRequest
+    world_size: int
+    state: str = JOINING
+    joined: dict[int, JoinSave] = field(default_factory=dict)
+    told: set[int] = field(default_factory=set)
+    """Ranks that know that the save failed."""
+    checkpoint: str = ""
+    generation: int = -1
+    plan: SavePlan | None = None
+    memory: dict[str, str] = field(default_factory=dict)
+    """File of the generation, by server."""
+    staged: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
+    written: dict[str, Sequence[Written]] = field(default_factory=dict)
+    stall_s: float = 0.0
+    failure: Failure | None = None
+
+    def digests(self) -> dict[tuple[str, int], bytes]:
+        """Of what was staged, by server and offset."""
+        assert self.plan is not None
+        return {
+            (self.joined[rank].server, item.offset): digest
+            for rank, digests in self.staged.items()
+            for item, digest in zip(self.plan.stage[rank], digests, strict=True)
+        }
+
+
+class SaveMachine:
+    """All saves of a run. Every method is an event and returns what is to be done about it."""
+
+    def __init__(self, options: Options) -> None:
+        """No saves yet."""
+        self._options = options
+        self._saves: dict[str, Save] = {}
+        self._free = list(range(GENERATIONS))
+        self._queue: list[str] = []  # waiting for a generation, in the order in which they were complete
+        self._line: list[str] = []  # hold a generation, in the order in which they must commit
+        self._reserved: dict[tuple[str, int], tuple[int, str]] = {}  # server, generation → bytes, file
+
+    def busy(self) -> bool:
+        """Whether any save is under way."""
+        return any(save.state not in (DONE, FAILED) for save in self._saves.values())
+
+    def states(self) -> dict[str, str]:
+        """State of every save under way or failed, by key."""
+        return {key: save.state for key, save in self._saves.items()}
+
+    def join(self, message: JoinSave) -> list[Instruction]:
+        """A rank takes part."""
+        save = self._saves.get(message.key)
+        if save is not None and save.state == FAILED and message.rank in save.told:
+            save = None  # this rank knows of the failure and tries again
+        out: list[Instruction] = []
+        if save is None:
+            request = SaveRequest(message.step, message.metrics, message.tag, message.parent)
+            save = self._saves[message.key] = Save(message.key, request, message.world_size)
+            out.append(Arm(save.key, JOINING, self._options.join_timeout_s))
+        if save.failure is not None:
+            return [self._tell(save, message.rank, save.failure)]
+        problem = _join_problem(save, message)
+        if problem:
+            return [*out, *self._fail(save, InvalidInputError(problem), also=message.rank)]
+        save.joined[message.rank] = message
+        if len(save.joined) < save.world_size:
+            return out
+        return out + self._complete(save)
+
+    def _complete(self, save: Save) -> list[Instruction]:
+        twin = next((s for s in self._saves.values() if s is not save and self._same_step(s, save)), None)
+        if twin is not None:
+            text = f"step {save.request.step} is being saved already; wait for its result, or save a later step"
+            return self._fail(save, InvalidInputError(text))
+        if not self._free and self._options.when_busy == "skip":
+            text = f"skipped: {GENERATIONS} saves are still being written; save less often, or use when_busy='wait'"
+            return self._fail(save, SaveSkippedError(text))
+        save.state = WAITING
+        self._queue.append(save.key)
+        return self._next_generation()
+
+    def _same_step(self, other: Save, save: Save) -> bool:
+        return other.state not in (JOINING, DONE, FAILED) and other.request.step == save.request.step
+
+    def _next_generation(self) -> list[Instruction]:
+        if not self._free or not self._queue:
+            return []
+        save = self._saves[self._queue.pop(0)]
+        save.generation = self._free.pop(0)
+        self._line.append(save.key)
+        save.state = RESERVING
+        return [Name(save.key, save.request), Arm(save.key, RESERVING, self._options.join_timeout_s)]
+
+    def named(self, key: str, checkpoint: str, stored: Stored) -> list[Instruction]:
+        """The committer has checked the step and named the checkpoint."""
+        save = self._saves[key]
+        save.checkpoint = checkpoint
+        if save.state != RESERVING:
+            return []
+        ranks = range(save.world_size)
+        try:
+            merged = merge([save.joined[rank].inventory for rank in ranks], self._options.chunk_bytes)
+        except InvalidInputError as error:
+            return self._fail(save, error)
+        servers = [save.joined[rank].server for rank in ranks]
+        save.plan = deal(
+            merged, servers, checkpoint, stored, self._options.write_streams, self._options.file_bytes
+        )
+        out: list[Instruction] = []
+        for server, size in save.plan.staged_bytes.items():
+            have, file = self._reserved.get((server, save.generation), (0, ""))
+            if have < size:
+                out.append(ReserveMemory(key, server, save.generation, size))
+            else:
+                save.memory[server] = file
+        return out or self._stage(save)
+
+    def reserved(self, key: str, server: str, file: str) -> list[Instruction]:
+        """A server has sized its generation; `file` is where workers find it."""
+        save = self._saves[key]
+        if save.plan is None:
+            return []
+        save.memory[server] = file
+        self._reserved[server, save.generation] = (save.plan.staged_bytes[server], file)
+        if save.state != RESERVING or set(save.memory) != set(save.plan.staged_bytes):
+            return []
+        return self._stage(save)
+
+    def _stage(self, save: Save) -> list[Instruction]:
+        assert save.plan is not None
+        save.state = STAGING
+        orders: list[Instruction] = [Arm(save.key, STAGING, self._options.join_timeout_s)]
+        for rank, join in save.joined.items():
+            items = tuple(save.plan.stage[rank])
+            orders.append(Order(save.key, rank, SaveOrders(save.checkpoint, save.memory.get(join.server, ""), items)))
+        return orders
+
+    def staged(self, key: str, rank: int, digests: tuple[bytes, ...], stall_s: float) -> list[Instruction]:
+        """A rank has staged its chunks."""
+        save = self._saves.get(key)
+        if save is None or save.state != STAGING or save.plan is None:
+            return []
+        save.staged[rank] = digests
+        save.stall_s = max(save.stall_s, stall_s)
+        if len(save.staged) < save.world_size:
+            return []
+        save.state = WRITING
+        out: list[Instruction] = [
+            Write(key, server, WriteOrder(save.generation, save.plan.staged_bytes[server], tuple(files)))
+            for server, files in save.plan.files.items()
+        ]
+        return [Arm(key, WRITING, self._options.write_timeout_s), *out] if out else self._try_commit()
+
+    def written(self, key: str, server: str, written: Sequence[Written]) -> list[Instruction]:
+        """A server has written its files."""
+        save = self._saves[key]
+        save.written[server] = written
+        return self._try_commit()
+
+    def _try_commit(self) -> list[Instruction]:
+        """Commits the oldest save that holds a generation, once it is written: commits keep the order of the saves."""
+        if not self._line:
+            return []
+        save = self._saves[self._line[0]]
+        if save.state != WRITING or save.plan is None or set(save.written) != set(save.plan.files):
+            return []
+        save.state = COMMITTING
+        return [Commit(save.key, save)]
+
+    def committed(self, key: str, done: SaveDone) -> list[Instruction]:
+        """The checkpoint exists."""
+        save = self._saves.pop(key)
+        save.state = DONE
+        return [Finish(key, done, save.checkpoint), *self._give_up_generation(save)]
+
+    def failed(self, key: str, error: CheckpointError) -> list[Instruction]:
+        """The committer or a server failed."""
+        save = self._saves.get(key)
+        return self._fail(save, error) if save is not None and save.state not in (DONE, FAILED) else []
+
+    def lost(self, key: str, rank: int, world_size: int, failure: Failure) -> list[Instruction]:
+        """A rank can't go on: it died, its state can't be saved, or it changed while it was staged."""
+        save = self._saves.get(key)
+        if save is None:
+            save = self._saves[key] = Save(key, SaveRequest(0), world_size)
+        if save.state == FAILED:
+            save.told.add(rank)
+        if save.state in (WRITING, COMMITTING, DONE, FAILED):
+            return []  # what it had is staged already: nothing is lost
+        error = failure.error()
+        if not isinstance(error, InvalidInputError | WorkerFailuresError):
+            error = WorkerFailuresError(f"rank {rank}: {failure.message}", {rank: failure.message})
+        return self._fail(save, error, also=rank)
+
+    def timed_out(self, key: str, state: str) -> list[Instruction]:
+        """The time for a state is over."""
+        save = self._saves.get(key)
+        if save is None or save.state != state:
+            return []
+        return self._fail(save, SaveTimeoutError(_timeout_text(save, self._options)))
+
+    def _fail(self, save: Save, error: CheckpointError, also: int | None = None) -> list[Instruction]:
+        if save.plan is not None:
+            # A slow rank may still copy into this generation. The next save gets a new file, so that the straggler writes
+            # where nobody looks.
+            for server in save.plan.staged_bytes:
+                self._reserved.pop((server, save.generation), None)
+        save.state, save.failure = FAILED, Failure.of(error)
+        waiting = [rank for rank in save.joined if rank not in save.staged]
+        out: list[Instruction] = [self._tell(save, rank, save.failure) for rank in waiting]
+        if also is not None and also not in waiting:
+            out.append(self._tell(save, also, save.failure))
+        if save.key in self._queue:
+            self._queue.remove(save.key)
+        failed = [key for key, other in self._saves.items() if other.state == FAILED]
+        for key in failed[:-_FAILED_KEPT]:
+            del self._saves[key]
+        return [*out, Finish(save.key, save.failure, save.checkpoint), *self._give_up_generation(save)]
+
+    def _tell(self, save: Save, rank: int, failure: Failure) -> Order:
+        save.told.add(rank)
+        if len(save.told) == save.world_size:
+            self._saves.pop(save.key, None)
+        return Order(save.key, rank, failure)
+
+    def _give_up_generation(self, save: Save) -> list[Instruction]:
+        if save.key not in self._line:
+            return []
+        self._line.remove(save.key)
+        self._free.append(save.generation)
+        return [*self._try_commit(), *self._next_generation()]
+
+
+def _join_problem(save: Save, message: JoinSave) -> str | None:
+    if not 0 <= message.rank < message.world_size:
+        return f"rank {message.rank} is not in 0 … {message.world_size - 1}"
+    if message.world_size != save.world_size:
+        return f"rank {message.rank} says there are {message.world_size} workers, others say {save.world_size}"
+    if message.rank in save.joined:
+        return f"two workers joined the save of step {message.step} as rank {message.rank}; give each its own rank"
+    if message.step != save.request.step:
+        return f"rank {message.rank} saves step {message.step}, others step {save.request.step}"
+    return None
+
+
+def _timeout_text(save: Save, options: Options) -> str:
+    step = save.request.step
+    if save.state == JOINING:
+        missing = sorted(set(range(save.world_size)) - set(save.joined))
+        return f"step {step}: ranks {missing} did not join within {options.join_timeout_s} s; raise `join_timeout_s` if they are busy"
+    if save.state == STAGING:
+        missing = sorted(set(range(save.world_size)) - set(save.staged))
+        return f"step {step}: ranks {missing} did not stage within {options.join_timeout_s} s; raise `join_timeout_s` if they are busy"
+    if save.state == RESERVING:
+        return f"step {step}: no staging memory after {options.join_timeout_s} s; look at the shard servers' nodes"
+    files: Mapping[str, object] = save.plan.files if save.plan else {}
+    late = sorted(set(files) - set(save.written))
+    return f"step {step}: {late} did not finish writing within {options.write_timeout_s} s; raise `write_timeout_s` or look at the store"

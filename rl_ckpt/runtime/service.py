@@ -1,0 +1,237 @@
+"""The driver's side of a run: starts its coordinator, calls the workers, waits for outcomes, ends the actors."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import time
+import uuid
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ray
+
+from rl_ckpt.errors import (
+    CheckpointError,
+    InvalidInputError,
+    SaveTimeoutError,
+    StorageError,
+    WorkerFailuresError,
+)
+from rl_ckpt.info import CheckpointInfo, RestoreReport
+from rl_ckpt.options import Options
+from rl_ckpt.pending import PendingSave, in_thread
+from rl_ckpt.plan.retention import KeepRule
+from rl_ckpt.runtime.inside import StagedRank, restore_in_actor, save_in_actor
+from rl_ckpt.runtime.links import coordinator, start_coordinator
+from rl_ckpt.runtime.messages import Failure, Lost, SaveDone, decode, encode
+from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest
+from rl_ckpt.runtime.spec import NAMESPACE, Place, RunSpec
+from rl_ckpt.state import leaves
+from rl_ckpt.store.committer import SaveRequest, info_of
+from rl_ckpt.store.run import Run
+
+_STRAGGLERS_S = 5.0  # how long to wait for the other ranks once one has failed
+
+
+class Service:
+    """A run's actors, as its driver holds them."""
+
+    def __init__(
+        self,
+        url: str,
+        storage_options: Mapping[str, Any],
+        keep: Sequence[KeepRule],
+        options: Options,
+        methods: tuple[str, str],
+    ) -> None:
+        """Finds or starts the run's coordinator.
+
+        Raises:
+            InvalidInputError: Ray is not running in this process.
+        """
+        if not ray.is_initialized():
+            raise InvalidInputError(
+                "Ray is not running in this process; call ray.init() first, or use save_state and load_state, which need no Ray"
+            )
+        self.spec = start_coordinator(RunSpec(url, dict(storage_options), tuple(keep), options, *methods))
+        self.owns_run = False
+        # At a normal end of the driver, staged saves are waited for and no shared memory is left behind. A driver that is
+        # killed leaves the actors: what is staged still commits, and a new driver finds them by name.
+        self._closing = weakref.finalize(self, _close, self.spec)
+        atexit.register(self._closing)
+
+    def save(self, request: SaveRequest, workers: Sequence[Any]) -> PendingSave:
+        """See `Checkpointer.save`."""
+        begun = time.monotonic()
+        handles = _handles(workers)
+        self.owns_run = True
+        replies = self._call_all(handles, "lost_save", save_in_actor, request, StagedRank)
+        checkpoints = {reply.checkpoint for reply in replies}
+        if len(checkpoints) != 1:
+            raise CheckpointError(f"step {request.step}: the ranks were told different checkpoints: {checkpoints}")
+        return pending_save(self.spec, request.step, checkpoints.pop(), begun)
+
+    def restore(
+        self,
+        workers: Sequence[Any],
+        step: int | None,
+        select: str | Sequence[str] | None,
+        rename: Mapping[str, str] | None,
+        strict: bool,
+    ) -> RestoreReport:
+        """See `Checkpointer.restore`."""
+        begun = time.monotonic()
+        handles = _handles(workers)
+        request = RestoreRequest(step, select, dict(rename) if rename else None, strict)
+        ranks = self._call_all(handles, "lost_restore", restore_in_actor, request, RestoredRank)
+        first = ranks[0]
+        return RestoreReport(
+            step=first.step,
+            id=first.id,
+            world_size=len(ranks),
+            saved_world_size=first.saved_world_size,
+            bytes=sum(rank.bytes for rank in ranks),
+            bytes_from=first.bytes_from,
+            seconds=time.monotonic() - begun,
+            kept={i: rank.kept for i, rank in enumerate(ranks) if rank.kept},
+            ranks_without_counterpart=tuple(range(first.saved_world_size, len(ranks))),
+            ranks_dropped=tuple(range(len(ranks), first.saved_world_size)),
+            fell_back=first.fell_back,
+        )
+
+    def close(self) -> None:
+        """Waits until no save is under way, and ends the actors."""
+        atexit.unregister(self._closing)
+        self._closing()
+
+    def _call_all(
+        self, handles: Sequence[Any], lost: str, function: Callable[..., bytes], request: object, kind: Any
+    ) -> list[Any]:
+        """Runs `function` inside every worker.
+
+        Raises:
+            CheckpointError: What the coordinator said, or `WorkerFailuresError` by rank, or `SaveTimeoutError`.
+        """
+        key, count = uuid.uuid4().hex, len(handles)
+        refs = {
+            handle.__ray_call__.remote(function, self.spec, Place(key, rank, count), request): rank
+            for rank, handle in enumerate(handles)
+        }
+        replies: dict[int, Any] = {}
+        deadline = time.monotonic() + 3 * self.spec.options.join_timeout_s + _transfer_s(lost, self.spec.options)
+        while refs and (left := deadline - time.monotonic()) > 0:
+            ready, _ = ray.wait(list(refs), num_returns=1, timeout=left)
+            for ref in ready:
+                rank = refs.pop(ref)
+                replies[rank] = self._reply(ref, lost, Place(key, rank, count), kind)
+                if isinstance(replies[rank], Failure):
+                    deadline = min(deadline, time.monotonic() + _STRAGGLERS_S)
+        _raise_failures(replies, sorted(refs.values()), self.spec.options)
+        return [replies[rank] for rank in range(count)]
+
+    def _reply(self, ref: Any, lost: str, place: Place, kind: Any) -> Any:
+        """A worker's answer; where it died, the coordinator is told, so that the other ranks do not wait for it."""
+        try:
+            return decode(ray.get(ref), kind | Failure)
+        except ray.exceptions.RayError as error:
+            text = f"rank {place.rank} is dead or unreachable: {str(error).strip().splitlines()[0]}"
+            failure = Failure.of(WorkerFailuresError(text, {place.rank: text}))
+            message = Lost(place.key, place.rank, place.world_size, failure)
+            getattr(coordinator(self.spec), lost).remote(encode(message))
+            return failure
+
+
+def _transfer_s(lost: str, options: Options) -> float:
+    return options.write_timeout_s if lost == "lost_restore" else 0.0
+
+
+def _handles(workers: Sequence[Any]) -> list[Any]:
+    try:
+        handles = list(workers)
+    except TypeError as error:
+        raise InvalidInputError(f"workers must be a sequence of Ray actor handles, not {type(workers).__name__}") from error
+    if not handles:
+        raise InvalidInputError("workers is empty; give at least one Ray actor handle")
+    for rank, handle in enumerate(handles):
+        if not isinstance(handle, ray.actor.ActorHandle):
+            raise InvalidInputError(f"workers[{rank}] is a {type(handle).__name__}, not a Ray actor handle (`Worker.remote(...)`)")
+    if len({handle._actor_id for handle in handles}) < len(handles):
+        raise InvalidInputError("workers holds the same actor twice; give each rank an actor of its own")
+    return handles
+
+
+def _raise_failures(replies: Mapping[int, Any], silent: Sequence[int], options: Options) -> None:
+    failures = {rank: reply for rank, reply in sorted(replies.items()) if isinstance(reply, Failure)}
+    if not failures:
+        if silent:
+            raise SaveTimeoutError(
+                f"ranks {list(silent)} did not answer; they may be busy in another method. Raise `join_timeout_s` (now "
+                f"{options.join_timeout_s} s) if that is expected"
+            )
+        return
+    by_rank: dict[int, str] = {}
+    for failure in failures.values():
+        by_rank |= failure.failures
+    if by_rank:
+        raise WorkerFailuresError("; ".join(dict.fromkeys(by_rank.values())), by_rank)
+    raise next(iter(failures.values())).error()
+
+
+def pending_save(spec: RunSpec, step: int, checkpoint: str, begun: float) -> PendingSave:
+    """A save that is staged, as its caller holds it."""
+    return PendingSave(step, in_thread(lambda: _outcome(spec, checkpoint, begun), f"rl_ckpt-wait-{step}"))
+
+
+def _outcome(spec: RunSpec, checkpoint: str, begun: float) -> CheckpointInfo:
+    try:
+        reply = decode(ray.get(coordinator(spec).wait_save.remote(checkpoint)), SaveDone | Failure)
+    except (ray.exceptions.RayError, ValueError) as error:
+        return _from_log(spec, checkpoint, str(error).strip().splitlines()[0])
+    if isinstance(reply, Failure):
+        if reply.code == "not_found":
+            return _from_log(spec, checkpoint, reply.message)
+        raise reply.error()
+    if reply.notice:
+        warnings.warn(reply.notice, stacklevel=2)
+    return CheckpointInfo(
+        step=reply.step,
+        id=reply.checkpoint,
+        url=reply.url,
+        bytes=reply.bytes,
+        bytes_written=reply.bytes_written,
+        time=reply.time,
+        metrics={name: leaves.decode(value, name) for name, value in reply.metrics.items()},
+        tag=reply.tag,
+        lineage=reply.lineage,
+        world_size=reply.world_size,
+        stall_s=reply.stall_s,
+        durable_s=time.monotonic() - begun,
+    )
+
+
+def _from_log(spec: RunSpec, checkpoint: str, why: str) -> CheckpointInfo:
+    """What the commit log says of a save whose coordinator was lost."""
+    run = Run.open(spec.url, spec.storage_options)
+    commits = run.log.read().commits
+    record = next((commit for commit in commits if commit.id == checkpoint), None)
+    if record is None:
+        raise StorageError(f"checkpoint {checkpoint} was not committed: the coordinator was lost ({why}); save again")
+    return info_of(run, record, commits)
+
+
+def _close(spec: RunSpec) -> None:
+    if not ray.is_initialized():
+        return
+    with contextlib.suppress(ray.exceptions.RayError, ValueError):  # ended already, or its cluster was
+        link = coordinator(spec)
+        ray.get(link.drain.remote())
+        for name in ray.get(link.servers.remote()):
+            with contextlib.suppress(ray.exceptions.RayError, ValueError):  # its node is gone
+                server = ray.get_actor(name, namespace=NAMESPACE)
+                ray.get(server.close.remote())
+                ray.kill(server)
+        ray.kill(link)
+

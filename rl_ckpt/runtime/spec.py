@@ -1,0 +1,51 @@
+"""What every process of a run is told about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import xxhash
+
+from rl_ckpt.options import Options
+from rl_ckpt.plan.retention import KeepRule
+
+NAMESPACE = "rl_ckpt"
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """Where a run is and how it is to be done."""
+
+    url: str
+    storage_options: Mapping[str, Any] = field(repr=False)
+    keep: tuple[KeepRule, ...]
+    options: Options
+    get_state: str
+    set_state: str
+    service: str = ""
+    """Id of the coordinator's actor: tells one service of a run from the next."""
+
+    @property
+    def key(self) -> str:
+        """Short name of the run, from its url."""
+        return xxhash.xxh3_64_hexdigest(self.url.encode())
+
+    @property
+    def coordinator(self) -> str:
+        """Name of the coordinator's actor."""
+        return f"rl_ckpt:{self.key}:coordinator"
+
+    def server(self, node: str) -> str:
+        """Name of the shard server of a node."""
+        return f"rl_ckpt-{self.key}-{node[:16]}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which rank of how many, in which save or restore."""
+
+    key: str
+    rank: int
+    world_size: int

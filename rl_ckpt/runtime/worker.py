@@ -1,0 +1,108 @@
+"""The same saves and restores, called from inside the workers: every rank calls, and the coordinator brings them together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rl_ckpt.errors import InvalidInputError
+from rl_ckpt.options import check_step
+from rl_ckpt.pending import PendingSave
+from rl_ckpt.runtime.inside import guarded, save_rank
+from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest, restore_rank
+from rl_ckpt.runtime.service import pending_save
+from rl_ckpt.runtime.spec import Place, RunSpec
+from rl_ckpt.store.committer import SaveRequest, encode_metrics
+
+
+class WorkerCheckpointer:
+    """A rank's handle. Picklable: made by `Checkpointer.worker`, sent to the worker, used there by one thread at a time."""
+
+    def __init__(self, spec: RunSpec, rank: int, world_size: int) -> None:
+        """Made by `Checkpointer.worker`.
+
+        Raises:
+            InvalidInputError: `rank` is not in 0 … world_size - 1.
+        """
+        if not 0 <= rank < world_size:
+            raise InvalidInputError(f"rank={rank} is not in 0 … {world_size - 1} (world_size={world_size})")
+        self._spec = spec
+        self._rank = rank
+        self._world_size = world_size
+        self._parent: str | None = None
+        self._pending: PendingSave | None = None
+        self.last_restored: RestoredRank | None = None
+        """What the last `restore` did on this rank; None before."""
+
+    @property
+    def rank(self) -> int:
+        """Of this worker."""
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of workers."""
+        return self._world_size
+
+    def save(
+        self, step: int, state: Any, *, metrics: Mapping[str, object] | None = None, tag: str | None = None
+    ) -> PendingSave:
+        """Saves this rank's state; back as soon as it is staged. All ranks call it with the same step.
+
+        Args:
+            step: As for `Checkpointer.save`.
+            state: This rank's state tree.
+            metrics: Rank 0's count, or those of whichever rank joins first.
+            tag: As metrics.
+
+        Raises:
+            CheckpointError: As `Checkpointer.save`.
+        """
+        begun = time.monotonic()
+        if self._pending is not None:
+            failure = self._pending.unseen_failure()
+            self._pending = self._pending if failure is None else None
+            if failure is not None:
+                raise failure
+        request = SaveRequest(check_step(step), encode_metrics(metrics or {}), tag, self._parent)
+        place = Place(f"save-{request.step}", self._rank, self._world_size)
+        with guarded(self._spec, place, "lost_save"):
+            staged = save_rank(self._spec, place, request, state, begun)
+        self._parent = None
+        self._pending = pending_save(self._spec, request.step, staged.checkpoint, begun)
+        return self._pending
+
+    def restore(
+        self,
+        state: Any = None,
+        *,
+        step: int | None = None,
+        select: str | Sequence[str] | None = None,
+        rename: Mapping[str, str] | None = None,
+        strict: bool = True,
+    ) -> Any:
+        """Restores this rank. All ranks call it with the same step.
+
+        Args:
+            state: What the worker has; its arrays are filled in place where dtype and shape agree. None: the tree as it was
+                saved, with sharded arrays whole.
+            step: As for `Checkpointer.restore`.
+            select: As for `Checkpointer.restore`.
+            rename: As for `Checkpointer.restore`.
+            strict: As for `Checkpointer.restore`.
+
+        Returns:
+            The restored tree.
+
+        Raises:
+            CheckpointError: As `Checkpointer.restore`.
+        """
+        wanted = None if step is None else check_step(step)
+        place = Place(f"restore-{'newest' if wanted is None else wanted}", self._rank, self._world_size)
+        with guarded(self._spec, place, "lost_restore"):
+            tree, self.last_restored = restore_rank(
+                self._spec, place, RestoreRequest(wanted, select, rename, strict), state
+            )
+        self._parent = self.last_restored.id
+        return tree
