@@ -14,6 +14,11 @@ def digest(data: bytes | bytearray | memoryview) -> bytes:
     return xxhash.xxh3_128_digest(data)
 
 
+def hasher() -> xxhash.xxh3_128:
+    """A digest in the making: `update` it with buffers, then ask for `digest()`."""
+    return xxhash.xxh3_128()
+
+
 def check(name: str, data: bytes | bytearray | memoryview, expected: bytes) -> None:
     """Compares a buffer with the digest it was committed with.
 

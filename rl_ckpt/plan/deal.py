@@ -221,6 +221,40 @@ def _column_name(array: MergedArray, chunk: MergedChunk, taken: set[str]) -> str
     return name
 
 
+def settle(plan: SavePlan, digests: Mapping[tuple[str, int], bytes], stored: Stored) -> None:
+    """Once everything is staged, drops from the plan what need not be written: bytes stored already, or staged twice.
+
+    What is hashed before it is staged (replicas that must be found) was left out by `deal`; the rest is hashed while it is copied,
+    and left out here.
+
+    Args:
+        plan: From `deal`; its files and sources are changed.
+        digests: Of what was staged, by server and offset.
+        stored: What need not be written again.
+    """
+    moved: dict[_Source, _Source] = {}
+    first: dict[tuple[bytes, int], _Source] = {}
+    for server, files in plan.files.items():
+        kept: list[FilePlan] = []
+        for f, file in enumerate(files):
+            columns: list[ColumnPlan] = []
+            for c, column in enumerate(file.columns):
+                key = (digests[server, column.offset], column.bytes)
+                here, old = _Source(server, f, c), stored.get(key)
+                if old is not None:
+                    moved[here] = _Source(old=old)
+                elif key in first:
+                    moved[here] = first[key]
+                else:
+                    moved[here] = first[key] = _Source(server, len(kept), len(columns))
+                    columns.append(column)
+            if columns:
+                kept.append(FilePlan(file.name, tuple(columns)))
+        plan.files[server] = kept
+    plan.files = {server: files for server, files in plan.files.items() if files}
+    plan.sources = {place: moved.get(source, source) for place, source in plan.sources.items()}
+
+
 class Written(msgspec.Struct, frozen=True):
     """What a shard server wrote of one file: its size, and each column's offset in it."""
 

@@ -8,15 +8,15 @@ from rl_ckpt.format.digest import digest
 from rl_ckpt.state.arrays import flat_bytes, host_part
 from rl_ckpt.state.boxes import Box, cut
 from rl_ckpt.state.dtypes import dtype_from_name
-from rl_ckpt.state.tree import REPLICATED, FlatTree, LocalArray, Node
+from rl_ckpt.state.tree import AUTO, FlatTree, LocalArray, Node
 
 
 class Inventory(msgspec.Struct, frozen=True):
-    """One rank's nodes by path, and for each of its arrays the digests of its chunks, in the order of `chunk_boxes`."""
+    """One rank's nodes by path, and the digests of chunks, in the order of `chunk_boxes`, of arrays that may be replicas."""
 
     nodes: dict[str, Node]
     digests: dict[str, tuple[bytes, ...]]
-    """16 bytes a chunk; empty for chunks of declared replicas that another rank hashes."""
+    """16 bytes a chunk. Only for arrays of which nothing is declared, and only where there is more than one worker."""
 
 
 def chunk_boxes(array: LocalArray, chunk_bytes: int) -> list[Box]:
@@ -36,23 +36,19 @@ def chunk_values(flat: FlatTree, path: str, box: Box) -> memoryview:
     return flat_bytes(host_part(flat.arrays[path], array.spec.kind, box, array.box))
 
 
-def take_inventory(flat: FlatTree, chunk_bytes: int, rank: int, world_size: int) -> Inventory:
-    """Hashes a worker's arrays, chunk by chunk.
+def take_inventory(flat: FlatTree, chunk_bytes: int, world_size: int) -> Inventory:
+    """Hashes the arrays of a worker that may be replicas of other workers', chunk by chunk; the rest is hashed when it is staged.
 
     Args:
         flat: The worker's tree.
         chunk_bytes: Upper limit of a chunk.
-        rank: Of the worker.
-        world_size: Number of workers; of declared replicas each hashes every `world_size`-th chunk.
+        world_size: Number of workers.
     """
     digests: dict[str, tuple[bytes, ...]] = {}
     for path in flat.arrays:
         array = flat.nodes[path]
         assert isinstance(array, LocalArray)
-        boxes = chunk_boxes(array, chunk_bytes)
-        mine = [array.declared != REPLICATED or i % world_size == rank for i in range(len(boxes))]
-        digests[path] = tuple(
-            digest(chunk_values(flat, path, box)) if hashed else b"" for box, hashed in zip(boxes, mine, strict=True)
-        )
+        if array.declared == AUTO and world_size > 1:
+            boxes = chunk_boxes(array, chunk_bytes)
+            digests[path] = tuple(digest(chunk_values(flat, path, box)) for box in boxes)
     return Inventory(dict(flat.nodes), digests)
-

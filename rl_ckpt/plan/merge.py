@@ -24,7 +24,7 @@ class MergedChunk:
     box: Box
     bytes: int
     digest: bytes
-    """16 bytes; empty where no rank has hashed it (declared replicas that differ in layout between ranks)."""
+    """16 bytes; empty where it is hashed only when it is staged."""
     holders: tuple[int, ...]
 
 
@@ -87,7 +87,7 @@ def _variants(
         kinds = {r: n.declared if isinstance(n, LocalArray) else type(n).__name__.lower() for r, n in holders.items()}
         raise InvalidInputError(f"{path!r} is declared differently by rank: {kinds}; declare it alike on every worker")
     if declared == {SHARDED}:
-        node = _add_sharded(path, arrays, inventories, merged, chunk_bytes)
+        node = _add_sharded(path, arrays, merged, chunk_bytes)
         return (Variant(node, _ranks(holders, merged)),)
     groups: dict[object, list[int]] = {}
     for rank, holder in holders.items():
@@ -110,11 +110,8 @@ def _variants(
 def _identity(path: str, rank: int, node: Node, inventories: Sequence[Inventory]) -> object:
     """Equal for ranks that have the very same thing at `path`."""
     if not isinstance(node, LocalArray):
-        return (node, rank) if isinstance(node, Plain) and node.per_rank else _frozen(node)
-    if node.declared == REPLICATED:
-        return node
-    digests = inventories[rank].digests[path]
-    return (node, digests, rank if node.declared == PER_RANK else None)
+        return (_frozen(node), rank) if isinstance(node, Plain) and node.per_rank else _frozen(node)
+    return (node, inventories[rank].digests.get(path), rank if node.declared == PER_RANK else None)
 
 
 def _frozen(node: Node) -> object:
@@ -134,18 +131,15 @@ def _saved(
     if not isinstance(node, LocalArray):
         return Plain(node.value) if isinstance(node, Plain) else node
     boxes = chunk_boxes(node, chunk_bytes)
-    known = [inventories[rank].digests[path] for rank in ranks]
+    known = inventories[ranks[0]].digests.get(path) or (b"",) * len(boxes)
     chunks = [
-        MergedChunk(box, box_bytes(node, box), next((d[i] for d in known if d[i]), b""), tuple(ranks))
-        for i, box in enumerate(boxes)
+        MergedChunk(box, box_bytes(node, box), hashed, tuple(ranks)) for box, hashed in zip(boxes, known, strict=True)
     ]
     merged.arrays.append(MergedArray(path, node.spec, chunks, None if single else ranks[0]))
     return ArrayRef(len(merged.arrays) - 1)
 
 
-def _add_sharded(
-    path: str, arrays: Mapping[int, LocalArray], inventories: Sequence[Inventory], merged: Merged, chunk_bytes: int
-) -> SavedNode:
+def _add_sharded(path: str, arrays: Mapping[int, LocalArray], merged: Merged, chunk_bytes: int) -> SavedNode:
     specs = {rank: (node.spec.kind, node.spec.dtype, node.spec.shape) for rank, node in arrays.items()}
     if len(set(specs.values())) > 1:
         raise InvalidInputError(f"{path!r} is sharded, but kind, dtype or global shape differ by rank: {specs}")
@@ -154,17 +148,11 @@ def _add_sharded(
         boxes.setdefault(node.box, []).append(rank)
     first = next(iter(arrays.values()))
     check_tiling(path, first.spec.shape, list(boxes))
-    chunks = []
-    for ranks in boxes.values():
-        node = arrays[ranks[0]]
-        digests = {inventories[rank].digests[path] for rank in ranks}
-        if len(digests) > 1:
-            raise InvalidInputError(
-                f"{path!r}: ranks {ranks} hold the same box {node.box} with different values; replicas of a shard must agree"
-            )
-        hashes = digests.pop()
-        for box, known in zip(chunk_boxes(node, chunk_bytes), hashes, strict=True):
-            chunks.append(MergedChunk(box, box_bytes(node, box), known, tuple(ranks)))
+    chunks = [
+        MergedChunk(box, box_bytes(first, box), b"", tuple(ranks))
+        for ranks in boxes.values()
+        for box in chunk_boxes(arrays[ranks[0]], chunk_bytes)
+    ]
     merged.arrays.append(MergedArray(path, first.spec, chunks))
     return ArrayRef(len(merged.arrays) - 1)
 

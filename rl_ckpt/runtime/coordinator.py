@@ -74,13 +74,11 @@ class Coordinator:
         """A rank takes part in a save; the reply says what it stages."""
         message = self._read(data, JoinSave)
         self._servers.setdefault(message.server, None)
-        self._idle.clear()
         return await self._answer(message.key, message.rank, lambda: self._saves.join(message))
 
     async def staged(self, data: bytes) -> None:
         """A rank has staged."""
-        message = self._read(data, Staged)
-        self._do(self._saves.staged(message.key, message.rank, message.digests, message.stall_s))
+        self._do(self._saves.staged(self._read(data, Staged)))
 
     async def lost_save(self, data: bytes) -> None:
         """A rank can't go on with a save."""
@@ -183,10 +181,11 @@ class Coordinator:
                 case rm.Forget(key, servers):
                     for server in servers:
                         self._server(server).forget.remote(key)
-                case rm.Arm(key, attempt, state, seconds):
-                    self._later(seconds, lambda k=key, a=attempt, s=state: self._restores.timed_out(k, a, s))
+                case rm.Arm(key, state, seconds):
+                    self._later(seconds, lambda k=key, s=state: self._restores.timed_out(k, s))
                 case _:
                     raise AssertionError(f"unknown instruction {instruction!r}")
+        self._idle.clear() if self._saves.busy() else self._idle.set()
 
     def _later(self, seconds: float, event: Callable[[], Iterable[Any]]) -> None:
         asyncio.get_running_loop().call_later(seconds, lambda: self._do(event()))
@@ -293,8 +292,6 @@ class Coordinator:
                 self._outcomes.popitem(last=False)
             if self._committer is not None:
                 self._committing.submit(self._tidy, checkpoint if isinstance(outcome, Failure) else "")
-        if not self._saves.busy():
-            self._idle.set()
 
     def _tidy(self, abandoned: str) -> None:
         assert self._committer is not None

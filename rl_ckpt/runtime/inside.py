@@ -73,7 +73,7 @@ def save_rank(spec: RunSpec, place: Place, request: SaveRequest, state: Any, beg
     """
     options = spec.options
     flat = flatten(state, options.allow_pickle)
-    inventory = take_inventory(flat, options.chunk_bytes, place.rank, place.world_size)
+    inventory = take_inventory(flat, options.chunk_bytes, place.world_size)
     join = JoinSave(
         place.key,
         place.rank,
@@ -90,7 +90,7 @@ def save_rank(spec: RunSpec, place: Place, request: SaveRequest, state: Any, beg
     digests = stage(flat, reply.items, memory.mapped(reply.memory)) if reply.items else []
     stall_s = time.monotonic() - begun
     # Not waited for: if it is lost, so is the coordinator, and whoever waits for the save's result is told.
-    link.staged.remote(encode(Staged(place.key, place.rank, tuple(digests), stall_s)))
+    link.staged.remote(encode(Staged(place.key, place.rank, reply.checkpoint, tuple(digests), stall_s)))
     return StagedRank(reply.checkpoint, stall_s)
 
 

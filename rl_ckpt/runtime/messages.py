@@ -64,6 +64,7 @@ class Staged(msgspec.Struct, frozen=True):
 
     key: str
     rank: int
+    checkpoint: str
     digests: tuple[bytes, ...]
     stall_s: float
 

@@ -32,6 +32,8 @@ from rl_ckpt.runtime.messages import (
     VerifyReply,
 )
 
+_FAILED_KEPT = 64  # failed restores that some ranks have not heard of yet
+
 OPENING, MATCHING, FETCHING, PASSING, VERIFYING, OVER = (
     "opening", "matching", "fetching", "passing", "verifying", "over",
 )  # fmt: skip
@@ -41,7 +43,7 @@ OPENING, MATCHING, FETCHING, PASSING, VERIFYING, OVER = (
 class Load:
     """Read the next candidate: answer with `loaded`, or `failed`. `tried` are the ids that were damaged."""
 
-    key: str
+    token: str
     step: int | None
     tried: tuple[str, ...]
 
@@ -59,7 +61,7 @@ class Answer:
 class Fetch:
     """Have a server bring chunks in; answer with `fetched`."""
 
-    key: str
+    token: str
     server: str
     order: FetchOrder
 
@@ -68,16 +70,15 @@ class Fetch:
 class Forget:
     """Have the servers give up the restore's memory."""
 
-    key: str
+    token: str
     servers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """Call `timed_out(key, attempt, state)` after so many seconds."""
+    """Call `timed_out(token, state)` after so many seconds."""
 
-    key: str
-    attempt: int
+    token: str
     state: str
     seconds: float
 
@@ -87,13 +88,14 @@ Instruction = Load | Answer | Fetch | Forget | Arm
 
 @dataclass(slots=True)
 class Restore:
-    """One restore under way."""
+    """One restore under way: one candidate of it."""
 
     key: str
+    token: str
+    """Of this candidate of this restore alone; its key comes again. Late answers, and its memory, are told apart by it."""
     step: int | None
     world_size: int
     state: str = OPENING
-    attempt: int = 0
     joined: set[int] = field(default_factory=set)
     manifest: Manifest | None = None
     mappable: bool = False
@@ -118,7 +120,25 @@ class RestoreMachine:
     def __init__(self, options: Options) -> None:
         """No restores yet."""
         self._options = options
+        self._begun = 0
         self._restores: dict[str, Restore] = {}
+        self._over: dict[str, Restore] = {}  # by token: ranks are still copying out of its memory, and may open the next one
+
+    def states(self) -> dict[str, str]:
+        """State of every restore under way or failed, by token."""
+        under_way = {r.token: "failed" if r.failure else r.state for r in self._restores.values()}
+        return under_way | dict.fromkeys(self._over, OVER)
+
+    def _begin(self, key: str, step: int | None, world_size: int, fell_back: dict[str, str] | None = None) -> Restore:
+        self._begun += 1
+        restore = Restore(key, f"{key}#{self._begun}", step, world_size, fell_back=fell_back or {})
+        self._restores[key] = restore
+        return restore
+
+    def _current(self, token: str) -> Restore | None:
+        """The restore of a token, if it has not failed and no later one has its key."""
+        restore = self._restores.get(token.rpartition("#")[0])
+        return restore if restore is not None and restore.token == token and restore.failure is None else None
 
     def open(self, message: OpenRestore) -> list[Instruction]:
         """A rank takes part, or asks for the next candidate."""
@@ -127,9 +147,8 @@ class RestoreMachine:
             restore = None
         out: list[Instruction] = []
         if restore is None:
-            restore = Restore(message.key, message.step, message.world_size)
-            self._restores[message.key] = restore
-            out.append(Arm(restore.key, 0, OPENING, self._options.join_timeout_s))
+            restore = self._begin(message.key, message.step, message.world_size)
+            out.append(Arm(restore.token, OPENING, self._options.join_timeout_s))
         if restore.failure is not None:
             return [*out, self._tell(restore, message.rank, restore.failure)]
         if message.world_size != restore.world_size or not 0 <= message.rank < restore.world_size:
@@ -138,25 +157,28 @@ class RestoreMachine:
         restore.joined.add(message.rank)
         if len(restore.joined) < restore.world_size:
             return out
-        return [*out, Load(restore.key, restore.step, tuple(restore.fell_back))]
+        return [*out, Load(restore.token, restore.step, tuple(restore.fell_back))]
 
-    def loaded(self, key: str, manifest: Manifest, data: bytes, mappable: bool, damaged: dict[str, str]) -> list[Instruction]:
+    def loaded(
+        self, token: str, manifest: Manifest, data: bytes, mappable: bool, damaged: dict[str, str]
+    ) -> list[Instruction]:
         """The candidate's manifest; `mappable` where workers can map the store's files."""
-        restore = self._restores.get(key)
+        restore = self._current(token)
         if restore is None or restore.state != OPENING:
             return []
         restore.manifest, restore.mappable, restore.state = manifest, mappable, MATCHING
         restore.fell_back |= damaged
         candidate = Candidate(data, restore.fell_back)
-        answers: list[Instruction] = [Answer(key, rank, candidate) for rank in range(restore.world_size)]
-        return [*answers, Arm(key, restore.attempt, MATCHING, self._options.join_timeout_s)]
+        answers: list[Instruction] = [Answer(restore.key, rank, candidate) for rank in range(restore.world_size)]
+        return [*answers, Arm(token, MATCHING, self._options.join_timeout_s)]
 
     def match(self, message: Matched) -> list[Instruction]:
         """A rank says what it needs, or what doesn't fit."""
         restore = self._restores.get(message.key)
-        if restore is None or restore.failure is not None:
-            failure = restore.failure if restore else None
-            return [Answer(message.key, message.rank, failure or _gone())]
+        if restore is None:
+            return [Answer(message.key, message.rank, _gone())]
+        if restore.failure is not None:
+            return [self._tell(restore, message.rank, restore.failure)]
         restore.matched[message.rank] = message
         if len(restore.matched) < restore.world_size:
             return []
@@ -175,7 +197,7 @@ class RestoreMachine:
         chunks = [chunk for m in restore.matched.values() for chunk in m.needs]
         restore.bytes_from = {"files": sum(_bytes(restore, chunk) for chunk in chunks)}
         answers: list[Instruction] = [Answer(restore.key, rank, Sources()) for rank in restore.matched]
-        return [*answers, Arm(restore.key, restore.attempt, VERIFYING, self._options.write_timeout_s)]
+        return [*answers, Arm(restore.token, VERIFYING, self._options.write_timeout_s)]
 
     def _fetch(self, restore: Restore) -> list[Instruction]:
         assert restore.manifest is not None
@@ -188,14 +210,14 @@ class RestoreMachine:
         sizes = {server: self._lay_out(restore, server, chunks) for server, chunks in needs.items()}
         orders = {server: self._store_order(restore, server, plan[server], sizes[server]) for server in plan}
         restore.passes = {
-            server: FetchOrder(restore.key, sizes[server], peers=self._peer_items(restore, server, plan[server]))
+            server: FetchOrder(restore.token, sizes[server], peers=self._peer_items(restore, server, plan[server]))
             for server in plan
             if plan[server].peers
         }
         restore.awaited = set(orders)
         restore.bytes_from = {"store": 0, "peers": 0}
-        out: list[Instruction] = [Fetch(restore.key, server, order) for server, order in orders.items()]
-        return [*out, Arm(restore.key, restore.attempt, FETCHING, self._options.write_timeout_s)]
+        out: list[Instruction] = [Fetch(restore.token, server, order) for server, order in orders.items()]
+        return [*out, Arm(restore.token, FETCHING, self._options.write_timeout_s)]
 
     def _lay_out(self, restore: Restore, server: str, chunks: set[ChunkId]) -> int:
         offset, places = 0, {}
@@ -212,7 +234,7 @@ class RestoreMachine:
             saved = restore.manifest.arrays[chunk[0]].chunks[chunk[1]]
             item = FetchItem(saved.offset, restore.offsets[server][chunk], saved.bytes, bytes.fromhex(saved.digest))
             files.setdefault(restore.manifest.files[saved.file].name, []).append(item)
-        return FetchOrder(restore.key, size, files={name: tuple(items) for name, items in files.items()})
+        return FetchOrder(restore.token, size, files={name: tuple(items) for name, items in files.items()})
 
     def _peer_items(self, restore: Restore, server: str, fetch: ServerFetch) -> dict[str, tuple[FetchItem, ...]]:
         assert restore.manifest is not None
@@ -225,9 +247,9 @@ class RestoreMachine:
             )
         return out
 
-    def fetched(self, key: str, server: str, done: FetchDone) -> list[Instruction]:
+    def fetched(self, token: str, server: str, done: FetchDone) -> list[Instruction]:
         """A server has brought in what it was told to."""
-        restore = self._restores.get(key)
+        restore = self._current(token)
         if restore is None or restore.state not in (FETCHING, PASSING) or server not in restore.awaited:
             return []
         if done.damaged:
@@ -240,9 +262,13 @@ class RestoreMachine:
             return []
         if restore.state == FETCHING and restore.passes:
             restore.state, restore.awaited = PASSING, set(restore.passes)
-            return [Fetch(key, to, order) for to, order in restore.passes.items()]
+            passes: list[Instruction] = [Fetch(token, to, order) for to, order in restore.passes.items()]
+            return [*passes, Arm(token, PASSING, self._options.write_timeout_s)]
         restore.state = VERIFYING
-        return [Answer(key, rank, self._sources(restore, m)) for rank, m in restore.matched.items()]
+        answers: list[Instruction] = [
+            Answer(restore.key, rank, self._sources(restore, m)) for rank, m in restore.matched.items()
+        ]
+        return [*answers, Arm(token, VERIFYING, self._options.write_timeout_s)]
 
     def _sources(self, restore: Restore, matched: Matched) -> Sources:
         assert restore.manifest is not None
@@ -253,9 +279,10 @@ class RestoreMachine:
     def verify(self, message: Verified) -> list[Instruction]:
         """A rank has looked at its chunks."""
         restore = self._restores.get(message.key)
-        if restore is None or restore.failure is not None:
-            failure = restore.failure if restore else None
-            return [Answer(message.key, message.rank, failure or _gone())]
+        if restore is None:
+            return [Answer(message.key, message.rank, _gone())]
+        if restore.failure is not None:
+            return [self._tell(restore, message.rank, restore.failure)]
         restore.verified[message.rank] = message.damaged
         if len(restore.verified) < restore.world_size:
             return []
@@ -263,13 +290,14 @@ class RestoreMachine:
         if damaged:
             return self._next(restore, damaged[0])
         restore.state = OVER
+        self._over[restore.token] = self._restores.pop(restore.key)
         answers: list[Instruction] = [Answer(message.key, r, Apply(restore.bytes_from)) for r in range(restore.world_size)]
-        return [*answers, Arm(message.key, restore.attempt, OVER, self._options.write_timeout_s)]
+        return [*answers, Arm(restore.token, OVER, self._options.write_timeout_s)]
 
     def applied(self, key: str, rank: int) -> list[Instruction]:
         """A rank has set its state, or failed to: it needs no memory any more."""
-        restore = self._restores.get(key)
-        if restore is None or restore.state != OVER:
+        restore = next((r for r in self._over.values() if r.key == key and rank in r.joined), None)
+        if restore is None:
             return []
         restore.joined.discard(rank)
         return [] if restore.joined else self._end(restore)
@@ -282,41 +310,45 @@ class RestoreMachine:
         restore.fell_back[restore.manifest.id] = damaged
         waiting = list(restore.verified if restore.state == VERIFYING else restore.matched)
         servers = self._forget(restore)
-        fresh = Restore(restore.key, None, restore.world_size, attempt=restore.attempt + 1, fell_back=restore.fell_back)
-        self._restores[restore.key] = fresh
+        fresh = self._begin(restore.key, None, restore.world_size, restore.fell_back)
         answers: list[Instruction] = [Answer(restore.key, rank, TryNext()) for rank in waiting]
-        return [*servers, *answers, Arm(fresh.key, fresh.attempt, OPENING, self._options.join_timeout_s)]
+        return [*servers, *answers, Arm(fresh.token, OPENING, self._options.join_timeout_s)]
 
-    def failed(self, key: str, error: CheckpointError) -> list[Instruction]:
+    def failed(self, token: str, error: CheckpointError) -> list[Instruction]:
         """The store or a server failed, or there is no (other) candidate."""
-        restore = self._restores.get(key)
-        return self._fail(restore, error) if restore is not None and restore.failure is None else []
+        restore = self._current(token)
+        return self._fail(restore, error) if restore is not None else []
 
     def lost(self, key: str, rank: int, world_size: int, failure: Failure) -> list[Instruction]:
         """A rank can't go on."""
+        if any(r.key == key and rank in r.joined for r in self._over.values()):
+            return self.applied(key, rank)
         restore = self._restores.get(key)
         if restore is None:
-            restore = self._restores[key] = Restore(key, None, world_size)
+            restore = self._begin(key, None, world_size)
         if restore.failure is not None:
-            restore.told.add(rank)
+            self._tell(restore, rank, restore.failure)
             return []
-        if restore.state == OVER:
-            return self.applied(key, rank)
         error = failure.error()
         if not isinstance(error, InvalidInputError | WorkerFailuresError):
             error = WorkerFailuresError(f"rank {rank}: {failure.message}", {rank: failure.message})
         return self._fail(restore, error, also=rank)
 
-    def timed_out(self, key: str, attempt: int, state: str) -> list[Instruction]:
+    def timed_out(self, token: str, state: str) -> list[Instruction]:
         """The time for a state is over."""
-        restore = self._restores.get(key)
-        if restore is None or restore.attempt != attempt or restore.state != state or restore.failure is not None:
-            return []
         if state == OVER:
-            return self._end(restore)
-        done: Sequence[int] = {OPENING: restore.joined, MATCHING: restore.matched}.get(state, restore.verified)  # type: ignore[assignment]
-        missing = sorted(set(range(restore.world_size)) - set(done))
-        text = f"restore: ranks {missing} did not get past {state!r} in time; raise `join_timeout_s` or `write_timeout_s`"
+            over = self._over.get(token)
+            return self._end(over) if over is not None else []
+        restore = self._current(token)
+        if restore is None or restore.state != state:
+            return []
+        if state in (FETCHING, PASSING):
+            text = f"restore: {sorted(restore.awaited)} did not bring their chunks in in time; raise `write_timeout_s`"
+        else:
+            done = set({OPENING: restore.joined, MATCHING: restore.matched}.get(state, restore.verified))
+            missing = sorted(set(range(restore.world_size)) - done)
+            option = "write_timeout_s" if state == VERIFYING else "join_timeout_s"
+            text = f"restore: ranks {missing} did not get past {state!r} in time; raise `{option}` if they are busy"
         return self._fail(restore, SaveTimeoutError(text))
 
     def _fail(self, restore: Restore, error: CheckpointError, also: int | None = None) -> list[Instruction]:
@@ -325,6 +357,9 @@ class RestoreMachine:
         if also is not None:
             waiting.add(also)
         restore.failure = Failure.of(error)
+        failed = [key for key, other in self._restores.items() if other.failure is not None]
+        for key in failed[:-_FAILED_KEPT]:
+            del self._restores[key]
         out = [*self._forget(restore)]
         for rank in sorted(waiting):
             out.append(self._tell(restore, rank, restore.failure))
@@ -332,16 +367,16 @@ class RestoreMachine:
 
     def _tell(self, restore: Restore, rank: int, failure: Failure) -> Answer:
         restore.told.add(rank)
-        if len(restore.told) == restore.world_size:
-            self._restores.pop(restore.key, None)
+        if len(restore.told) >= restore.world_size and self._restores.get(restore.key) is restore:
+            del self._restores[restore.key]
         return Answer(restore.key, rank, failure)
 
     def _forget(self, restore: Restore) -> list[Instruction]:
         servers = tuple(sorted(restore.offsets))
-        return [Forget(restore.key, servers)] if servers else []
+        return [Forget(restore.token, servers)] if servers else []
 
     def _end(self, restore: Restore) -> list[Instruction]:
-        self._restores.pop(restore.key, None)
+        del self._over[restore.token]
         return self._forget(restore)
 
 

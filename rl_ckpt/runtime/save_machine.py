@@ -19,9 +19,9 @@ from rl_ckpt.errors import (
     WorkerFailuresError,
 )
 from rl_ckpt.options import Options
-from rl_ckpt.plan.deal import SavePlan, Stored, Written, deal
+from rl_ckpt.plan.deal import SavePlan, Stored, Written, deal, settle
 from rl_ckpt.plan.merge import merge
-from rl_ckpt.runtime.messages import Failure, JoinSave, SaveDone, SaveOrders, WriteOrder
+from rl_ckpt.runtime.messages import Failure, JoinSave, SaveDone, SaveOrders, Staged, WriteOrder
 from rl_ckpt.store.committer import SaveRequest
 
 GENERATIONS = 2
@@ -36,7 +36,7 @@ JOINING, WAITING, RESERVING, STAGING, WRITING, COMMITTING, DONE, FAILED = (
 class Name:
     """Ask the committer for the checkpoint's id and what is stored already; answer with `named`."""
 
-    key: str
+    token: str
     request: SaveRequest
 
 
@@ -44,7 +44,7 @@ class Name:
 class ReserveMemory:
     """Have a server size a generation of its staging memory; answer with `reserved`."""
 
-    key: str
+    token: str
     server: str
     generation: int
     bytes: int
@@ -63,7 +63,7 @@ class Order:
 class Write:
     """Have a server write its files; answer with `written`."""
 
-    key: str
+    token: str
     server: str
     order: WriteOrder
 
@@ -72,7 +72,7 @@ class Write:
 class Commit:
     """Have the committer commit; answer with `committed`."""
 
-    key: str
+    token: str
     save: Save
 
 
@@ -80,16 +80,16 @@ class Commit:
 class Finish:
     """Tell whoever waits for the save; where it failed, its attempt is abandoned."""
 
-    key: str
+    token: str
     outcome: SaveDone | Failure
     checkpoint: str
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """Call `timed_out(key, state)` after so many seconds."""
+    """Call `timed_out(token, state)` after so many seconds."""
 
-    key: str
+    token: str
     state: str
     seconds: float
 
@@ -102,6 +102,8 @@ class Save:
     """One save under way."""
 
     key: str
+    token: str
+    """Of this save alone; its key comes again where ranks save a step again after a failure. Late answers are told apart by it."""
     request: SaveRequest
     world_size: int
     state: str = JOINING
@@ -111,6 +113,7 @@ class Save:
     checkpoint: str = ""
     generation: int = -1
     plan: SavePlan | None = None
+    stored: Stored = field(default_factory=dict)
     memory: dict[str, str] = field(default_factory=dict)
     """File of the generation, by server."""
     staged: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
@@ -135,6 +138,7 @@ class SaveMachine:
         """No saves yet."""
         self._options = options
         self._saves: dict[str, Save] = {}
+        self._begun = 0
         self._free = list(range(GENERATIONS))
         self._queue: list[str] = []  # waiting for a generation, in the order in which they were complete
         self._line: list[str] = []  # hold a generation, in the order in which they must commit
@@ -156,10 +160,13 @@ class SaveMachine:
         out: list[Instruction] = []
         if save is None:
             request = SaveRequest(message.step, message.metrics, message.tag, message.parent)
-            save = self._saves[message.key] = Save(message.key, request, message.world_size)
-            out.append(Arm(save.key, JOINING, self._options.join_timeout_s))
+            save = self._begin(message.key, request, message.world_size)
+            out.append(Arm(save.token, JOINING, self._options.join_timeout_s))
         if save.failure is not None:
             return [self._tell(save, message.rank, save.failure)]
+        if save.state in (STAGING, WRITING, COMMITTING):  # goes on without this call: what is staged must not be lost by it
+            text = f"step {message.step} is being saved already; wait for its result, or save a later step"
+            return [Order(save.key, message.rank, Failure.of(InvalidInputError(text)))]
         problem = _join_problem(save, message)
         if problem:
             return [*out, *self._fail(save, InvalidInputError(problem), also=message.rank)]
@@ -167,6 +174,16 @@ class SaveMachine:
         if len(save.joined) < save.world_size:
             return out
         return out + self._complete(save)
+
+    def _begin(self, key: str, request: SaveRequest, world_size: int) -> Save:
+        self._begun += 1
+        save = self._saves[key] = Save(key, f"{key}#{self._begun}", request, world_size)
+        return save
+
+    def _current(self, token: str) -> Save | None:
+        """The save of a token, if it is still known and no later one has its key."""
+        save = self._saves.get(token.rpartition("#")[0])
+        return save if save is not None and save.token == token else None
 
     def _complete(self, save: Save) -> list[Instruction]:
         twin = next((s for s in self._saves.values() if s is not save and self._same_step(s, save)), None)
@@ -190,19 +207,20 @@ class SaveMachine:
         save.generation = self._free.pop(0)
         self._line.append(save.key)
         save.state = RESERVING
-        return [Name(save.key, save.request), Arm(save.key, RESERVING, self._options.join_timeout_s)]
+        return [Name(save.token, save.request), Arm(save.token, RESERVING, self._options.join_timeout_s)]
 
-    def named(self, key: str, checkpoint: str, stored: Stored) -> list[Instruction]:
+    def named(self, token: str, checkpoint: str, stored: Stored) -> list[Instruction]:
         """The committer has checked the step and named the checkpoint."""
-        save = self._saves[key]
+        save = self._current(token)
+        if save is None or save.state != RESERVING:  # failed meanwhile; if the name were not given up, the step would stay taken
+            return [Finish(token, (save and save.failure) or _over(), checkpoint)]
         save.checkpoint = checkpoint
-        if save.state != RESERVING:
-            return []
         ranks = range(save.world_size)
         try:
             merged = merge([save.joined[rank].inventory for rank in ranks], self._options.chunk_bytes)
         except InvalidInputError as error:
             return self._fail(save, error)
+        save.stored = stored
         servers = [save.joined[rank].server for rank in ranks]
         save.plan = deal(
             merged, servers, checkpoint, stored, self._options.write_streams, self._options.file_bytes
@@ -211,50 +229,53 @@ class SaveMachine:
         for server, size in save.plan.staged_bytes.items():
             have, file = self._reserved.get((server, save.generation), (0, ""))
             if have < size:
-                out.append(ReserveMemory(key, server, save.generation, size))
+                out.append(ReserveMemory(token, server, save.generation, size))
             else:
                 save.memory[server] = file
         return out or self._stage(save)
 
-    def reserved(self, key: str, server: str, file: str) -> list[Instruction]:
+    def reserved(self, token: str, server: str, file: str) -> list[Instruction]:
         """A server has sized its generation; `file` is where workers find it."""
-        save = self._saves[key]
-        if save.plan is None:
+        save = self._current(token)
+        if save is None or save.plan is None or save.state != RESERVING:
             return []
         save.memory[server] = file
         self._reserved[server, save.generation] = (save.plan.staged_bytes[server], file)
-        if save.state != RESERVING or set(save.memory) != set(save.plan.staged_bytes):
+        if set(save.memory) != set(save.plan.staged_bytes):
             return []
         return self._stage(save)
 
     def _stage(self, save: Save) -> list[Instruction]:
         assert save.plan is not None
         save.state = STAGING
-        orders: list[Instruction] = [Arm(save.key, STAGING, self._options.join_timeout_s)]
+        orders: list[Instruction] = [Arm(save.token, STAGING, self._options.join_timeout_s)]
         for rank, join in save.joined.items():
             items = tuple(save.plan.stage[rank])
             orders.append(Order(save.key, rank, SaveOrders(save.checkpoint, save.memory.get(join.server, ""), items)))
         return orders
 
-    def staged(self, key: str, rank: int, digests: tuple[bytes, ...], stall_s: float) -> list[Instruction]:
+    def staged(self, message: Staged) -> list[Instruction]:
         """A rank has staged its chunks."""
-        save = self._saves.get(key)
-        if save is None or save.state != STAGING or save.plan is None:
+        save = self._saves.get(message.key)
+        if save is None or save.state != STAGING or save.plan is None or save.checkpoint != message.checkpoint:
             return []
-        save.staged[rank] = digests
-        save.stall_s = max(save.stall_s, stall_s)
+        save.staged[message.rank] = message.digests
+        save.stall_s = max(save.stall_s, message.stall_s)
         if len(save.staged) < save.world_size:
             return []
+        settle(save.plan, save.digests(), save.stored)
         save.state = WRITING
         out: list[Instruction] = [
-            Write(key, server, WriteOrder(save.generation, save.plan.staged_bytes[server], tuple(files)))
+            Write(save.token, server, WriteOrder(save.generation, save.plan.staged_bytes[server], tuple(files)))
             for server, files in save.plan.files.items()
         ]
-        return [Arm(key, WRITING, self._options.write_timeout_s), *out] if out else self._try_commit()
+        return [Arm(save.token, WRITING, self._options.write_timeout_s), *out] if out else self._try_commit()
 
-    def written(self, key: str, server: str, written: Sequence[Written]) -> list[Instruction]:
+    def written(self, token: str, server: str, written: Sequence[Written]) -> list[Instruction]:
         """A server has written its files."""
-        save = self._saves[key]
+        save = self._current(token)
+        if save is None or save.state != WRITING:
+            return []
         save.written[server] = written
         return self._try_commit()
 
@@ -266,26 +287,30 @@ class SaveMachine:
         if save.state != WRITING or save.plan is None or set(save.written) != set(save.plan.files):
             return []
         save.state = COMMITTING
-        return [Commit(save.key, save)]
+        return [Commit(save.token, save)]
 
-    def committed(self, key: str, done: SaveDone) -> list[Instruction]:
+    def committed(self, token: str, done: SaveDone) -> list[Instruction]:
         """The checkpoint exists."""
-        save = self._saves.pop(key)
+        save = self._current(token)
+        if save is None or save.state != COMMITTING:
+            return []
         save.state = DONE
-        return [Finish(key, done, save.checkpoint), *self._give_up_generation(save)]
+        del self._saves[save.key]
+        return [Finish(token, done, save.checkpoint), *self._give_up_generation(save)]
 
-    def failed(self, key: str, error: CheckpointError) -> list[Instruction]:
+    def failed(self, token: str, error: CheckpointError) -> list[Instruction]:
         """The committer or a server failed."""
-        save = self._saves.get(key)
+        save = self._current(token)
         return self._fail(save, error) if save is not None and save.state not in (DONE, FAILED) else []
 
     def lost(self, key: str, rank: int, world_size: int, failure: Failure) -> list[Instruction]:
         """A rank can't go on: it died, its state can't be saved, or it changed while it was staged."""
         save = self._saves.get(key)
         if save is None:
-            save = self._saves[key] = Save(key, SaveRequest(0), world_size)
+            save = self._begin(key, SaveRequest(0), world_size)
         if save.state == FAILED:
             save.told.add(rank)
+            self._drop_told(save)
         if save.state in (WRITING, COMMITTING, DONE, FAILED):
             return []  # what it had is staged already: nothing is lost
         error = failure.error()
@@ -293,9 +318,9 @@ class SaveMachine:
             error = WorkerFailuresError(f"rank {rank}: {failure.message}", {rank: failure.message})
         return self._fail(save, error, also=rank)
 
-    def timed_out(self, key: str, state: str) -> list[Instruction]:
+    def timed_out(self, token: str, state: str) -> list[Instruction]:
         """The time for a state is over."""
-        save = self._saves.get(key)
+        save = self._current(token)
         if save is None or save.state != state:
             return []
         return self._fail(save, SaveTimeoutError(_timeout_text(save, self._options)))
@@ -307,6 +332,7 @@ class SaveMachine:
             for server in save.plan.staged_bytes:
                 self._reserved.pop((server, save.generation), None)
         save.state, save.failure = FAILED, Failure.of(error)
+        save.told |= set(save.staged)  # they wait for the save's outcome, and hear it from there
         waiting = [rank for rank in save.joined if rank not in save.staged]
         out: list[Instruction] = [self._tell(save, rank, save.failure) for rank in waiting]
         if also is not None and also not in waiting:
@@ -316,13 +342,17 @@ class SaveMachine:
         failed = [key for key, other in self._saves.items() if other.state == FAILED]
         for key in failed[:-_FAILED_KEPT]:
             del self._saves[key]
-        return [*out, Finish(save.key, save.failure, save.checkpoint), *self._give_up_generation(save)]
+        self._drop_told(save)
+        return [*out, Finish(save.token, save.failure, save.checkpoint), *self._give_up_generation(save)]
 
     def _tell(self, save: Save, rank: int, failure: Failure) -> Order:
         save.told.add(rank)
-        if len(save.told) == save.world_size:
-            self._saves.pop(save.key, None)
+        self._drop_told(save)
         return Order(save.key, rank, failure)
+
+    def _drop_told(self, save: Save) -> None:
+        if len(save.told) >= save.world_size and self._current(save.token) is save:
+            del self._saves[save.key]
 
     def _give_up_generation(self, save: Save) -> list[Instruction]:
         if save.key not in self._line:
@@ -330,6 +360,10 @@ class SaveMachine:
         self._line.remove(save.key)
         self._free.append(save.generation)
         return [*self._try_commit(), *self._next_generation()]
+
+
+def _over() -> Failure:
+    return Failure.of(WorkerFailuresError("this save is over already; save again"))
 
 
 def _join_problem(save: Save, message: JoinSave) -> str | None:

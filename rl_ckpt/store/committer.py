@@ -67,7 +67,7 @@ class Committer:
         """Checks a request and names its checkpoint.
 
         Returns:
-            A new id, `<step>-<attempt>`, and the chunks of the newest checkpoint, which the save need not write again. Their
+            A new id, `<step>-<attempt>`, and the chunks of the checkpoint it continues, which the save need not write again. Their
             files are kept from the sweep until the attempt is committed or abandoned.
 
         Raises:
@@ -83,7 +83,7 @@ class Committer:
         if request.parent is None and request.step in self._open.values():
             raise InvalidInputError(f"step {request.step} is being saved already; save a later step")
         checkpoint = f"{request.step}-{uuid.uuid4().hex[:12]}"
-        stored = self._stored_now()
+        stored = self._stored_for(request.parent)
         self._sweeper.protect(checkpoint, {file.name for file, _ in stored.values()})
         self._open[checkpoint] = request.step
         return checkpoint, stored
@@ -93,15 +93,21 @@ class Committer:
         start = next((c for c in self._commits if c.id == parent), self._commits[-1] if self._commits else None)
         return {start.id, *lineage(start, self._commits)} if start else set()
 
-    def _stored_now(self) -> Stored:
+    def _stored_for(self, parent: str | None) -> Stored:
+        """Chunks of the checkpoint that a save continues. After a fallback the newest is damaged; its parent was verified."""
+        newest = self._commits[-1] if self._commits else None
+        start = next((c for c in self._commits if c.id == parent), newest)
+        if start is not newest:
+            return self._stored_in(start)
         if self._stored is None:
-            try:
-                self._stored = (
-                    self._intact(stored_chunks(self.run.manifest(self._commits[-1]))) if self._commits else {}
-                )
-            except CorruptionError:
-                self._stored = {}  # nothing to refer to: this save writes everything, and stands by itself
+            self._stored = self._stored_in(newest)
         return self._stored
+
+    def _stored_in(self, commit: CommitRecord | None) -> Stored:
+        try:
+            return self._intact(stored_chunks(self.run.manifest(commit))) if commit else {}
+        except CorruptionError:
+            return {}  # nothing to refer to: the save writes everything, and stands by itself
 
     def _intact(self, stored: Stored) -> Stored:
         """Leaves out chunks whose file is gone or cut short: a new checkpoint must not lean on those."""

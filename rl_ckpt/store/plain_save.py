@@ -19,7 +19,7 @@ import numpy as np
 from rl_ckpt.errors import CheckpointError, SaveSkippedError
 from rl_ckpt.info import CheckpointInfo
 from rl_ckpt.options import Options
-from rl_ckpt.plan.deal import SavePlan, deal
+from rl_ckpt.plan.deal import SavePlan, deal, settle
 from rl_ckpt.plan.inventory import take_inventory
 from rl_ckpt.plan.merge import merge
 from rl_ckpt.plan.retention import KeepRule
@@ -86,7 +86,7 @@ class PlainSaver:
         buffer = self._buffer()
         checkpoint = ""
         try:
-            inventory = take_inventory(flat, self._options.chunk_bytes, 0, 1)
+            inventory = take_inventory(flat, self._options.chunk_bytes, 1)
             merged = merge([inventory], self._options.chunk_bytes)
             with self._lock:
                 checkpoint, stored = self._committer.attempt(request)
@@ -97,6 +97,7 @@ class PlainSaver:
             memory = buffer[:size].data.cast("B") if size else memoryview(bytearray())
             found = stage(flat, plan.stage[0], memory)
             digests = {(_SERVER, item.offset): d for item, d in zip(plan.stage[0], found, strict=True)}
+            settle(plan, digests, stored)
         except BaseException:
             self._give_back(checkpoint, buffer)
             raise

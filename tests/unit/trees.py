@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,9 @@ TORCH_DTYPES = [
     *(torch.complex128, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
     torch.float8_e8m0fnu,
 ]
+with warnings.catch_warnings():  # torch says once a process that it can do little with half-precision complex numbers
+    warnings.simplefilter("ignore", UserWarning)
+    torch.zeros((), dtype=torch.complex32)
 JAX_DTYPES = ["bool", "int8", "int16", "int32", "uint8", "uint16", "uint32", "float16", "float32", "complex64"]
 JAX_DTYPES += ["bfloat16", "float8_e4m3fn", "float8_e5m2", "int4"]
 AWKWARD_KEYS = ["", "/", "~", "//", "~0", "~1", "~2", "~3", "0", "-1", "-0", "007", "1_0", "٣", "a/b", "@", "#1", "é", "\0"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rl_ckpt.format.digest import digest
 from rl_ckpt.format.manifest import ArrayRef, Chunk, Manifest
 from rl_ckpt.format.shard_file import Column, compose
-from rl_ckpt.plan.deal import SavePlan, Stored, Written, deal, entries, stored_chunks
+from rl_ckpt.plan.deal import SavePlan, Stored, Written, deal, entries, settle, stored_chunks
 from rl_ckpt.plan.inventory import take_inventory
 from rl_ckpt.plan.match import Match, View, match_all, match_state, view
 from rl_ckpt.plan.merge import Merged, merge
@@ -60,7 +60,7 @@ def flatten_all(states: Sequence[Any]) -> list[FlatTree]:
 
 
 def merge_all(flats: Sequence[FlatTree], chunk_bytes: int) -> Merged:
-    return merge([take_inventory(f, chunk_bytes, r, len(flats)) for r, f in enumerate(flats)], chunk_bytes)
+    return merge([take_inventory(f, chunk_bytes, len(flats)) for f in flats], chunk_bytes)
 
 
 def save(
@@ -81,6 +81,7 @@ def save(
         if items:
             found = stage(flats[rank], items, memoryview(memory[servers[rank]]))
             digests.update({(servers[rank], i.offset): d for i, d in zip(items, found, strict=True)})
+    settle(plan, digests, stored)
     files = dict(base.files) if base else {}
     written: dict[str, list[Written]] = {}
     for server, plans in plan.files.items():

@@ -1,0 +1,167 @@
+"""The world around a SaveMachine, as data: what it was told to do and has not been answered yet, and a committer with its rules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rl_ckpt.errors import CheckpointError, InvalidInputError
+from rl_ckpt.options import Options
+from rl_ckpt.plan.deal import Written
+from rl_ckpt.plan.inventory import take_inventory
+from rl_ckpt.runtime import save_machine as sm
+from rl_ckpt.runtime.messages import Failure, JoinSave, SaveDone, SaveOrders, Staged
+from rl_ckpt.state.tree import flatten
+
+State = dict[str, object]
+
+
+def shared_and_own(rank: int, step: int = 0) -> State:
+    """A state of 4 KB that all ranks share and 80 bytes of each rank's own."""
+    return {"w": np.full(512, step, "f8"), "own": np.full(10, 100.0 * step + rank)}
+
+
+def join(rank: int, step: int, world: int = 2, key: str | None = None, state: State | None = None) -> JoinSave:
+    flat = flatten(shared_and_own(rank, step) if state is None else state)
+    inventory = take_inventory(flat, 1 << 20, world)
+    return JoinSave(key or f"save-{step}", rank, world, step, {}, None, None, f"server-{rank % 2}", inventory)
+
+
+@dataclass
+class Bench:
+    """Feeds events to the machine and keeps its instructions until a test answers them."""
+
+    options: Options = field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        self.machine = sm.SaveMachine(self.options)
+        self.names: list[sm.Name] = []
+        self.reserves: list[sm.ReserveMemory] = []
+        self.writes: list[sm.Write] = []
+        self.commits: list[sm.Commit] = []
+        self.arms: list[sm.Arm] = []
+        self.replies: dict[tuple[str, int], list[SaveOrders | Failure]] = {}
+        self.finished: dict[str, SaveDone | Failure] = {}
+        self.committed: list[int] = []
+        self.open: dict[str, int] = {}
+        self.named_tokens: list[str] = []
+        self.commit_tokens: list[str] = []
+
+    def do(self, instructions: list[sm.Instruction]) -> None:
+        for i in instructions:
+            match i:
+                case sm.Name():
+                    self.names.append(i)
+                    self.named_tokens.append(i.token)
+                case sm.ReserveMemory():
+                    self.reserves.append(i)
+                case sm.Write():
+                    self.writes.append(i)
+                case sm.Commit():
+                    assert not self.commits, "a commit was begun while another was under way"
+                    assert i.token not in self.commit_tokens, "a save was committed twice"
+                    self.commit_tokens.append(i.token)
+                    self.commits.append(i)
+                case sm.Arm():
+                    self.arms.append(i)
+                case sm.Order(key, rank, reply):
+                    self.replies.setdefault((key, rank), []).append(reply)
+                case sm.Finish(_, outcome, checkpoint):
+                    if checkpoint:
+                        assert checkpoint not in self.finished, "a save was decided twice"
+                        self.finished[checkpoint] = outcome
+                        self.open.pop(checkpoint, None)
+
+    def join(self, rank: int, step: int, **how: object) -> None:
+        self.do(self.machine.join(join(rank, step, **how)))  # type: ignore[arg-type]
+
+    def join_all(self, step: int, world: int = 2, **how: object) -> None:
+        for rank in range(world):
+            self.join(rank, step, world=world, **how)
+
+    def reply(self, step: int, rank: int) -> SaveOrders | Failure:
+        """The last answer to a rank."""
+        return self.replies[f"save-{step}", rank][-1]
+
+    def orders(self, step: int, rank: int) -> SaveOrders:
+        reply = self.reply(step, rank)
+        assert isinstance(reply, SaveOrders)
+        return reply
+
+    def failure(self, step: int, rank: int) -> Failure:
+        reply = self.reply(step, rank)
+        assert isinstance(reply, Failure)
+        return reply
+
+    def name(self) -> None:
+        """Answers the oldest Name as the committer does."""
+        token, request = (ask := self.names.pop(0)).token, ask.request
+        if request.step in self.committed or request.step in self.open.values():
+            self.do(self.machine.failed(token, InvalidInputError(f"step {request.step} is taken")))
+            return
+        checkpoint = f"{request.step}-{token.rpartition('#')[2]}"
+        self.open[checkpoint] = request.step
+        self.do(self.machine.named(token, checkpoint, {}))
+
+    def reserve(self) -> None:
+        while self.reserves:
+            ask = self.reserves.pop(0)
+            self.do(self.machine.reserved(ask.token, ask.server, f"/shm/{ask.server}/{ask.generation}/{ask.token}"))
+
+    def stage(self, step: int, rank: int) -> None:
+        orders = self.orders(step, rank)
+        digests = tuple(bytes([i % 251, rank]) * 8 for i, _ in enumerate(orders.items))
+        self.do(self.machine.staged(Staged(f"save-{step}", rank, orders.checkpoint, digests, 0.1 * (rank + 1))))
+
+    def write(self, write: sm.Write) -> None:
+        self.writes.remove(write)
+        done = [Written(1000, tuple(range(len(file.columns)))) for file in write.order.files]
+        self.do(self.machine.written(write.token, write.server, done))
+
+    def write_all(self, token: str | None = None) -> None:
+        for write in [w for w in self.writes if token in (None, w.token)]:
+            self.write(write)
+
+    def commit(self) -> None:
+        ask = self.commits.pop()
+        save = ask.save
+        assert save.plan is not None
+        save.digests()
+        self.committed.append(save.request.step)
+        done = SaveDone(
+            checkpoint=save.checkpoint, step=save.request.step, url="u", bytes=1, bytes_written=1, time=1.0, metrics={},
+            tag=None, lineage=(), world_size=save.world_size, stall_s=save.stall_s, notice="",
+        )  # fmt: skip
+        self.do(self.machine.committed(ask.token, done))
+
+    def fail(self, asked: sm.Name | sm.ReserveMemory | sm.Write | sm.Commit, error: CheckpointError) -> None:
+        for queue in (self.names, self.reserves, self.writes, self.commits):
+            if asked in queue:
+                queue.remove(asked)  # type: ignore[arg-type]
+        self.do(self.machine.failed(asked.token, error))
+
+    def lost(self, rank: int, step: int, error: CheckpointError, world: int = 2) -> None:
+        self.do(self.machine.lost(f"save-{step}", rank, world, Failure.of(error)))
+
+    def time_out(self, state: str) -> None:
+        """Fires the newest timer of a state."""
+        arm = [a for a in self.arms if a.state == state][-1]
+        self.do(self.machine.timed_out(arm.token, arm.state))
+
+    def to_staging(self, step: int, world: int = 2) -> None:
+        self.join_all(step, world)
+        self.name()
+        self.reserve()
+
+    def to_writing(self, step: int, world: int = 2) -> None:
+        self.to_staging(step, world)
+        for rank in range(world):
+            self.stage(step, rank)
+
+    def save(self, step: int, world: int = 2) -> None:
+        """A whole save that nothing disturbs."""
+        self.to_writing(step, world)
+        self.write_all()
+        self.commit()
+        assert step in self.committed
