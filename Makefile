@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 # Errors are shown, progress is not.
 PIP := $(PY) -m pip -qq --disable-pip-version-check
-# More arguments for the tool behind a target: make test ARGS="-k restore", make demo ARGS="--fast".
+# More arguments for the tool behind a target: make test ARGS="-k restore", make demo ARGS="--iterations 12".
 ARGS ?=
 # Run by people, not imported by the package.
 SCRIPTS := $(sort $(dir $(wildcard benchmarks/*.py examples/*.py)))

@@ -1,1 +1,1 @@
-"""Benchmarks: rl_ckpt beside the raw limits, interleaved, in one process tree, on the same bytes. `make bench` runs them."""
+"""Benchmarks: rl_ckpt beside the raw limits, interleaved, in one process tree, on the same bytes (`make bench`)."""

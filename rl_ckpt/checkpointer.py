@@ -1,13 +1,14 @@
 """Checkpointer: the face of the package. Reads like the recipe; the work is done on the floors below.
 
-`save` and `restore` drive Ray actors (rl_ckpt/runtime, imported at the first call); `save_state` and `load_state` need no Ray.
+`save` and `restore` drive Ray actors (rl_ckpt/runtime, imported at the first call); `save_state` and `load_state` need
+no Ray.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
@@ -19,7 +20,8 @@ from rl_ckpt.options import Options, WhenBusy, check_step
 from rl_ckpt.pending import PendingSave
 from rl_ckpt.plan.match import match_all, view
 from rl_ckpt.plan.retention import KeepRule
-from rl_ckpt.state.tree import unflatten
+from rl_ckpt.state.leaves import is_utf8
+from rl_ckpt.state.tree import flatten, unflatten
 from rl_ckpt.store.committer import SaveRequest, encode_metrics, info_of
 from rl_ckpt.store.pins import pin
 from rl_ckpt.store.plain_save import PlainSaver
@@ -66,13 +68,15 @@ class Checkpointer:
         Args:
             url: Where the run is: a local folder, or any fsspec url (`s3://bucket/run-7`).
             keep: Retention rules; a checkpoint stays where any of them keeps it. None: all stay.
-            storage_options: For the file system, as fsspec takes them (endpoint, credentials). From the environment otherwise.
+            storage_options: For the file system, as fsspec takes them (endpoint, credentials). From the environment
+                otherwise.
             get_state: Name of the workers' method that returns their state tree.
             set_state: Name of the workers' method that takes a state tree.
             when_busy: What a save does while two earlier ones are still being written: "wait" or "skip".
-            allow_pickle: Whether leaves that are neither arrays nor plain data may be pickled, and loaded again. Loading such
-                a checkpoint runs code from it.
-            weak_commits: Accepts a store without create-only PUT: two coordinators may then overwrite each other's commits.
+            allow_pickle: Whether leaves that are neither arrays nor plain data may be pickled, and loaded again.
+                Loading such a checkpoint runs code from it.
+            weak_commits: Accepts a store without create-only PUT: two coordinators may then overwrite each other's
+                commits.
             chunk_bytes: Upper limit of a chunk, in bytes.
             write_streams: Shard files that a node writes at a time.
             join_timeout_s: How long a save or restore waits for all its workers, in seconds.
@@ -92,9 +96,8 @@ class Checkpointer:
             allow_pickle=allow_pickle,
             weak_commits=weak_commits,
         )
-        bad = [rule for rule in keep if not isinstance(rule, KeepRule)]
-        if bad:
-            raise InvalidInputError(f"keep={bad!r}: rules are objects such as LatestN(3) and EveryNSteps(1000)")
+        if isinstance(keep, type | KeepRule) or any(isinstance(r, type) or not isinstance(r, KeepRule) for r in keep):
+            raise InvalidInputError(f"keep={keep!r} must be a list of rules such as [LatestN(3), EveryNSteps(1000)]")
         self._url = normalise_url(url)
         self._keep = tuple(keep)
         self._storage_options = dict(storage_options or {})
@@ -122,8 +125,8 @@ class Checkpointer:
 
         Args:
             step: Training step, at least 0, not yet saved in this line of checkpoints.
-            workers: Ray actor handles, by rank; each has `get_state()` (see the constructor) returning a state tree. What is
-                equal on several workers is written once; what differs belongs to its rank.
+            workers: Ray actor handles, by rank; each has `get_state()` (see the constructor) returning a state tree.
+                What is equal on several workers is written once; what differs belongs to its rank.
             metrics: Plain values to find the checkpoint by later (a return, a loss).
             tag: A name; a tagged checkpoint is never swept.
 
@@ -152,8 +155,9 @@ class Checkpointer:
     ) -> RestoreReport:
         """Restores Ray actors, onto any number of them.
 
-        Every worker's `get_state()` tells what it has; values go into its arrays in place where dtype and shape agree, and the
-        whole tree goes to `set_state(tree)`. No worker is touched before every chunk that any of them needs is verified.
+        Every worker's `get_state()` tells what it has; values go into its arrays in place where dtype and shape agree,
+        and the whole tree goes to `set_state(tree)`. No worker is touched before every chunk that any of them needs is
+        verified.
 
         Args:
             workers: Ray actor handles, by rank.
@@ -177,7 +181,7 @@ class Checkpointer:
         return report
 
     def worker(self, rank: int, world_size: int) -> WorkerCheckpointer:
-        """A picklable handle for use inside worker `rank` of `world_size`: every worker calls the same `save` or `restore`.
+        """A picklable handle for use inside worker `rank` of `world_size`: every worker calls `save` or `restore`.
 
         Raises:
             InvalidInputError: `rank` is not in 0 … world_size - 1.
@@ -203,8 +207,10 @@ class Checkpointer:
         Raises:
             InvalidInputError, SaveSkippedError, CheckpointError: As for `save`.
         """
+        begun = time.monotonic()
         request = self._request(step, metrics, tag)
         self._report_failures()
+        flat = flatten(tree, self._options.allow_pickle)  # first: a state that can't be saved leaves no trace
         if self._service is not None and self._service.owns_run:
             raise InvalidInputError(
                 f"this Checkpointer saves {self._url} through Ray actors already; use another url for plain state"
@@ -215,7 +221,7 @@ class Checkpointer:
             )
         if self._saver.sweep_failure:
             warnings.warn(f"old checkpoints could not be swept: {self._saver.sweep_failure}", stacklevel=2)
-        return self._track(PendingSave(request.step, self._saver.save(request, tree)))
+        return self._track(PendingSave(request.step, self._saver.save(request, flat, begun)))
 
     def load_state(
         self,
@@ -243,8 +249,9 @@ class Checkpointer:
             InvalidInputError: `select` chooses nothing.
         """
         run = Run.open(self._url, self._storage_options)
-        damaged: list[str] = []
-        for commit in run.candidates(None if step is None else check_step(step)):
+        candidates, newer = run.candidates(None if step is None else check_step(step))
+        damaged = list(newer.values())
+        for commit in candidates:
             try:
                 manifest = run.manifest(commit)
                 match = match_all(view(manifest, rank), select, None)
@@ -269,8 +276,10 @@ class Checkpointer:
             run = Run.open(self._url, self._storage_options)
         except CheckpointNotFoundError:
             return []
-        commits = run.log.read().commits
-        return [info_of(run, commit, commits) for commit in commits]
+        log = run.log.read()
+        if log.damaged:
+            warnings.warn(f"records that can't be read are left out: {'; '.join(log.damaged.values())}", stacklevel=2)
+        return [info_of(run, commit, log.commits) for commit in log.commits]
 
     def latest(self) -> CheckpointInfo | None:
         """The newest checkpoint, or None."""
@@ -320,8 +329,8 @@ class Checkpointer:
         self.close()
 
     def _request(self, step: int, metrics: Mapping[str, object] | None, tag: str | None) -> SaveRequest:
-        if tag is not None and not (isinstance(tag, str) and tag):
-            raise InvalidInputError(f"tag={tag!r} must be a string that is not empty")
+        if tag is not None and not (isinstance(tag, str) and tag and is_utf8(tag)):
+            raise InvalidInputError(f"tag={tag!r} must be a string of Unicode text, and not empty")
         return SaveRequest(check_step(step), encode_metrics(metrics or {}), tag, self._parent)
 
     def _running_service(self) -> Service:
@@ -331,19 +340,17 @@ class Checkpointer:
             if self._saver is not None:
                 self._saver.close()
                 self._saver = None
-            self._service = Service(
-                self._url, self._storage_options, self._keep, self._options, self._methods
-            )
+            self._service = Service(self._url, self._storage_options, self._keep, self._options, self._methods)
         return self._service
 
     def _track(self, pending: PendingSave) -> PendingSave:
         self._parent = None  # from here on, the newest commit is what a save continues
-        self._pending = [p for p in self._pending if not p.done()] + [pending]
+        self._pending = [p for p in self._pending if not p.settled()] + [pending]
         return pending
 
     def _report_failures(self) -> None:
-        """Raises the first failure of a background save that nobody has seen: nothing is swallowed."""
-        failures = [failure for p in self._pending if (failure := p.unseen_failure()) is not None]
-        self._pending = [p for p in self._pending if not p.done()]
-        if failures:
-            raise failures[0]
+        """Raises the oldest failure of a background save that nobody was told of; the next call raises the next one."""
+        for pending in self._pending:
+            failure = pending.take_failure()
+            if failure is not None:
+                raise failure

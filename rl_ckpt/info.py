@@ -51,11 +51,13 @@ class RestoreReport:
     bytes: int
     """Put into workers' arrays, all ranks together."""
     bytes_from: Mapping[str, int]
-    """Bytes of chunks by source: "files" (mapped by the workers themselves), "store" (fetched by shard servers), "peers"."""
+    """Bytes of chunks by source: "files" (mapped by the workers), "store" (fetched by shard servers), "peers"."""
     seconds: float
     """From the call to the last worker's state being set."""
     kept: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     """By rank: leaves that were left as they were (not selected, not matching, or no counterpart in the checkpoint)."""
+    ignored: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    """By rank: leaves of the checkpoint that the worker has no place for (`strict=False`)."""
     ranks_without_counterpart: tuple[int, ...] = ()
     """Ranks past the saved world size: they keep what belongs to a rank."""
     ranks_dropped: tuple[int, ...] = ()

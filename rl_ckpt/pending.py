@@ -57,8 +57,12 @@ class PendingSave:
         self._seen = True
         return info
 
-    def unseen_failure(self) -> BaseException | None:
-        """The error of a failed save that nobody has asked for yet; asking marks it as seen."""
+    def settled(self) -> bool:
+        """Whether nothing is left to be said of it: committed, or failed and somebody was told."""
+        return self._future.done() and (self._seen or self._future.exception() is None)
+
+    def take_failure(self) -> BaseException | None:
+        """The error of a failed save that nobody has asked for yet; it counts as told from here on."""
         if self._seen or not self._future.done():
             return None
         self._seen = True

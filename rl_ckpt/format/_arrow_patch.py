@@ -1,8 +1,9 @@
 """Moves the values in a one-batch Arrow IPC file to 64-byte boundaries, by editing the metadata that pyarrow wrote.
 
-Arrow's own writer pads buffers to 8 bytes. The format allows any multiple of 8 and recommends 64. Only four things say where
-values lie: the batch's buffer list, its body length, its metadata length, and the footer's block; these are rewritten, and
-nothing else. Layouts: the Arrow columnar format's Message.fbs, Schema.fbs and File.fbs; flatbuffers' table encoding.
+Arrow's own writer pads buffers to 8 bytes. The format allows any multiple of 8 and recommends 64. Only four things say
+where values lie: the batch's buffer list, its body length, its metadata length, and the footer's block; these are
+rewritten, and nothing else. Layouts: the Arrow columnar format's Message.fbs, Schema.fbs and File.fbs; flatbuffers'
+table encoding.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Manifest: everything about one checkpoint but the values (docs/format.md).
 
-Owns: its fields, its JSON, and the names of files and columns that it refers to. Leaf module: knows nothing of stores, plans
-or workers. Values that were equal on several ranks stand once; what differed stands once a variant, with its ranks.
+Owns: its fields, its JSON, and the names of files and columns that it refers to. Leaf module: knows nothing of stores,
+plans or workers. Values that were equal on several ranks stand once; what differed stands once a variant, with its
+ranks.
 """
 
 from __future__ import annotations

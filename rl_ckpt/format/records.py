@@ -1,7 +1,7 @@
 """Records: run.json, the commit log's records and pins, as self-checking JSON (docs/format.md).
 
-Owns: their fields and their encoding. A record's file is `{"digest": ..., "record": {...}}`, where the digest covers the bytes
-of `record` as they stand in the file. Does not know: where files are, who may create one.
+Owns: their fields and their encoding. A record's file is `{"digest": ..., "record": {...}}`, where the digest covers
+the bytes of `record` as they stand in the file. Does not know: where files are, who may create one.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """Shard files: ordinary Arrow IPC files with one array chunk a column.
 
-Owns: the layout of a shard file and the offsets of the values in it. Promises: any Arrow reader opens the file with no help
-from us; every column's values start at a multiple of 64 bytes; composing copies no values. Does not write anything.
+Owns: the layout of a shard file and the offsets of the values in it. Promises: any Arrow reader opens the file with no
+help from us; every column's values start at a multiple of 64 bytes; composing copies no values. Does not write
+anything.
 
-pyarrow makes the file: the schema, the metadata of the one record batch, the footer. It aligns buffers to 8 bytes and has
-no setting for more, so the batch's metadata (a flatbuffer) gets its buffer offsets, its body length and the footer's block
-rewritten in place for 64 (`_arrow_patch.py`).
+pyarrow makes the file: the schema, the metadata of the one record batch, the footer. It aligns buffers to 8 bytes and
+has no setting for more, so the batch's metadata (a flatbuffer) gets its buffer offsets, its body length and the
+footer's block rewritten in place for 64 (`_arrow_patch.py`).
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ class _Sink(io.RawIOBase):
     def tell(self) -> int:
         return self.position
 
-    def write(self, piece: bytes | pa.Buffer) -> int:  # type: ignore[override]  # pyarrow hands over its own buffers
+    def write(self, piece: bytes | pa.Buffer) -> int:
         if isinstance(piece, pa.Buffer):
             self.first_value = self.first_value or self.position
             size: int = piece.size
@@ -134,5 +135,5 @@ class _Sink(io.RawIOBase):
         return size
 
     def joined(self, start: int, end: int) -> bytes:
-        """pyarrow's own pieces that begin in `start` … `end`, without gaps between them."""
+        """Joins pyarrow's own pieces that begin in `start` … `end`, without gaps between them."""
         return b"".join(piece for at, piece in self._own if start <= at < end)

@@ -7,7 +7,7 @@ checkpoint), the layout of a generation of staging memory, and the split into fi
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -108,7 +108,6 @@ def deal(
     stored: Stored,
     write_streams: int,
     file_bytes: int,
-    exclude: Collection[int] = (),
 ) -> SavePlan:
     """Plans a save.
 
@@ -119,14 +118,13 @@ def deal(
         stored: What need not be written again.
         write_streams: Shard files that a server writes at a time.
         file_bytes: Size past which a shard file is split further.
-        exclude: Ranks that can't stage (lost since they joined).
 
     Returns:
         The plan. Each of N replicas stages about 1/N of the bytes they share.
     """
     plan = SavePlan({rank: [] for rank in range(merged.world_size)}, {}, {}, merged)
     writes = _writes(merged, stored, plan)
-    dealt = _balance(writes, servers, frozenset(exclude))
+    dealt = _balance(writes, servers)
     for server in sorted(set(servers)):
         mine = [(rank, write) for rank, write in dealt if servers[rank] == server]
         if mine:
@@ -139,7 +137,7 @@ def _writes(merged: Merged, stored: Stored, plan: SavePlan) -> list[_Write]:
     known: dict[tuple[bytes, int], _Write] = {}
     for a, array in enumerate(merged.arrays):
         for c, chunk in enumerate(array.chunks):
-            key = (chunk.digest, chunk.bytes)
+            key = (chunk.digest, chunk.size_bytes)
             old = stored.get(key) if chunk.digest else None
             if old is not None:
                 plan.sources[a, c] = _Source(old=old)
@@ -152,24 +150,24 @@ def _writes(merged: Merged, stored: Stored, plan: SavePlan) -> list[_Write]:
     return out
 
 
-def _balance(writes: list[_Write], servers: Sequence[str], exclude: frozenset[int]) -> list[tuple[int, _Write]]:
-    """Gives each chunk to its least loaded holder. Chunks with the fewest holders go first: they have the least choice."""
+def _balance(writes: list[_Write], servers: Sequence[str]) -> list[tuple[int, _Write]]:
+    """Deals each chunk to its least loaded holder; those with the fewest holders first: they have the least choice."""
     rank_load = dict.fromkeys(range(len(servers)), 0)
     node_load = dict.fromkeys(servers, 0)
     groups: dict[frozenset[int], list[_Write]] = {}
     for write in writes:
-        groups.setdefault(frozenset(write.holders) - exclude, []).append(write)
+        groups.setdefault(frozenset(write.holders), []).append(write)
     dealt: list[tuple[int, _Write]] = []
     for holders in sorted(groups, key=lambda h: (len(h), sorted(h))):
         heap = [(rank_load[r], node_load[servers[r]], r) for r in holders]
         heapq.heapify(heap)
-        for write in sorted(groups[holders], key=lambda w: -w.chunk.bytes):
+        for write in sorted(groups[holders], key=lambda w: -w.chunk.size_bytes):
             _, seen, rank = heap[0]
             while seen != node_load[servers[rank]]:  # another rank of its node was dealt to meanwhile
                 heapq.heapreplace(heap, (rank_load[rank], node_load[servers[rank]], rank))
                 _, seen, rank = heap[0]
-            rank_load[rank] += write.chunk.bytes
-            node_load[servers[rank]] += write.chunk.bytes
+            rank_load[rank] += write.chunk.size_bytes
+            node_load[servers[rank]] += write.chunk.size_bytes
             heapq.heapreplace(heap, (rank_load[rank], node_load[servers[rank]], rank))
             dealt.append((rank, write))
     order = {id(write): i for i, write in enumerate(writes)}
@@ -184,7 +182,7 @@ def _lay_out(
     write_streams: int,
     file_bytes: int,
 ) -> None:
-    total = sum(write.chunk.bytes for _, write in dealt)
+    total = sum(write.chunk.size_bytes for _, write in dealt)
     target = max(min(-(-total // write_streams), file_bytes), 1 << 20)
     columns: list[list[ColumnPlan]] = [[]]
     names: set[str] = set()
@@ -198,10 +196,10 @@ def _lay_out(
         source = _Source(server, len(columns) - 1, len(columns[-1]))
         for place in write.places:
             plan.sources[place] = source
-        columns[-1].append(ColumnPlan(name, array.path, array.spec.dtype, chunk.box, offset, chunk.bytes))
-        plan.stage[rank].append(StageItem(array.path, chunk.box, offset, chunk.bytes, chunk.digest))
-        filled += chunk.bytes
-        offset += -(-chunk.bytes // ALIGNMENT) * ALIGNMENT
+        columns[-1].append(ColumnPlan(name, array.path, array.spec.dtype, chunk.box, offset, chunk.size_bytes))
+        plan.stage[rank].append(StageItem(array.path, chunk.box, offset, chunk.size_bytes, chunk.digest))
+        filled += chunk.size_bytes
+        offset += -(-chunk.size_bytes // ALIGNMENT) * ALIGNMENT
     plan.files[server] = [
         FilePlan(shard_file_name(checkpoint, server, k), tuple(group)) for k, group in enumerate(columns)
     ]
@@ -224,8 +222,8 @@ def _column_name(array: MergedArray, chunk: MergedChunk, taken: set[str]) -> str
 def settle(plan: SavePlan, digests: Mapping[tuple[str, int], bytes], stored: Stored) -> None:
     """Once everything is staged, drops from the plan what need not be written: bytes stored already, or staged twice.
 
-    What is hashed before it is staged (replicas that must be found) was left out by `deal`; the rest is hashed while it is copied,
-    and left out here.
+    What is hashed before it is staged (replicas that must be found) was left out by `deal`; the rest is hashed while it
+    is copied, and left out here.
 
     Args:
         plan: From `deal`; its files and sources are changed.
@@ -287,6 +285,6 @@ def entries(
                 offset = done.offsets[source.column]
                 digest = digests[source.server, planned.columns[source.column].offset].hex()
             index = files.setdefault(file, len(files))
-            chunks.append(Chunk(chunk.box, index, offset, chunk.bytes, digest))
+            chunks.append(Chunk(chunk.box, index, offset, chunk.size_bytes, digest))
         arrays.append(ArrayEntry(array.spec, tuple(chunks)))
     return tuple(files), tuple(arrays)

@@ -12,7 +12,7 @@ from rl_ckpt.state.tree import AUTO, FlatTree, LocalArray, Node
 
 
 class Inventory(msgspec.Struct, frozen=True):
-    """One rank's nodes by path, and the digests of chunks, in the order of `chunk_boxes`, of arrays that may be replicas."""
+    """One rank's nodes by path, and digests of the chunks (as `chunk_boxes` cuts them) of what may be replicas."""
 
     nodes: dict[str, Node]
     digests: dict[str, tuple[bytes, ...]]
@@ -37,7 +37,7 @@ def chunk_values(flat: FlatTree, path: str, box: Box) -> memoryview:
 
 
 def take_inventory(flat: FlatTree, chunk_bytes: int, world_size: int) -> Inventory:
-    """Hashes the arrays of a worker that may be replicas of other workers', chunk by chunk; the rest is hashed when it is staged.
+    """Hashes the arrays of a worker that may be replicas of other workers'; the rest is hashed when it is staged.
 
     Args:
         flat: The worker's tree.

@@ -1,8 +1,8 @@
 """Match: a checkpoint's leaves against what one worker has.
 
-Owns: which saved leaves are a rank's, which of them go where in the worker's tree, and the list of all that does not fit. Pure:
-moves no values. `None`, and an empty container, in a worker's state stand for "whatever the checkpoint has" (a fresh
-optimizer has no moments yet).
+Owns: which saved leaves are a rank's, which of them go where in the worker's tree, and the list of all that does not
+fit. Pure: moves no values. `None`, and an empty container, in a worker's state stand for "whatever the checkpoint has"
+(a fresh optimizer has no moments yet).
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ class Match:
     """Containers to be made where the worker's are empty."""
     kept: list[str] = field(default_factory=list)
     """Leaves of the worker that are left as they are."""
+    ignored: list[str] = field(default_factory=list)
+    """Leaves of the checkpoint that go nowhere (only where what doesn't fit is no error)."""
     problems: Problems = field(default_factory=Problems)
 
 
@@ -107,7 +109,10 @@ def match_all(seen: View, select: str | Sequence[str] | None, rename: Mapping[st
     """
     chosen = _chosen(seen, select, rename or {})
     out = Match(fills={new: seen.leaves[path] for path, new in chosen.items()})
-    out.grown = _renamed_containers(seen, rename or {})
+    containers, wanted = _renamed_containers(seen, rename or {}), Selector(select)
+    above = {parent for path in out.fills for parent in parents(path)}
+    chosen_too = {renamed(path, rename or {}) for path in seen.containers if wanted(path)}
+    out.grown = {path: node for path, node in containers.items() if path in above | chosen_too}
     return out
 
 
@@ -127,7 +132,7 @@ def match_state(
         manifest: For dtypes and shapes.
         select: Globs of saved paths; the rest of the worker's state is left alone.
         rename: Saved path or prefix → the worker's.
-        strict: Whether the caller will treat what doesn't fit as an error; if not, it counts as kept.
+        strict: Whether the caller will treat what doesn't fit as an error; if not, it is kept or ignored.
 
     Raises:
         InvalidInputError: `select` chooses nothing, or `rename` names a path that is not there.
@@ -155,7 +160,7 @@ def match_state(
         out.problems.mismatched[path] = "tied to another leaf here, but saved apart from it"
         del out.fills[path]
     if not strict:
-        out.kept.extend(out.problems.unexpected)
+        out.ignored = out.problems.unexpected
         out.problems = Problems()
     return out
 
@@ -244,12 +249,14 @@ def _placeholder(path: str, nodes: Mapping[str, Node]) -> str | None:
 def _grow_empty(
     out: Match, chosen: Sequence[str], containers: Mapping[str, Container], nodes: Mapping[str, Node]
 ) -> None:
-    """Empty containers of the checkpoint where the worker has a placeholder: they hold no leaf that would bring them."""
+    """Brings empty containers of the checkpoint where the worker has a placeholder: no leaf of theirs would."""
     for target in chosen:
         if target in containers and not containers[target].keys:
             top = target if target in nodes and _is_none(nodes[target]) else _placeholder(target, nodes)
             if top == target or (top is not None and target not in nodes):
-                out.grown.update({p: containers[p] for p in [*parents(target), target] if p in containers and _within(p, top)})
+                out.grown.update(
+                    {p: containers[p] for p in [*parents(target), target] if p in containers and _within(p, top)}
+                )
 
 
 def _within(path: str, top: str | None) -> bool:
@@ -270,5 +277,8 @@ def _tied_apart(nodes: Mapping[str, Node], out: Match) -> list[str]:
     return [
         path
         for path, node in nodes.items()
-        if isinstance(node, Tie) and path in out.fills and node.path in out.fills and out.fills[path] != out.fills[node.path]
+        if isinstance(node, Tie)
+        and path in out.fills
+        and node.path in out.fills
+        and out.fills[path] != out.fills[node.path]
     ]

@@ -1,7 +1,7 @@
 """Merge: many workers' inventories into one picture of the checkpoint.
 
-Owns: which arrays are replicas of one another, which belong to their rank, and whether shards tile their array. Promises: every
-contradiction between ranks is found here, before anything is staged.
+Owns: which arrays are replicas of one another, which belong to their rank, and whether shards tile their array.
+Promises: every contradiction between ranks is found here, before anything is staged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class MergedChunk:
     """One chunk of one array, and who could stage it."""
 
     box: Box
-    bytes: int
+    size_bytes: int
     digest: bytes
     """16 bytes; empty where it is hashed only when it is staged."""
     holders: tuple[int, ...]
@@ -66,7 +66,9 @@ def merge(inventories: Sequence[Inventory], chunk_bytes: int) -> Merged:
         except InvalidInputError as problem:
             problems.append(str(problem))
     if problems:
-        raise InvalidInputError("the workers' states don't fit together (nothing was written):\n  " + "\n  ".join(problems))
+        raise InvalidInputError(
+            "the workers' states don't fit together (nothing was written):\n  " + "\n  ".join(problems)
+        )
     return merged
 
 
@@ -95,12 +97,19 @@ def _variants(
     single = len(groups) == 1
     if declared == {REPLICATED} and not single:
         specs = {rank: (n.spec.dtype, n.spec.shape) for rank, n in arrays.items()}
-        raise InvalidInputError(f"{path!r} is declared replicated but differs by rank: {specs}; dtype and shape must agree")
+        raise InvalidInputError(
+            f"{path!r} is declared replicated but differs by rank: {specs}; dtype and shape must agree"
+        )
     out = []
     for ranks in groups.values():
         first = holders[ranks[0]]
-        own = (first.declared == PER_RANK) if isinstance(first, LocalArray) else isinstance(first, Plain) and first.per_rank
-        # A value that only some ranks have and that nobody else contradicts may go to anybody, if two or more agree on it.
+        own = (
+            (first.declared == PER_RANK)
+            if isinstance(first, LocalArray)
+            else isinstance(first, Plain) and first.per_rank
+        )
+        # A value that only some ranks have and that nobody else contradicts may go to anybody, if two or more agree on
+        # it.
         shared = single and not own and (len(ranks) > 1 or len(ranks) == merged.world_size or declared == {REPLICATED})
         saved = _saved(path, first, ranks, inventories, merged, chunk_bytes, single)
         out.append(Variant(saved, None if len(ranks) == merged.world_size else tuple(ranks), shared))
@@ -159,6 +168,3 @@ def _add_sharded(path: str, arrays: Mapping[int, LocalArray], merged: Merged, ch
 
 def _ranks(holders: Mapping[int, Node], merged: Merged) -> tuple[int, ...] | None:
     return None if len(holders) == merged.world_size else tuple(holders)
-
-
-

@@ -1,4 +1,4 @@
-"""Retention: rules that say which checkpoints stay. A checkpoint stays where any rule keeps it; the newest always stays."""
+"""Retention: rules that say which checkpoints stay. One stays where any rule keeps it; the newest always stays."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ class LatestN:
     def __post_init__(self) -> None:
         """Checks `n`: an integer of at least 1."""
         if not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < 1:
-            raise InvalidInputError(f"LatestN({self.n!r}): n must be an integer of at least 1; the newest is never deleted")
+            raise InvalidInputError(
+                f"LatestN({self.n!r}): n must be an integer of at least 1; the newest is never deleted"
+            )
 
     def keep(self, commits: Sequence[CommitRecord]) -> set[str]:
         """See `KeepRule.keep`."""

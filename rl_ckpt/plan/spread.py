@@ -1,7 +1,7 @@
 """Spread: which shard server fetches which chunk from the store, so that each leaves the store once per cluster.
 
-Owns: the choice of the fetcher and of who passes a chunk on. Source order is rotated, so that peers do not all ask the same
-server for the same chunk first.
+Owns: the choice of the fetcher and of who passes a chunk on. Source order is rotated, so that peers do not all ask the
+same server for the same chunk first.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def spread(manifest: Manifest, needs: Mapping[str, set[ChunkId]]) -> dict[str, S
         needs: Chunks that the workers on each server's node want.
 
     Returns:
-        By server. Every chunk is read from the store by exactly one server, the least loaded of those that need it; chunks
-        with the fewest takers are dealt first. Equal bytes under several ids (tied across arrays) count as one chunk.
+        By server. Every chunk is read from the store by exactly one server, the least loaded of those that need it;
+        chunks with the fewest takers are dealt first. Equal bytes under several ids (tied across arrays) count as one
+        chunk.
     """
     takers: dict[ChunkId, list[str]] = {}
     for server in sorted(needs):

@@ -21,8 +21,8 @@ _BLOCK_BYTES = 256 << 10
 def stage(flat: FlatTree, items: Sequence[StageItem], memory: memoryview) -> list[bytes]:
     """Copies chunks and hashes the copies.
 
-    The copy is hashed although the original was: a worker that changes its arrays between the two (a training step in another
-    thread, an environment that was not paused) would otherwise have a mixture of two states committed.
+    The copy is hashed although the original was: a worker that changes its arrays between the two (a training step in
+    another thread, an environment that was not paused) would otherwise have a mixture of two states committed.
 
     Args:
         flat: The worker's tree, as it was hashed.
@@ -44,8 +44,8 @@ def stage(flat: FlatTree, items: Sequence[StageItem], memory: memoryview) -> lis
             changed.append(item.path)
     if changed:
         raise InvalidInputError(
-            f"the arrays at {sorted(set(changed))} changed while they were being saved; don't train (in another thread, "
-            "say) until `save` has returned, or let `get_state` return copies"
+            f"the arrays at {sorted(set(changed))} changed while they were being saved; don't train (in another "
+            "thread, say) until `save` has returned, or let `get_state` return copies"
         )
     return digests
 

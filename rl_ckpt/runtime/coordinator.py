@@ -1,8 +1,8 @@
 """The coordinator: one detached actor per run, which moves metadata only.
 
-The shell around two pure state machines: it turns messages into their events and carries out their instructions. It keeps nothing
-that storage does not also tell. It opens the run for writing (and so fences older coordinators) at its first save, so that jobs
-that only restore take nothing over.
+The shell around two pure state machines: it turns messages into their events and carries out their instructions. It
+keeps nothing that storage does not also tell. It opens the run for writing (and so fences older coordinators) at its
+first save, so that jobs that only restore take nothing over.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -33,6 +34,7 @@ from rl_ckpt.runtime.messages import (
     Reserve,
     Reserved,
     SaveDone,
+    SaveOrders,
     SaveOutcome,
     Staged,
     Verified,
@@ -64,6 +66,7 @@ class Coordinator:
         self._committer: Committer | None = None
         self._reader: Run | None = None
         self._notice = ""
+        self._users: dict[str, str] = {}  # drivers that use these actors → their Ray job
         self._idle = asyncio.Event()
         self._idle.set()
         self._counts = {"messages": 0, "bytes_in": 0, "bytes_out": 0, "largest": 0}
@@ -118,6 +121,27 @@ class Coordinator:
         message = self._read(data, Lost)
         self._do(self._restores.lost(message.key, message.rank, message.world_size, message.failure))
 
+    async def attach(self, user: str, job: str) -> None:
+        """A driver (of the Ray job `job`) uses the run's actors."""
+        self._users[user] = job
+
+    async def detach(self, user: str) -> bool:
+        """A driver is done with the run's actors; answers whether it may end them, as no live driver uses them."""
+        self._users.pop(user, None)
+        dead = {job["JobID"] for job in ray._private.state.jobs() if job["IsDead"]}
+        return not [other for other, job in self._users.items() if job not in dead]
+
+    async def configure(self, spec: RunSpec) -> None:
+        """Takes over the rules and options of the driver that saves (a coordinator may be found, not made)."""
+        self._spec = spec
+        self._saves.options = self._restores.options = spec.options
+        if self._committer is not None:
+            self._committer.configure(spec.keep, spec.options.grace_s)
+
+    async def under_way(self, key: str) -> bool:
+        """Whether a save or restore waits for something else than its workers, so that they are not to blame."""
+        return self._saves.waits(key) or self._restores.transfers(key)
+
     async def stats(self) -> dict[str, int]:
         """Control messages so far, in number and bytes, for tests and metrics."""
         return dict(self._counts)
@@ -160,7 +184,7 @@ class Coordinator:
                     for future in self._waiting.pop((key, rank), []):
                         if not future.done():
                             future.set_result(self._reply(reply))
-                    if isinstance(reply, sm.SaveOrders) and reply.checkpoint not in self._outcomes:
+                    if isinstance(reply, SaveOrders) and reply.checkpoint not in self._outcomes:
                         self._outcomes[reply.checkpoint] = asyncio.get_running_loop().create_future()
                 case sm.Name(key, request):
                     self._spawn(self._name(key, request), key, self._saves.failed)
@@ -173,7 +197,7 @@ class Coordinator:
                 case sm.Finish(_, outcome, checkpoint):
                     self._finish(outcome, checkpoint)
                 case sm.Arm(key, state, seconds):
-                    self._later(seconds, lambda k=key, s=state: self._saves.timed_out(k, s))
+                    self._later(seconds, partial(self._saves.timed_out, key, state))
                 case rm.Load(key, step, tried):
                     self._spawn(self._load(key, step, tried), key, self._restores.failed)
                 case rm.Fetch(key, server, order):
@@ -182,7 +206,7 @@ class Coordinator:
                     for server in servers:
                         self._server(server).forget.remote(key)
                 case rm.Arm(key, state, seconds):
-                    self._later(seconds, lambda k=key, s=state: self._restores.timed_out(k, s))
+                    self._later(seconds, partial(self._restores.timed_out, key, state))
                 case _:
                     raise AssertionError(f"unknown instruction {instruction!r}")
         self._idle.clear() if self._saves.busy() else self._idle.set()
@@ -204,7 +228,8 @@ class Coordinator:
             except ray.exceptions.RayError as error:
                 event = failed(key, StorageError(f"a shard server could not be reached: {error}"))
             except Exception as error:  # noqa: BLE001 - a bug of ours must fail this save, by name, and not hang it
-                event = failed(key, CheckpointError(f"internal error in the coordinator: {type(error).__name__}: {error}"))
+                text = f"internal error in the coordinator: {type(error).__name__}: {error}"
+                event = failed(key, CheckpointError(text))
             self._do(event)
 
         task = asyncio.get_running_loop().create_task(run())
@@ -249,7 +274,8 @@ class Coordinator:
 
     async def _commit(self, key: str, save: sm.Save) -> Iterable[Any]:
         def work() -> SaveDone:
-            assert self._committer is not None and save.plan is not None
+            assert self._committer is not None
+            assert save.plan is not None
             committer = self._committer
             self._check_visible(committer.run, save)
             record = committer.commit(save.checkpoint, save.request, save.plan, save.written, save.digests())
@@ -273,14 +299,15 @@ class Coordinator:
         return self._saves.committed(key, await self._in_thread(self._committing, work))
 
     def _check_visible(self, run: Run, save: sm.Save) -> None:
-        """On a local disk, every file must be there for the coordinator too: nodes with disks of their own make no run."""
+        """On a local disk, files must be there for the coordinator too: nodes with disks of their own make no run."""
         assert save.plan is not None
         for server, files in save.plan.files.items():
             for file in files:
                 if run.store.local_path(file.name) is not None and not run.store.exists(file.name):
                     raise StorageError(
-                        f"{run.store.object_url(file.name)}, which {server} wrote, is not there on the coordinator's node: the nodes "
-                        "don't share this folder. Give a shared file system or an object store (s3://...) as url"
+                        f"{run.store.object_url(file.name)}, which {server} wrote, is not there on the coordinator's "
+                        "node: the nodes don't share this folder. Give a shared file system or an object store "
+                        "(s3://...) as url"
                     )
 
     def _finish(self, outcome: SaveOutcome, checkpoint: str) -> None:
@@ -308,8 +335,9 @@ class Coordinator:
         def work() -> tuple[Manifest, bytes, bool, dict[str, str]]:
             if self._reader is None:
                 self._reader = Run.open(self._spec.url, self._spec.storage_options)
-            run, damaged = self._reader, {}
-            for commit in run.candidates(step):
+            run = self._reader
+            candidates, damaged = run.candidates(step)
+            for commit in candidates:
                 if commit.id in tried:
                     continue
                 try:
@@ -319,7 +347,8 @@ class Coordinator:
                     continue
                 mappable = run.store.local_path(records.RUN_FILE) is not None
                 return manifest, manifests.encode(manifest), mappable, damaged
-            raise CorruptionError(f"no good checkpoint in {self._spec.url}: tried {[*tried, *damaged]}; {damaged or ''}")
+            bad = [*tried, *damaged]
+            raise CorruptionError(f"no good checkpoint in {self._spec.url}: tried {bad}; {damaged or ''}")
 
         return self._restores.loaded(key, *await self._in_thread(self._reading, work))
 

@@ -1,7 +1,8 @@
 """What runs inside the user's actors: the worker's side of saves and restores.
 
-No base class and no threads: plain functions, which Ray calls through `__ray_call__`. Promises: any error comes back as a value with
-its rank; nothing is raised into the user's actor, and nothing is kept in it between saves but the mapped staging memory.
+No base class and no threads: plain functions, which Ray calls through `__ray_call__`. Promises: any error comes back as
+a value with its rank; nothing is raised into the user's actor, and nothing is kept in it between saves but the mapped
+staging memory.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rl_ckpt.errors import CheckpointError, InvalidInputError, WorkerFailuresErr
 from rl_ckpt.plan.inventory import take_inventory
 from rl_ckpt.plan.stage import stage
 from rl_ckpt.runtime import memory
+from rl_ckpt.runtime.links import ToldError, ask, coordinator, ensure_server
 from rl_ckpt.runtime.messages import (
     Failure,
     JoinSave,
@@ -29,7 +31,6 @@ from rl_ckpt.runtime.messages import (
     encode,
 )
 from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest, restore_rank
-from rl_ckpt.runtime.links import ToldError, ask, coordinator, ensure_server
 from rl_ckpt.runtime.spec import Place, RunSpec
 from rl_ckpt.state.tree import flatten
 from rl_ckpt.store.committer import SaveRequest
@@ -98,10 +99,12 @@ def _call(actor: Any, name: str, *args: Any) -> Any:
     method = getattr(actor, name, None)
     if not callable(method):
         raise InvalidInputError(
-            f"{type(actor).__name__} has no method {name!r}; add it, or name yours: Checkpointer(..., get_state=..., set_state=...)"
+            f"{type(actor).__name__} has no method {name!r}; add it, or name yours: "
+            "Checkpointer(..., get_state=..., set_state=...)"
         )
     if inspect.iscoroutinefunction(method):
-        raise InvalidInputError(f"{type(actor).__name__}.{name} is a coroutine; give a plain method (it may not wait for other actors)")
+        text = "give a plain method (it may not wait for other actors)"
+        raise InvalidInputError(f"{type(actor).__name__}.{name} is a coroutine; {text}")
     return method(*args)
 
 

@@ -27,20 +27,17 @@ def start_coordinator(spec: RunSpec) -> RunSpec:
     Returns:
         The spec with the coordinator's id in it.
     """
-    handle = (
-        ray.remote(Coordinator)
-        .options(
-            name=spec.coordinator,
-            namespace=NAMESPACE,
-            lifetime="detached",
-            get_if_exists=True,
-            max_restarts=-1,
-            num_cpus=0,
-            max_concurrency=_RANKS_AT_ONCE,
-        )
-        .remote(spec)
-    )
-    service = handle._actor_id.hex()
+    actor: Any = ray.remote(Coordinator)
+    handle = actor.options(
+        name=spec.coordinator,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        max_restarts=-1,
+        num_cpus=0,
+        max_concurrency=_RANKS_AT_ONCE,
+    ).remote(spec)
+    service: str = handle._actor_id.hex()
     _coordinators[service] = handle
     return dataclasses.replace(spec, service=service)
 
@@ -64,8 +61,9 @@ def ensure_server(spec: RunSpec) -> str:
     if spec.service not in _servers:
         node = ray.get_runtime_context().get_node_id()
         name = spec.server(node)
+        grouped: Any = ray.remote
         handle = (
-            ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(ShardServer)
+            grouped(concurrency_groups=CONCURRENCY_GROUPS)(ShardServer)
             .options(
                 name=name,
                 namespace=NAMESPACE,

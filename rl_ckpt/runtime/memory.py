@@ -1,8 +1,8 @@
 """Staging memory: files in the node's shared memory, owned by the shard server and mapped by the workers.
 
-Owns: where the files are, their size, and getting rid of them. Promises: a file outlives the worker that staged into it and a
-restart of the server; what a killed cluster left is removed by the next server that starts on the machine. Pages are allocated
-when a file is made, so that a full /dev/shm is an error here and not a SIGBUS in a worker.
+Owns: where the files are, their size, and getting rid of them. Promises: a file outlives the worker that staged into it
+and a restart of the server; what a killed cluster left is removed by the next server that starts on the machine. Pages
+are allocated when a file is made, so that a full /dev/shm is an error here and not a SIGBUS in a worker.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Owner(msgspec.Struct, frozen=True):
 
 
 def _root() -> Path:
-    shared = Path("/dev/shm")  # noqa: S108 - shared memory is what is wanted
+    shared = Path("/dev/shm")
     return (shared if shared.is_dir() else Path(tempfile.gettempdir())) / f"rl_ckpt-{os.getuid()}"
 
 
@@ -75,8 +75,8 @@ class ServerMemory:
                     raise
                 free = shutil.disk_usage(self._folder).free
                 raise StorageError(
-                    f"{size_bytes} bytes of staging memory don't fit into {self._folder.parent.parent} ({free} bytes free); give "
-                    "the node or container more shared memory (docker: --shm-size), or save less per node"
+                    f"{size_bytes} bytes of staging memory don't fit into {self._folder.parent.parent} ({free} free); "
+                    "give the node or container more shared memory (docker: --shm-size), or save less per node"
                 ) from error
         return str(path)
 

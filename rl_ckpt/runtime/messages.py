@@ -1,12 +1,12 @@
 """Messages of the control plane, as msgpack bytes: what workers, shard servers and the coordinator tell one another.
 
-Metadata only: no field holds array values. Bytes rather than objects, so that they are checked on arrival, cost little to
-decode at 100,000 chunks, and can be counted exactly (a test proves by it that no shard byte passes the coordinator).
+Metadata only: no field holds array values. Bytes rather than objects, so that they are checked on arrival, cost little
+to decode at 100,000 chunks, and can be counted exactly (a test proves by it that no shard byte passes the coordinator).
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
 import msgspec
 
@@ -55,7 +55,7 @@ class SaveOrders(msgspec.Struct, frozen=True, tag="orders"):
 
     checkpoint: str
     memory: str
-    """File of the generation of staging memory, in shared memory of the rank's node; empty where nothing is to be staged."""
+    """File of the generation of staging memory, on the rank's node; empty where nothing is to be staged."""
     items: tuple[StageItem, ...]
 
 
@@ -122,6 +122,8 @@ class OpenRestore(msgspec.Struct, frozen=True):
 class Candidate(msgspec.Struct, frozen=True, tag="candidate"):
     """The checkpoint to be tried."""
 
+    token: str
+    """Of this candidate of this restore: what a rank says of it later is told from what it says of the next one."""
     manifest: bytes
     """The manifest's JSON, verified."""
     fell_back: dict[str, str]
@@ -131,6 +133,7 @@ class Matched(msgspec.Struct, frozen=True):
     """What a rank needs of the candidate, or what doesn't fit."""
 
     key: str
+    token: str
     rank: int
     server: str
     node: str
@@ -155,6 +158,7 @@ class Verified(msgspec.Struct, frozen=True):
     """A rank has looked at all its chunks; `damaged` says what is wrong, or is empty."""
 
     key: str
+    token: str
     rank: int
     damaged: str
 
@@ -175,7 +179,7 @@ class FetchItem(msgspec.Struct, frozen=True, array_like=True):
 
 
 class FetchOrder(msgspec.Struct, frozen=True):
-    """A shard server brings chunks into its restore memory: from files of the store, or from a peer's restore memory."""
+    """A shard server brings chunks into its restore memory: from files of the store, or from a peer's memory."""
 
     key: str
     memory_bytes: int
@@ -209,8 +213,6 @@ class Ok(msgspec.Struct, frozen=True, tag="ok"):
     """Done, nothing to add."""
 
 
-Message = TypeVar("Message")
-
 SaveReply = SaveOrders | Failure
 SaveOutcome = SaveDone | Failure
 OpenReply = Candidate | Failure
@@ -223,8 +225,12 @@ def encode(message: msgspec.Struct) -> bytes:
     return msgspec.msgpack.encode(message)
 
 
-def decode(data: bytes, kind: type[Message]) -> Message:
+def decode(data: bytes, kind: Any) -> Any:
     """A message from bytes.
+
+    Args:
+        data: From `encode`.
+        kind: Its type, or a union of types.
 
     Raises:
         msgspec.ValidationError: Not such a message: the two sides run different releases.

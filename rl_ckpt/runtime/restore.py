@@ -1,7 +1,8 @@
 """A rank's part in a restore: match, verify, set.
 
-Owns: the order of the three, and filling the worker's arrays. Promises: nothing of the worker is touched before every rank has
-verified all its chunks; what is handed to `set_state` is the worker's own memory, never a view of shared memory or of a file.
+Owns: the order of the three, and filling the worker's arrays. Promises: nothing of the worker is touched before every
+rank has verified all its chunks; what is handed to `set_state` is the worker's own memory, never a view of shared
+memory or of a file.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class RestoredRank(msgspec.Struct, frozen=True, tag="restored"):
     bytes: int
     bytes_from: dict[str, int]
     kept: tuple[str, ...]
+    ignored: tuple[str, ...]
     fell_back: dict[str, str]
 
 
@@ -95,12 +97,14 @@ def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: An
         match = _match(manifest, place.rank, flat, request)
         boxes = {path: _wanted_box(path, node.index, flat, manifest) for path, node in _array_fills(match).items()}
         needs = _needs(manifest, match, boxes)
-        matched = Matched(place.key, place.rank, ensure_server(spec), "", match.problems, tuple(needs))
+        matched = Matched(place.key, candidate.token, place.rank, ensure_server(spec), "", match.problems, tuple(needs))
         sources = ask(link.match, matched, Sources | TryNext)
         if isinstance(sources, TryNext):
             continue
         chunks = _Chunks(spec, manifest, needs, sources)
-        verified = ask(link.verified, Verified(place.key, place.rank, chunks.verify()), Apply | TryNext)
+        verified = ask(
+            link.verified, Verified(place.key, candidate.token, place.rank, chunks.verify()), Apply | TryNext
+        )
         if isinstance(verified, TryNext):
             continue
         tree, size = _set(manifest, match, flat, boxes, chunks, spec.options.allow_pickle)
@@ -112,6 +116,7 @@ def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: An
             size,
             verified.bytes_from,
             tuple(match.kept),
+            tuple(match.ignored),
             candidate.fell_back,
         )
         return tree, report
@@ -184,8 +189,8 @@ class _Chunks:
             return ""
         if not self._store.exists(records.RUN_FILE):
             raise StorageError(
-                f"{self._store.url} is not there on this worker's node: the nodes don't share this folder. Use a shared file system "
-                "or an object store (s3://...), or copy the run to every node"
+                f"{self._store.url} is not there on this worker's node: the nodes don't share this folder. Use a "
+                "shared file system or an object store (s3://...), or copy the run to every node"
             )
         try:
             for chunk in self._needs:

@@ -1,13 +1,12 @@
 """The coordinator's brain for restores: a pure state machine, events in, instructions out. No Ray, no I/O, no clock.
 
-For one candidate checkpoint after the other, the newest first: every rank matches it with its own state, servers fetch what can't
-be mapped, every rank verifies, and only when all have done so does any rank set a value. A damaged candidate sends everybody to
-the next one; a state that doesn't fit ends the restore.
+For one candidate checkpoint after the other, the newest first: every rank matches it with its own state, servers fetch
+what can't be mapped, every rank verifies, and only when all have done so does any rank set a value. A damaged candidate
+sends everybody to the next one; a state that doesn't fit ends the restore.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rl_ckpt.errors import CheckpointError, CorruptionError, InvalidInputError, SaveTimeoutError, WorkerFailuresError
@@ -92,7 +91,7 @@ class Restore:
 
     key: str
     token: str
-    """Of this candidate of this restore alone; its key comes again. Late answers, and its memory, are told apart by it."""
+    """Of this candidate of this restore alone (its key comes again): tells late answers, and its memory, apart."""
     step: int | None
     world_size: int
     state: str = OPENING
@@ -119,10 +118,17 @@ class RestoreMachine:
 
     def __init__(self, options: Options) -> None:
         """No restores yet."""
-        self._options = options
+        self.options = options
         self._begun = 0
         self._restores: dict[str, Restore] = {}
-        self._over: dict[str, Restore] = {}  # by token: ranks are still copying out of its memory, and may open the next one
+        self._over: dict[str, Restore] = {}
+        """By token: ranks are still copying out of its memory, and may open the next one."""
+
+    def transfers(self, key: str) -> bool:
+        """Whether bytes are being moved or verified for a restore."""
+        restore = self._restores.get(key)
+        moving = restore is not None and restore.state in (FETCHING, PASSING, VERIFYING)
+        return moving or any(other.key == key for other in self._over.values())
 
     def states(self) -> dict[str, str]:
         """State of every restore under way or failed, by token."""
@@ -148,7 +154,7 @@ class RestoreMachine:
         out: list[Instruction] = []
         if restore is None:
             restore = self._begin(message.key, message.step, message.world_size)
-            out.append(Arm(restore.token, OPENING, self._options.join_timeout_s))
+            out.append(Arm(restore.token, OPENING, self.options.join_timeout_s))
         if restore.failure is not None:
             return [*out, self._tell(restore, message.rank, restore.failure)]
         if message.world_size != restore.world_size or not 0 <= message.rank < restore.world_size:
@@ -168,14 +174,14 @@ class RestoreMachine:
             return []
         restore.manifest, restore.mappable, restore.state = manifest, mappable, MATCHING
         restore.fell_back |= damaged
-        candidate = Candidate(data, restore.fell_back)
+        candidate = Candidate(token, data, restore.fell_back)
         answers: list[Instruction] = [Answer(restore.key, rank, candidate) for rank in range(restore.world_size)]
-        return [*answers, Arm(token, MATCHING, self._options.join_timeout_s)]
+        return [*answers, Arm(token, MATCHING, self.options.join_timeout_s)]
 
     def match(self, message: Matched) -> list[Instruction]:
         """A rank says what it needs, or what doesn't fit."""
         restore = self._restores.get(message.key)
-        if restore is None:
+        if restore is None or restore.token != message.token:
             return [Answer(message.key, message.rank, _gone())]
         if restore.failure is not None:
             return [self._tell(restore, message.rank, restore.failure)]
@@ -186,8 +192,10 @@ class RestoreMachine:
         if problems:
             lines = [f"rank {rank}: {line}" for rank, p in problems.items() for line in p.lines()]
             text = (
-                f"checkpoint {restore.manifest.id if restore.manifest else ''} does not fit the workers' states (no worker was "
-                "changed):\n  " + "\n  ".join(lines) + "\nuse `select`, `rename`, or `strict=False` to restore what fits"
+                f"checkpoint {restore.manifest.id if restore.manifest else ''} does not fit the workers' states (no "
+                "worker was changed):\n  "
+                + "\n  ".join(lines)
+                + "\nuse `select`, `rename`, or `strict=False` to restore what fits"
             )
             return self._fail(restore, InvalidInputError(text))
         return self._files(restore) if restore.mappable else self._fetch(restore)
@@ -197,7 +205,7 @@ class RestoreMachine:
         chunks = [chunk for m in restore.matched.values() for chunk in m.needs]
         restore.bytes_from = {"files": sum(_bytes(restore, chunk) for chunk in chunks)}
         answers: list[Instruction] = [Answer(restore.key, rank, Sources()) for rank in restore.matched]
-        return [*answers, Arm(restore.token, VERIFYING, self._options.write_timeout_s)]
+        return [*answers, Arm(restore.token, VERIFYING, self.options.write_timeout_s)]
 
     def _fetch(self, restore: Restore) -> list[Instruction]:
         assert restore.manifest is not None
@@ -217,7 +225,7 @@ class RestoreMachine:
         restore.awaited = set(orders)
         restore.bytes_from = {"store": 0, "peers": 0}
         out: list[Instruction] = [Fetch(restore.token, server, order) for server, order in orders.items()]
-        return [*out, Arm(restore.token, FETCHING, self._options.write_timeout_s)]
+        return [*out, Arm(restore.token, FETCHING, self.options.write_timeout_s)]
 
     def _lay_out(self, restore: Restore, server: str, chunks: set[ChunkId]) -> int:
         offset, places = 0, {}
@@ -242,7 +250,9 @@ class RestoreMachine:
         for peer, chunks in fetch.peers.items():
             saved = [(chunk, restore.manifest.arrays[chunk[0]].chunks[chunk[1]]) for chunk in chunks]
             out[peer] = tuple(
-                FetchItem(restore.offsets[peer][chunk], restore.offsets[server][chunk], s.bytes, bytes.fromhex(s.digest))
+                FetchItem(
+                    restore.offsets[peer][chunk], restore.offsets[server][chunk], s.bytes, bytes.fromhex(s.digest)
+                )
                 for chunk, s in saved
             )
         return out
@@ -263,12 +273,12 @@ class RestoreMachine:
         if restore.state == FETCHING and restore.passes:
             restore.state, restore.awaited = PASSING, set(restore.passes)
             passes: list[Instruction] = [Fetch(token, to, order) for to, order in restore.passes.items()]
-            return [*passes, Arm(token, PASSING, self._options.write_timeout_s)]
+            return [*passes, Arm(token, PASSING, self.options.write_timeout_s)]
         restore.state = VERIFYING
         answers: list[Instruction] = [
             Answer(restore.key, rank, self._sources(restore, m)) for rank, m in restore.matched.items()
         ]
-        return [*answers, Arm(token, VERIFYING, self._options.write_timeout_s)]
+        return [*answers, Arm(token, VERIFYING, self.options.write_timeout_s)]
 
     def _sources(self, restore: Restore, matched: Matched) -> Sources:
         assert restore.manifest is not None
@@ -279,7 +289,7 @@ class RestoreMachine:
     def verify(self, message: Verified) -> list[Instruction]:
         """A rank has looked at its chunks."""
         restore = self._restores.get(message.key)
-        if restore is None:
+        if restore is None or restore.token != message.token:
             return [Answer(message.key, message.rank, _gone())]
         if restore.failure is not None:
             return [self._tell(restore, message.rank, restore.failure)]
@@ -291,8 +301,10 @@ class RestoreMachine:
             return self._next(restore, damaged[0])
         restore.state = OVER
         self._over[restore.token] = self._restores.pop(restore.key)
-        answers: list[Instruction] = [Answer(message.key, r, Apply(restore.bytes_from)) for r in range(restore.world_size)]
-        return [*answers, Arm(restore.token, OVER, self._options.write_timeout_s)]
+        answers: list[Instruction] = [
+            Answer(message.key, r, Apply(restore.bytes_from)) for r in range(restore.world_size)
+        ]
+        return [*answers, Arm(restore.token, OVER, self.options.write_timeout_s)]
 
     def applied(self, key: str, rank: int) -> list[Instruction]:
         """A rank has set its state, or failed to: it needs no memory any more."""
@@ -312,7 +324,7 @@ class RestoreMachine:
         servers = self._forget(restore)
         fresh = self._begin(restore.key, None, restore.world_size, restore.fell_back)
         answers: list[Instruction] = [Answer(restore.key, rank, TryNext()) for rank in waiting]
-        return [*servers, *answers, Arm(fresh.token, OPENING, self._options.join_timeout_s)]
+        return [*servers, *answers, Arm(fresh.token, OPENING, self.options.join_timeout_s)]
 
     def failed(self, token: str, error: CheckpointError) -> list[Instruction]:
         """The store or a server failed, or there is no (other) candidate."""
@@ -361,9 +373,7 @@ class RestoreMachine:
         for key in failed[:-_FAILED_KEPT]:
             del self._restores[key]
         out = [*self._forget(restore)]
-        for rank in sorted(waiting):
-            out.append(self._tell(restore, rank, restore.failure))
-        return out
+        return [*out, *(self._tell(restore, rank, restore.failure) for rank in sorted(waiting))]
 
     def _tell(self, restore: Restore, rank: int, failure: Failure) -> Answer:
         restore.told.add(rank)
@@ -383,6 +393,12 @@ class RestoreMachine:
 def _bytes(restore: Restore, chunk: ChunkId) -> int:
     assert restore.manifest is not None
     return restore.manifest.arrays[chunk[0]].chunks[chunk[1]].bytes
+
+
+def _fell_back(restore: Restore) -> str:
+    """Which newer checkpoints were damaged, for a message about an older one."""
+    newer = "".join(f"\n  {name}: {why}" for name, why in restore.fell_back.items())
+    return f"\n(it was tried because newer ones are damaged:{newer})" if newer else ""
 
 
 def _gone() -> Failure:

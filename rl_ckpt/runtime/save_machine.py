@@ -1,9 +1,9 @@
-"""The coordinator's brain for saves: a pure state machine, events in, instructions out. No Ray, no I/O, no clock, no threads.
+"""The coordinator's brain for saves: a pure state machine, events in, instructions out. No Ray, no I/O, no clock.
 
 One save goes through
     joining → waiting → reserving → staging → writing → committing → done
-and from each of them to failed. `waiting` is for one of two generations of staging memory; commits keep the order in which
-saves left `waiting`.
+and from each of them to failed. `waiting` is for one of two generations of staging memory; commits keep the order in
+which saves left `waiting`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rl_ckpt.errors import (
 )
 from rl_ckpt.options import Options
 from rl_ckpt.plan.deal import SavePlan, Stored, Written, deal, settle
-from rl_ckpt.plan.merge import merge
+from rl_ckpt.plan.merge import Merged, merge
 from rl_ckpt.runtime.messages import Failure, JoinSave, SaveDone, SaveOrders, Staged, WriteOrder
 from rl_ckpt.store.committer import SaveRequest
 
@@ -103,7 +103,7 @@ class Save:
 
     key: str
     token: str
-    """Of this save alone; its key comes again where ranks save a step again after a failure. Late answers are told apart by it."""
+    """Of this save alone (its key comes again where ranks try again after a failure): tells late answers apart."""
     request: SaveRequest
     world_size: int
     state: str = JOINING
@@ -112,6 +112,7 @@ class Save:
     """Ranks that know that the save failed."""
     checkpoint: str = ""
     generation: int = -1
+    merged: Merged | None = None
     plan: SavePlan | None = None
     stored: Stored = field(default_factory=dict)
     memory: dict[str, str] = field(default_factory=dict)
@@ -136,7 +137,7 @@ class SaveMachine:
 
     def __init__(self, options: Options) -> None:
         """No saves yet."""
-        self._options = options
+        self.options = options
         self._saves: dict[str, Save] = {}
         self._begun = 0
         self._free = list(range(GENERATIONS))
@@ -147,6 +148,11 @@ class SaveMachine:
     def busy(self) -> bool:
         """Whether any save is under way."""
         return any(save.state not in (DONE, FAILED) for save in self._saves.values())
+
+    def waits(self, key: str) -> bool:
+        """Whether a save waits for a generation of staging memory, or for the store's answer to its name."""
+        save = self._saves.get(key)
+        return save is not None and save.state in (WAITING, RESERVING)
 
     def states(self) -> dict[str, str]:
         """State of every save under way or failed, by key."""
@@ -161,10 +167,14 @@ class SaveMachine:
         if save is None:
             request = SaveRequest(message.step, message.metrics, message.tag, message.parent)
             save = self._begin(message.key, request, message.world_size)
-            out.append(Arm(save.token, JOINING, self._options.join_timeout_s))
+            out.append(Arm(save.token, JOINING, self.options.join_timeout_s))
         if save.failure is not None:
             return [self._tell(save, message.rank, save.failure)]
-        if save.state in (STAGING, WRITING, COMMITTING):  # goes on without this call: what is staged must not be lost by it
+        if save.state in (
+            STAGING,
+            WRITING,
+            COMMITTING,
+        ):  # goes on without this call: what is staged must not be lost by it
             text = f"step {message.step} is being saved already; wait for its result, or save a later step"
             return [Order(save.key, message.rank, Failure.of(InvalidInputError(text)))]
         problem = _join_problem(save, message)
@@ -190,7 +200,12 @@ class SaveMachine:
         if twin is not None:
             text = f"step {save.request.step} is being saved already; wait for its result, or save a later step"
             return self._fail(save, InvalidInputError(text))
-        if not self._free and self._options.when_busy == "skip":
+        try:  # before the run is touched: states that don't fit together leave no trace in it
+            inventories = [save.joined[rank].inventory for rank in range(save.world_size)]
+            save.merged = merge(inventories, self.options.chunk_bytes)
+        except InvalidInputError as error:
+            return self._fail(save, error)
+        if not self._free and self.options.when_busy == "skip":
             text = f"skipped: {GENERATIONS} saves are still being written; save less often, or use when_busy='wait'"
             return self._fail(save, SaveSkippedError(text))
         save.state = WAITING
@@ -207,24 +222,19 @@ class SaveMachine:
         save.generation = self._free.pop(0)
         self._line.append(save.key)
         save.state = RESERVING
-        return [Name(save.token, save.request), Arm(save.token, RESERVING, self._options.join_timeout_s)]
+        return [Name(save.token, save.request), Arm(save.token, RESERVING, self.options.join_timeout_s)]
 
     def named(self, token: str, checkpoint: str, stored: Stored) -> list[Instruction]:
         """The committer has checked the step and named the checkpoint."""
         save = self._current(token)
-        if save is None or save.state != RESERVING:  # failed meanwhile; if the name were not given up, the step would stay taken
+        if save is None or save.state != RESERVING:
+            # It failed meanwhile. If the name were not given up, the step would stay taken.
             return [Finish(token, (save and save.failure) or _over(), checkpoint)]
         save.checkpoint = checkpoint
-        ranks = range(save.world_size)
-        try:
-            merged = merge([save.joined[rank].inventory for rank in ranks], self._options.chunk_bytes)
-        except InvalidInputError as error:
-            return self._fail(save, error)
+        assert save.merged is not None
         save.stored = stored
-        servers = [save.joined[rank].server for rank in ranks]
-        save.plan = deal(
-            merged, servers, checkpoint, stored, self._options.write_streams, self._options.file_bytes
-        )
+        servers = [save.joined[rank].server for rank in range(save.world_size)]
+        save.plan = deal(save.merged, servers, checkpoint, stored, self.options.write_streams, self.options.file_bytes)
         out: list[Instruction] = []
         for server, size in save.plan.staged_bytes.items():
             have, file = self._reserved.get((server, save.generation), (0, ""))
@@ -248,7 +258,7 @@ class SaveMachine:
     def _stage(self, save: Save) -> list[Instruction]:
         assert save.plan is not None
         save.state = STAGING
-        orders: list[Instruction] = [Arm(save.token, STAGING, self._options.join_timeout_s)]
+        orders: list[Instruction] = [Arm(save.token, STAGING, self.options.join_timeout_s)]
         for rank, join in save.joined.items():
             items = tuple(save.plan.stage[rank])
             orders.append(Order(save.key, rank, SaveOrders(save.checkpoint, save.memory.get(join.server, ""), items)))
@@ -269,7 +279,7 @@ class SaveMachine:
             Write(save.token, server, WriteOrder(save.generation, save.plan.staged_bytes[server], tuple(files)))
             for server, files in save.plan.files.items()
         ]
-        return [Arm(save.token, WRITING, self._options.write_timeout_s), *out] if out else self._try_commit()
+        return [Arm(save.token, WRITING, self.options.write_timeout_s), *out] if out else self._try_commit()
 
     def written(self, token: str, server: str, written: Sequence[Written]) -> list[Instruction]:
         """A server has written its files."""
@@ -323,12 +333,12 @@ class SaveMachine:
         save = self._current(token)
         if save is None or save.state != state:
             return []
-        return self._fail(save, SaveTimeoutError(_timeout_text(save, self._options)))
+        return self._fail(save, SaveTimeoutError(_timeout_text(save, self.options)))
 
     def _fail(self, save: Save, error: CheckpointError, also: int | None = None) -> list[Instruction]:
         if save.plan is not None:
-            # A slow rank may still copy into this generation. The next save gets a new file, so that the straggler writes
-            # where nobody looks.
+            # A slow rank may still copy into this generation. The next save gets a new file, so that the straggler
+            # writes where nobody looks.
             for server in save.plan.staged_bytes:
                 self._reserved.pop((server, save.generation), None)
         save.state, save.failure = FAILED, Failure.of(error)
@@ -379,15 +389,16 @@ def _join_problem(save: Save, message: JoinSave) -> str | None:
 
 
 def _timeout_text(save: Save, options: Options) -> str:
-    step = save.request.step
+    step, limit_s = save.request.step, options.join_timeout_s
     if save.state == JOINING:
         missing = sorted(set(range(save.world_size)) - set(save.joined))
-        return f"step {step}: ranks {missing} did not join within {options.join_timeout_s} s; raise `join_timeout_s` if they are busy"
+        return f"step {step}: ranks {missing} did not join within {limit_s} s; raise `join_timeout_s` if they are busy"
     if save.state == STAGING:
         missing = sorted(set(range(save.world_size)) - set(save.staged))
-        return f"step {step}: ranks {missing} did not stage within {options.join_timeout_s} s; raise `join_timeout_s` if they are busy"
+        return f"step {step}: ranks {missing} did not stage within {limit_s} s; raise `join_timeout_s` if they are busy"
     if save.state == RESERVING:
         return f"step {step}: no staging memory after {options.join_timeout_s} s; look at the shard servers' nodes"
     files: Mapping[str, object] = save.plan.files if save.plan else {}
     late = sorted(set(files) - set(save.written))
-    return f"step {step}: {late} did not finish writing within {options.write_timeout_s} s; raise `write_timeout_s` or look at the store"
+    limit_s = options.write_timeout_s
+    return f"step {step}: {late} did not finish writing within {limit_s} s; raise `write_timeout_s`, look at the store"

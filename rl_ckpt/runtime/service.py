@@ -32,7 +32,9 @@ from rl_ckpt.runtime.spec import NAMESPACE, Place, RunSpec
 from rl_ckpt.state import leaves
 from rl_ckpt.store.committer import SaveRequest, info_of
 from rl_ckpt.store.run import Run
+from rl_ckpt.store.urls import open_store
 
+_PHASES = 3  # in which a rank may use up `join_timeout_s`: beginning, joining, staging or matching
 _STRAGGLERS_S = 5.0  # how long to wait for the other ranks once one has failed
 
 
@@ -50,17 +52,22 @@ class Service:
         """Finds or starts the run's coordinator.
 
         Raises:
-            InvalidInputError: Ray is not running in this process.
+            InvalidInputError: Ray is not running in this process, or the store's options can't be used.
         """
         if not ray.is_initialized():
             raise InvalidInputError(
-                "Ray is not running in this process; call ray.init() first, or use save_state and load_state, which need no Ray"
+                "Ray is not running in this process; call ray.init() first, or use save_state and "
+                "load_state, which need no Ray"
             )
+        open_store(url, storage_options)  # options that can't be used are said here, not by actors
         self.spec = start_coordinator(RunSpec(url, dict(storage_options), tuple(keep), options, *methods))
         self.owns_run = False
-        # At a normal end of the driver, staged saves are waited for and no shared memory is left behind. A driver that is
-        # killed leaves the actors: what is staged still commits, and a new driver finds them by name.
-        self._closing = weakref.finalize(self, _close, self.spec)
+        self._user = uuid.uuid4().hex
+        job = ray.get_runtime_context().get_job_id()
+        ray.get(coordinator(self.spec).attach.remote(self._user, job))
+        # At a normal end of the driver, staged saves are waited for and no shared memory is left behind. A driver that
+        # is killed leaves the actors: what is staged still commits, and a new driver finds them by name.
+        self._closing = weakref.finalize(self, _close, self.spec, self._user)
         atexit.register(self._closing)
 
     def save(self, request: SaveRequest, workers: Sequence[Any]) -> PendingSave:
@@ -68,6 +75,7 @@ class Service:
         begun = time.monotonic()
         handles = _handles(workers)
         self.owns_run = True
+        coordinator(self.spec).configure.remote(self.spec)
         replies = self._call_all(handles, "lost_save", save_in_actor, request, StagedRank)
         checkpoints = {reply.checkpoint for reply in replies}
         if len(checkpoints) != 1:
@@ -97,6 +105,7 @@ class Service:
             bytes_from=first.bytes_from,
             seconds=time.monotonic() - begun,
             kept={i: rank.kept for i, rank in enumerate(ranks) if rank.kept},
+            ignored={i: rank.ignored for i, rank in enumerate(ranks) if rank.ignored},
             ranks_without_counterpart=tuple(range(first.saved_world_size, len(ranks))),
             ranks_dropped=tuple(range(len(ranks), first.saved_world_size)),
             fell_back=first.fell_back,
@@ -121,9 +130,14 @@ class Service:
             for rank, handle in enumerate(handles)
         }
         replies: dict[int, Any] = {}
-        deadline = time.monotonic() + 3 * self.spec.options.join_timeout_s + _transfer_s(lost, self.spec.options)
-        while refs and (left := deadline - time.monotonic()) > 0:
-            ready, _ = ray.wait(list(refs), num_returns=1, timeout=left)
+        patience_s = _PHASES * self.spec.options.join_timeout_s
+        deadline = time.monotonic() + patience_s
+        while refs:
+            ready, _ = ray.wait(list(refs), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                if not ray.get(coordinator(self.spec).under_way.remote(key)):
+                    break
+                deadline = time.monotonic() + patience_s
             for ref in ready:
                 rank = refs.pop(ref)
                 replies[rank] = self._reply(ref, lost, Place(key, rank, count), kind)
@@ -144,20 +158,18 @@ class Service:
             return failure
 
 
-def _transfer_s(lost: str, options: Options) -> float:
-    return options.write_timeout_s if lost == "lost_restore" else 0.0
-
-
 def _handles(workers: Sequence[Any]) -> list[Any]:
     try:
         handles = list(workers)
     except TypeError as error:
-        raise InvalidInputError(f"workers must be a sequence of Ray actor handles, not {type(workers).__name__}") from error
+        kind = type(workers).__name__
+        raise InvalidInputError(f"workers must be a sequence of Ray actor handles, not {kind}") from error
     if not handles:
         raise InvalidInputError("workers is empty; give at least one Ray actor handle")
     for rank, handle in enumerate(handles):
         if not isinstance(handle, ray.actor.ActorHandle):
-            raise InvalidInputError(f"workers[{rank}] is a {type(handle).__name__}, not a Ray actor handle (`Worker.remote(...)`)")
+            kind = type(handle).__name__
+            raise InvalidInputError(f"workers[{rank}] is a {kind}, not a Ray actor handle (`Worker.remote(...)`)")
     if len({handle._actor_id for handle in handles}) < len(handles):
         raise InvalidInputError("workers holds the same actor twice; give each rank an actor of its own")
     return handles
@@ -222,16 +234,17 @@ def _from_log(spec: RunSpec, checkpoint: str, why: str) -> CheckpointInfo:
     return info_of(run, record, commits)
 
 
-def _close(spec: RunSpec) -> None:
+def _close(spec: RunSpec, user: str) -> None:
     if not ray.is_initialized():
         return
     with contextlib.suppress(ray.exceptions.RayError, ValueError):  # ended already, or its cluster was
         link = coordinator(spec)
         ray.get(link.drain.remote())
+        if not ray.get(link.detach.remote(user)):
+            return  # another driver uses these actors
         for name in ray.get(link.servers.remote()):
             with contextlib.suppress(ray.exceptions.RayError, ValueError):  # its node is gone
-                server = ray.get_actor(name, namespace=NAMESPACE)
+                server: Any = ray.get_actor(name, namespace=NAMESPACE)
                 ray.get(server.close.remote())
                 ray.kill(server)
         ray.kill(link)
-

@@ -1,7 +1,8 @@
 """The shard server: one actor per node, which owns the node's staging memory, writes shard files and brings chunks in.
 
-Promises: every method may run twice (Ray retries) with the same outcome. Does not decide anything: the coordinator tells it what
-goes where. Control calls have a concurrency group of their own, so that they are answered while I/O is going on.
+Promises: every method may run twice (Ray retries) with the same outcome. Does not decide anything: the coordinator
+tells it what goes where. Control calls have a concurrency group of their own, so that they are answered while I/O is
+going on.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from rl_ckpt.store.shard_writer import write_files
 from rl_ckpt.store.urls import open_store
 
 CONCURRENCY_GROUPS = {"control": 4, "io": 4, "network": 8}
-_PASS_BYTES = 64 << 20  # what one call to a peer brings: large enough to pay the call, small enough to stay in the object store
+_PASS_BYTES = 64 << 20  # what one call to a peer brings: pays the call, and stays in the object store
 
 
 class ShardServer:
@@ -111,10 +112,12 @@ class ShardServer:
     def _from_peers(self, order: FetchOrder, target: memoryview) -> int:
         count = 0
         for peer, items in order.peers.items():
-            server = ray.get_actor(peer, namespace=NAMESPACE)
+            server: Any = ray.get_actor(peer, namespace=NAMESPACE)
             for batch in _batches(items):
                 ranges = [(item.source_offset, item.size_bytes) for item in batch]
-                parts = ray.get(server.serve.remote(order.key, ranges), timeout=self._spec.options.write_timeout_s)
+                parts: list[Any] = ray.get(
+                    server.serve.remote(order.key, ranges), timeout=self._spec.options.write_timeout_s
+                )
                 for item, part in zip(batch, parts, strict=True):
                     target[item.offset : item.offset + item.size_bytes] = part.data
                     count += _check(item, target, f"chunk at {item.source_offset} of {peer}'s memory")

@@ -1,4 +1,4 @@
-"""The same saves and restores, called from inside the workers: every rank calls, and the coordinator brings them together."""
+"""The same saves and restores, called from inside the workers: all ranks call, the coordinator brings them together."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.options import check_step
 from rl_ckpt.pending import PendingSave
 from rl_ckpt.runtime.inside import guarded, save_rank
+from rl_ckpt.runtime.links import coordinator
 from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest, restore_rank
 from rl_ckpt.runtime.service import pending_save
 from rl_ckpt.runtime.spec import Place, RunSpec
@@ -17,7 +18,7 @@ from rl_ckpt.store.committer import SaveRequest, encode_metrics
 
 
 class WorkerCheckpointer:
-    """A rank's handle. Picklable: made by `Checkpointer.worker`, sent to the worker, used there by one thread at a time."""
+    """A rank's handle. Picklable: made by `Checkpointer.worker`, sent to the worker, used there by one thread."""
 
     def __init__(self, spec: RunSpec, rank: int, world_size: int) -> None:
         """Made by `Checkpointer.worker`.
@@ -61,12 +62,14 @@ class WorkerCheckpointer:
         """
         begun = time.monotonic()
         if self._pending is not None:
-            failure = self._pending.unseen_failure()
+            failure = self._pending.take_failure()
             self._pending = self._pending if failure is None else None
             if failure is not None:
                 raise failure
         request = SaveRequest(check_step(step), encode_metrics(metrics or {}), tag, self._parent)
         place = Place(f"save-{request.step}", self._rank, self._world_size)
+        if self._rank == 0:
+            coordinator(self._spec).configure.remote(self._spec)
         with guarded(self._spec, place, "lost_save"):
             staged = save_rank(self._spec, place, request, state, begun)
         self._parent = None
@@ -85,8 +88,8 @@ class WorkerCheckpointer:
         """Restores this rank. All ranks call it with the same step.
 
         Args:
-            state: What the worker has; its arrays are filled in place where dtype and shape agree. None: the tree as it was
-                saved, with sharded arrays whole.
+            state: What the worker has; its arrays are filled in place where dtype and shape agree. None: the tree as it
+                was saved, with sharded arrays whole.
             step: As for `Checkpointer.restore`.
             select: As for `Checkpointer.restore`.
             rename: As for `Checkpointer.restore`.

@@ -1,8 +1,8 @@
 """Array adapters: numpy, torch and jax arrays as host bytes and back.
 
 Owns: recognising an array, its spec, a host view of its values (zero-copy on the CPU), and making or filling an array
-of the same kind. Promises: bits are kept, for every dtype that has a name (state/dtypes.py). torch and jax are used only
-where the process has imported them already, or where a checkpoint holds their arrays.
+of the same kind. Promises: bits are kept, for every dtype that has a name (state/dtypes.py). torch and jax are used
+only where the process has imported them already, or where a checkpoint holds their arrays.
 """
 
 from __future__ import annotations
@@ -94,10 +94,7 @@ def spec_of(leaf: Any, kind: str) -> ArraySpec:
     Raises:
         UnsupportedLeafError: Its dtype has no name on storage.
     """
-    if kind in _TORCH_KINDS:
-        name = _torch_dtype_name(leaf.dtype)
-    else:
-        name = dtype_name(np.dtype(leaf.dtype))
+    name = _torch_dtype_name(leaf.dtype) if kind in _TORCH_KINDS else dtype_name(np.dtype(leaf.dtype))
     if name is None:
         raise UnsupportedLeafError(
             f"dtype {leaf.dtype} has no fixed-width values; give an array of a numeric, string or structured dtype"
@@ -150,7 +147,7 @@ def _numpy_of(tensor: Any) -> Host:
 def flat_bytes(host: Host) -> memoryview:
     """All values as flat bytes in C order: a view where the array is contiguous, else of a copy."""
     contiguous = np.ascontiguousarray(host)
-    return memoryview(contiguous.reshape(-1).view(np.uint8)).cast("B")
+    return contiguous.reshape(-1).view(np.uint8).data.cast("B")
 
 
 def from_host(host: Host, kind: str) -> Any:
@@ -178,8 +175,8 @@ def _library(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise InvalidInputError(
-            f"the checkpoint holds {name} arrays and {name} can't be imported here ({error}); install `{name}`, or load "
-            "them as numpy arrays with `as_numpy=True`"
+            f"the checkpoint holds {name} arrays and {name} can't be imported here ({error}); install `{name}`, or "
+            "load them as numpy arrays with `as_numpy=True`"
         ) from error
 
 
@@ -195,7 +192,8 @@ def _jax_array(host: Host) -> Any:
     array = jnp.array(host, copy=True)
     if np.dtype(array.dtype) != host.dtype:
         raise InvalidInputError(
-            f"jax would turn a saved {host.dtype.name} array into {array.dtype}; set `jax_enable_x64`, or load with `as_numpy=True`"
+            f"jax would turn a saved {host.dtype.name} array into {array.dtype}; set "
+            "`jax_enable_x64`, or load with `as_numpy=True`"
         )
     return array
 

@@ -1,7 +1,7 @@
 """Boxes: axis-aligned parts of an array in global coordinates.
 
-Owns: what a box is, how two overlap, how one is cut into chunks, and whether some of them tile an array.
-Does not know: bytes, files, workers.
+Owns: what a box is, how two overlap, how one is cut into chunks, and whether some of them tile an array. Does not know:
+bytes, files, workers.
 """
 
 from __future__ import annotations
@@ -60,9 +60,7 @@ def overlap(saved: Box, wanted: Box) -> Box | None:
 
 def slices(inner: Box, outer: Box) -> tuple[slice, ...]:
     """Index of `inner` inside an array that holds `outer`; `inner` must lie within it."""
-    return tuple(
-        slice(i - o, i - o + n) for i, n, o in zip(inner.offset, inner.shape, outer.offset, strict=True)
-    )
+    return tuple(slice(i - o, i - o + n) for i, n, o in zip(inner.offset, inner.shape, outer.offset, strict=True))
 
 
 def cut(box: Box, itemsize: int, chunk_bytes: int) -> list[Box]:
@@ -84,9 +82,7 @@ def cut(box: Box, itemsize: int, chunk_bytes: int) -> list[Box]:
     if inner > chunk_bytes and len(box.shape) > 1:
         rest = Box(box.offset[1:], box.shape[1:])
         pieces = cut(rest, itemsize, chunk_bytes)
-        return [
-            Box((box.offset[0] + row, *p.offset), (1, *p.shape)) for row in range(box.shape[0]) for p in pieces
-        ]
+        return [Box((box.offset[0] + row, *p.offset), (1, *p.shape)) for row in range(box.shape[0]) for p in pieces]
     rows = max(1, chunk_bytes // max(inner, 1))
     count = -(-box.shape[0] // rows)
     base, extra = divmod(box.shape[0], count)

@@ -1,8 +1,8 @@
 """Copies of device tensors to host memory, through pinned memory.
 
-A pinned destination lets the copy engine run at the bus's full speed and keeps the copy off the default stream: it waits
-for the work that wrote the tensor, and the host waits for the copy alone. The buffers are PyTorch's own cached pinned
-blocks, so that later saves pay no page locking.
+A pinned destination lets the copy engine run at the bus's full speed and keeps the copy off the default stream: it
+waits for the work that wrote the tensor, and the host waits for the copy alone. The buffers are PyTorch's own cached
+pinned blocks, so that later saves pay no page locking.
 """
 
 from __future__ import annotations

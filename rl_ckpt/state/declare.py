@@ -1,7 +1,7 @@
 """Declarations: what a worker says about its arrays when values alone don't tell.
 
-Wrap an array (or, for `Replicated` and `PerRank`, a whole subtree) in what `get_state` returns. A declaration says where
-values lie and does not come back: `set_state` gets the plain arrays.
+Wrap an array (or, for `Replicated` and `PerRank`, a whole subtree) in what `get_state` returns. A declaration says
+where values lie and does not come back: `set_state` gets the plain arrays.
 """
 
 from __future__ import annotations

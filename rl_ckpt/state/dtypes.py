@@ -1,7 +1,7 @@
 """Dtypes: their names on storage, and how Arrow stores what it has no type for.
 
-A dtype's name is numpy's own for the plain native ones ("float32", "bool"), ml_dtypes' for its own ("bfloat16"), numpy's
-type string for what carries a size, a unit or a byte order ("<U5", "<M8[ns]", ">f4"), and "descr:" with numpy's
+A dtype's name is numpy's own for the plain native ones ("float32", "bool"), ml_dtypes' for its own ("bfloat16"),
+numpy's type string for what carries a size, a unit or a byte order ("<U5", "<M8[ns]", ">f4"), and "descr:" with numpy's
 description as JSON for structured ones. Values are little-endian unless the name says otherwise.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+from typing import Any
 
 import ml_dtypes
 import msgspec
@@ -18,8 +19,7 @@ ML_DTYPES: tuple[str, ...] = tuple(
     sorted(
         name
         for name in vars(ml_dtypes)
-        if isinstance(getattr(ml_dtypes, name), type)
-        and issubclass(getattr(ml_dtypes, name), np.generic)
+        if isinstance(getattr(ml_dtypes, name), type) and issubclass(getattr(ml_dtypes, name), np.generic)
     )
 )
 _ARROW_NATIVE = frozenset(
@@ -61,9 +61,12 @@ def dtype_from_name(name: str) -> np.dtype[np.generic]:
         TypeError: No such dtype (a damaged file, or one of a newer release).
     """
     if name in ML_DTYPES:
-        return np.dtype(getattr(ml_dtypes, name))
+        extended: np.dtype[np.generic] = np.dtype(getattr(ml_dtypes, name))
+        return extended
     if name.startswith("descr:"):
-        return np.lib.format.descr_to_dtype(_tuples(json.loads(name[6:])))
+        descr: Any = _tuples(json.loads(name[6:]))
+        structured: np.dtype[np.generic] = np.lib.format.descr_to_dtype(descr)
+        return structured
     return np.dtype(name)
 
 

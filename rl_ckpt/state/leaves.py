@@ -1,8 +1,8 @@
 """Plain leaves: a lossless encoding of Python and numpy scalars (and tiny arrays) as JSON values.
 
 None, booleans, strings, integers below 2**53 and finite floats stand for themselves; everything else is an object with
-the tag "$" (docs/format.md, "Plain leaves"). Decoding runs no code of the checkpoint's, with one exception that the caller
-must allow: a pickled leaf.
+the tag "$" (docs/format.md, "Plain leaves"). Decoding runs no code of the checkpoint's, with one exception that the
+caller must allow: a pickled leaf.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from rl_ckpt.errors import UntrustedDataError
-from rl_ckpt.state.arrays import ArraySpec, UnsupportedLeafError, flat_bytes, from_host, spec_of, to_host
+from rl_ckpt.errors import CorruptionError, UntrustedDataError
+from rl_ckpt.state.arrays import ArraySpec, UnsupportedLeafError, flat_bytes, from_host, to_host
 from rl_ckpt.state.dtypes import dtype_from_name, dtype_name
 
 Json = None | bool | int | float | str | list[Any] | dict[str, Any]
@@ -104,8 +104,8 @@ def decode_pickle(data: bytes, path: str, allow_pickle: bool) -> object:
     """
     if not allow_pickle:
         raise UntrustedDataError(
-            f"{path!r} was saved with pickle, and loading it would run code from the checkpoint; pass `allow_pickle=True` "
-            "if you trust who wrote it, or leave it out with `select`"
+            f"{path!r} was saved with pickle, and loading it would run code from the checkpoint; pass "
+            "`allow_pickle=True` if you trust who wrote it, or leave it out with `select`"
         )
     return pickle.loads(data)
 
@@ -121,7 +121,7 @@ def decode(value: Json, path: str = "", allow_pickle: bool = False, as_numpy: bo
 
     Raises:
         UntrustedDataError: A pickled leaf that the caller did not allow.
-        ValueError: An unknown tag (a damaged file, or one of a newer release).
+        CorruptionError: An unknown tag (a damaged file, or one of a newer release).
     """
     if not isinstance(value, dict):
         return value
@@ -149,12 +149,12 @@ def decode(value: Json, path: str = "", allow_pickle: bool = False, as_numpy: bo
         case "scalar":
             return np.frombuffer(bytearray(base64.b64decode(v)), dtype_from_name(str(value["dtype"])))[0]
         case "array":
-            shape = tuple(value["shape"])  # type: ignore[arg-type]  # a list of ints, as encode_array wrote it
+            shape = tuple(value["shape"])
             dtype = dtype_from_name(str(value["dtype"]))
             host = np.frombuffer(bytearray(base64.b64decode(v)), np.uint8)
             host = host.view(dtype).reshape(shape) if host.size else np.empty(shape, dtype)
             return from_host(host, "numpy" if as_numpy else str(value["kind"]))
-    raise ValueError(f"{path!r}: unknown tag {tag!r} in the manifest")
+    raise CorruptionError(f"{path!r}: unknown tag {tag!r} in the manifest; a newer release may know it")
 
 
 def kind_tag(value: Json) -> str:
@@ -164,7 +164,7 @@ def kind_tag(value: Json) -> str:
 
 def _encode_scalar(leaf: np.generic) -> Json:
     if isinstance(leaf, np.str_):  # its dtype would drop trailing NULs
-        return {"$": "np.str", "v": _b64(str(leaf).encode("utf-8", "surrogatepass"))}
+        return {"$": "np.str", "v": _b64(str.encode(leaf, "utf-8", "surrogatepass"))}  # so would str(leaf)
     if isinstance(leaf, np.bytes_):
         return {"$": "np.bytes", "v": _b64(bytes(leaf))}
     name = dtype_name(leaf.dtype)
@@ -180,7 +180,7 @@ def _decode_strings(value: dict[str, Json]) -> Any:
     flat = np.empty(len(items), np.dtypes.StringDType(**na))
     for i, item in enumerate(items):
         flat[i] = na["na_object"] if item is None else decode(item)
-    return flat.reshape(value["shape"])  # type: ignore[arg-type]  # a list of ints, as encode_strings wrote it
+    return flat.reshape(value["shape"])
 
 
 def _b64(data: bytes) -> str:

@@ -1,8 +1,8 @@
 """Paths: the names of leaves in a state tree, and the patterns that choose among them.
 
-A path joins the keys from the root with "/". Integer keys and list positions are written bare (`layers/0/w`);
-in string keys "~" is written "~0", "/" is "~1", a string that looks like an integer gets "~2" in front, and the
-empty string is "~3". So every path is unique and `split` gives back the very keys. The root's path is "".
+A path joins the keys from the root with "/". Integer keys and list positions are written bare (`layers/0/w`); in string
+keys "~" is written "~0", "/" is "~1", a string that looks like an integer gets "~2" in front, and the empty string is
+"~3". So every path is unique and `split` gives back the very keys. The root's path is "".
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def parents(path: str) -> list[str]:
 class Selector:
     """Chooses paths by glob patterns.
 
-    `*` stands for any run of characters but "/", `**` for any run at all, `?` for one character but "/", `[ab]` for
-    one of a set. A pattern also takes everything below what it matches, so `learner` takes `learner/w`. A pattern that
+    `*` stands for any run of characters but "/", `**` for any run at all, `?` for one character but "/", `[ab]` for one
+    of a set. A pattern also takes everything below what it matches, so `learner` takes `learner/w`. A pattern that
     starts with "!" takes away from what the others chose (or from everything, where all patterns do).
     """
 

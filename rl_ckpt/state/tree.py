@@ -1,10 +1,10 @@
 """State trees: nested containers of leaves, taken apart into nodes by path and put together again.
 
-Owns: walking a tree, naming every node, finding tied arrays, and the reverse. Promises: what comes back equals what went
-in, in container type, key order, kind, dtype, shape and bits. Does not know: bytes on storage, other workers.
+Owns: walking a tree, naming every node, finding tied arrays, and the reverse. Promises: what comes back equals what
+went in, in container type, key order, kind, dtype, shape and bits. Does not know: bytes on storage, other workers.
 
-A tree is dict (string and int keys), OrderedDict, list and tuple, nested, of leaves: arrays (state/arrays.py), plain data
-(state/leaves.py) and, where the user allows it, pickled objects.
+A tree is dict (string and int keys), OrderedDict, list and tuple, nested, of leaves: arrays (state/arrays.py), plain
+data (state/leaves.py) and, where the user allows it, pickled objects.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rl_ckpt.state import arrays, leaves
 from rl_ckpt.state.arrays import ArraySpec, UnsupportedLeafError
 from rl_ckpt.state.boxes import Box
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
+from rl_ckpt.state.dtypes import dtype_from_name
 from rl_ckpt.state.leaves import Json
 from rl_ckpt.state.paths import Key, join
 
@@ -174,7 +175,7 @@ class _Walker:
             box, shape = arrays.dtensor_box(value)
             self._array(path, value, ArraySpec(kind, spec.dtype, shape), box, SHARDED)
         elif kind is not None and spec is not None:
-            if not spec.shape or 0 in spec.shape or not np.dtype(arrays.dtype_from_name(spec.dtype)).itemsize:
+            if not spec.shape or 0 in spec.shape or not dtype_from_name(spec.dtype).itemsize:
                 self._plain(path, leaves.encode_array(value, spec), declared)
             else:
                 self._array(path, value, spec, Box.whole(spec.shape), declared)
@@ -219,8 +220,8 @@ def unflatten(nodes: Mapping[str, Node], values: Mapping[str, Any]) -> Any:
 
     Args:
         nodes: By path; only containers are looked at, so any mapping with the right containers will do.
-        values: Leaves by path. Children of a container without a value are left out (a subset of a checkpoint);
-            list positions then close up.
+        values: Leaves by path. Children of a container without a value are left out (a subset of a checkpoint); list
+            positions then close up.
 
     Returns:
         The tree. The same object in `values` under several paths comes back as one object (ties).

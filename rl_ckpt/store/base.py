@@ -1,9 +1,9 @@
 """The storage interface: whole objects by name below one run url, on whatever holds them.
 
-Promises that every backend keeps, and that one contract suite (`tests/store/contract.py`) checks for each:
-an object is there wholly or not at all, `put` and `create` are durable when they return, `create` never replaces,
-what a backend says in its own words comes out as `StorageError` (it failed) or `InvalidInputError` (the caller must
-change the configuration), and traffic is counted.
+Promises that every backend keeps, and that one contract suite (`tests/store/contract.py`) checks for each: an object is
+there wholly or not at all, `put` and `create` are durable when they return, `create` never replaces, what a backend
+says in its own words comes out as `StorageError` (it failed) or `InvalidInputError` (the caller must change the
+configuration), and traffic is counted.
 
 What it does not do: it knows nothing of commits, manifests or checkpoints, it caches nothing, and it does not retry
 what is not transient.

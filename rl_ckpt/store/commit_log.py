@@ -1,8 +1,8 @@
 """The commit log: numbered records, each created by a PUT that fails where it exists.
 
-Owns: reading the log, taking over a run (an epoch record), and appending commits. Promises: of two writers exactly one gets
-each number; a writer that was taken over from learns it at its next append; a lost reply is told from a lost race by the
-record's write id. Does not know: manifests, what a checkpoint holds, which should stay.
+Owns: reading the log, taking over a run (an epoch record), and appending commits. Promises: of two writers exactly one
+gets each number; a writer that was taken over from learns it at its next append; a lost reply is told from a lost race
+by the record's write id. Does not know: manifests, what a checkpoint holds, which should stay.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-
 
 from rl_ckpt.errors import (
     CommitConflictError,
@@ -55,7 +54,9 @@ class CommitLog:
         self._known: dict[str, LogRecord] = {}  # records never change, so each is read once
         self._head = 0
         self._epoch = 0
-        self._unsettled: dict[str, LogRecord] = {}  # by write id: sent, outcome not learnt; one may yet land at head + 1
+        self._unsettled: dict[
+            str, LogRecord
+        ] = {}  # by write id: sent, outcome not learnt; one may yet land at head + 1
         self._late: list[CommitRecord] = []
 
     @property
@@ -158,12 +159,12 @@ class CommitLog:
             return made[-1]
         if isinstance(winner, EpochRecord):
             raise FencedError(
-                f"{self._store.url} was taken over by {winner.owner} (epoch {winner.epoch}, this is epoch {self._epoch}); "
-                "this process may not commit any more. If the takeover was a mistake, stop the other job and start again"
+                f"{self._store.url} was taken over by {winner.owner} (epoch {winner.epoch}, this is {self._epoch}); "
+                "this process may not commit any more. If that was a mistake, stop the other job and start again"
             )
         raise CommitConflictError(
-            f"{self._store.url}: another writer committed checkpoint {winner.id} as record {winner.number}; two jobs write "
-            "to one run. Give each its own url"
+            f"{self._store.url}: another writer committed checkpoint {winner.id} as record {winner.number}; two jobs "
+            "write to one run. Give each its own url"
         )
 
     def take_late(self) -> list[CommitRecord]:
@@ -226,8 +227,8 @@ class CommitLog:
             found = self._read_one(name)
         except StorageError as error:
             raise CommitUnknownError(
-                f"{self._store.object_url(name)}: the store's answer to the commit was lost ({failure or 'it exists'}), and "
-                f"reading it back failed too ({error}); list the checkpoints when the store answers again"
+                f"{self._store.object_url(name)}: the store's answer was lost ({failure or 'it exists'}), "
+                f"and reading it back failed too ({error}); list the checkpoints when the store answers again"
             ) from error
         if isinstance(found, str):
             raise CommitConflictError(f"{found}; it stands where this commit belongs: move it away and save again")

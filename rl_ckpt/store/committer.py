@@ -1,7 +1,8 @@
 """The writing side of a run: opening it for writing, committing, retention and sweep.
 
-Owns: the order in which a save becomes a checkpoint (manifest, then commit record, then retention, then sweep) and the rules
-about steps. One committer at a time owns a run; a newer one fences it. Used by the coordinator and by saves without Ray alike.
+Owns: the order in which a save becomes a checkpoint (manifest, then commit record, then retention, then sweep) and the
+rules about steps. One committer at a time owns a run; a newer one fences it. Used by the coordinator and by saves
+without Ray alike.
 """
 
 from __future__ import annotations
@@ -53,10 +54,15 @@ class Committer:
         self._keep = tuple(keep)
         log = run.log.claim(who())
         self._commits = list(log.commits)
-        self._sweeper = Sweeper(run, grace_s)
+        self._sweeper = Sweeper(run, grace_s, hold=bool(log.damaged))
         self._open: dict[str, int] = {}  # attempts that are neither committed nor abandoned, with their steps
         self._unsettled: set[str] = set()  # attempts whose commit record was sent and may yet land
         self._stored: Stored | None = None
+
+    def configure(self, keep: Sequence[KeepRule], grace_s: float) -> None:
+        """Takes other retention rules, from the next commit on."""
+        self._keep = tuple(keep)
+        self._sweeper.grace_s = grace_s
 
     @property
     def commits(self) -> Sequence[CommitRecord]:
@@ -67,8 +73,8 @@ class Committer:
         """Checks a request and names its checkpoint.
 
         Returns:
-            A new id, `<step>-<attempt>`, and the chunks of the checkpoint it continues, which the save need not write again. Their
-            files are kept from the sweep until the attempt is committed or abandoned.
+            A new id, `<step>-<attempt>`, and the chunks of the checkpoint it continues, which the save need not write
+            again. Their files are kept from the sweep until the attempt is committed or abandoned.
 
         Raises:
             InvalidInputError: The step is committed already in this line of checkpoints.
@@ -77,8 +83,8 @@ class Committer:
         twice = next((c for c in self._commits if c.step == request.step and c.id in line), None)
         if twice is not None:
             raise InvalidInputError(
-                f"step {request.step} is committed already as {twice.id} in {self.run.store.url}; save a later step, or "
-                f"restore a checkpoint before it first (then the new one starts another branch)"
+                f"step {request.step} is committed already as {twice.id} in {self.run.store.url}; save a later step, "
+                f"or restore a checkpoint before it first (then the new one starts another branch)"
             )
         if request.parent is None and request.step in self._open.values():
             raise InvalidInputError(f"step {request.step} is being saved already; save a later step")
@@ -94,7 +100,7 @@ class Committer:
         return {start.id, *lineage(start, self._commits)} if start else set()
 
     def _stored_for(self, parent: str | None) -> Stored:
-        """Chunks of the checkpoint that a save continues. After a fallback the newest is damaged; its parent was verified."""
+        """Chunks of the checkpoint that a save continues: after a fallback the newest is damaged, that one was read."""
         newest = self._commits[-1] if self._commits else None
         start = next((c for c in self._commits if c.id == parent), newest)
         if start is not newest:
@@ -132,8 +138,8 @@ class Committer:
             digests: Of what was staged, by server and offset.
 
         Raises:
-            FencedError, CommitConflictError, CommitUnknownError, StorageError: As `CommitLog.commit`. Unless the outcome is
-                unknown, nothing is committed and the files are orphans for the sweep.
+            FencedError, CommitConflictError, CommitUnknownError, StorageError: As `CommitLog.commit`. Unless the
+                outcome is unknown, nothing is committed and the files are orphans for the sweep.
         """
         manifest = self._manifest(checkpoint, request, plan, written, digests)
         data = manifests.encode(manifest)
@@ -194,7 +200,7 @@ class Committer:
         self._commits = [commit for commit in self._commits if commit.id not in gone]
 
     def abandon(self, checkpoint: str) -> None:
-        """Says that an attempt will not be committed: its files are orphans from now on. One that is committed stays so."""
+        """Says that an attempt will not be committed: its files are orphans from now on. No change to one that is."""
         if self._open.pop(checkpoint, None) is not None and checkpoint not in self._unsettled:
             self._sweeper.release(checkpoint)
 
@@ -251,12 +257,16 @@ def encode_metrics(metrics: Mapping[str, object]) -> dict[str, Json]:
     Raises:
         InvalidInputError: A name is no string, or a value no plain data.
     """
+    if not isinstance(metrics, Mapping):
+        raise InvalidInputError(f"metrics={metrics!r} must be a dict of names and plain values")
     out: dict[str, Json] = {}
     for name, value in metrics.items():
-        if not isinstance(name, str):
-            raise InvalidInputError(f"metrics: the name {name!r} must be a string")
+        if not isinstance(name, str) or not leaves.is_utf8(name):
+            raise InvalidInputError(f"metrics: the name {name!r} must be a string of Unicode text")
         try:
             out[name] = leaves.encode(value)
         except UnsupportedLeafError as error:
-            raise InvalidInputError(f"metrics[{name!r}] must be a number or other plain value: {error}") from error
+            raise InvalidInputError(
+                f"metrics[{name!r}] must be a number, string or other plain value, not a {type(value).__name__}"
+            ) from error
     return out

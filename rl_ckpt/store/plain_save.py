@@ -24,7 +24,7 @@ from rl_ckpt.plan.inventory import take_inventory
 from rl_ckpt.plan.merge import merge
 from rl_ckpt.plan.retention import KeepRule
 from rl_ckpt.plan.stage import stage
-from rl_ckpt.state.tree import flatten
+from rl_ckpt.state.tree import FlatTree
 from rl_ckpt.store.committer import Committer, SaveRequest, info_of
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.shard_writer import write_files
@@ -58,31 +58,29 @@ class PlainSaver:
         self._run = run
         self._options = options
         self._committer = Committer(run, keep, options.grace_s)
-        self._lock = (
-            threading.Lock()
-        )  # the committer is used by the caller (attempt) and by the writing thread (commit)
+        # The committer is used by the caller (attempt) and by the writing thread (commit, tidy).
+        self._lock = threading.Lock()
         self._buffers: queue.Queue[np.ndarray[Any, np.dtype[np.uint8]]] = queue.Queue()
         for _ in range(_GENERATIONS):
             self._buffers.put(np.empty(0, np.uint8))
         self._writer = ThreadPoolExecutor(1, "rl_ckpt-save")  # one: commits keep the order of the saves
         self.sweep_failure: str | None = None
 
-    def save(self, request: SaveRequest, tree: Any) -> Future[CheckpointInfo]:
+    def save(self, request: SaveRequest, flat: FlatTree, begun: float) -> Future[CheckpointInfo]:
         """Stages a state; back as soon as the caller may change it.
 
         Args:
             request: Step, metrics, tag and parent.
-            tree: See state/tree.py.
+            flat: The state, taken apart.
+            begun: When the caller's call began, by `time.monotonic`.
 
         Returns:
             Resolves once the checkpoint is committed.
 
         Raises:
-            InvalidInputError: The state can't be saved or the step is committed already; nothing was written.
+            InvalidInputError: The step is committed already; nothing was written.
             SaveSkippedError: Two saves are still being written, and the options say to skip.
         """
-        begun = time.monotonic()
-        flat = flatten(tree, self._options.allow_pickle)
         buffer = self._buffer()
         checkpoint = ""
         try:
@@ -111,8 +109,8 @@ class PlainSaver:
             return self._buffers.get(block=self._options.when_busy == "wait")
         except queue.Empty as error:
             raise SaveSkippedError(
-                f"skipped: {_GENERATIONS} saves are still being written to {self._run.store.url}; save less often, or use "
-                "when_busy='wait'"
+                f"skipped: {_GENERATIONS} saves are still being written to {self._run.store.url}; save less often, or "
+                "use when_busy='wait'"
             ) from error
 
     def _write(self, staged: _Staged) -> CheckpointInfo:
@@ -140,7 +138,7 @@ class PlainSaver:
             with self._lock:
                 self._committer.tidy()
             self.sweep_failure = None
-        except CheckpointError as error:  # the checkpoint is committed; the next call of the user says what is left to do
+        except CheckpointError as error:  # the checkpoint is committed; the next call of the user is told
             self.sweep_failure = str(error)
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """Does the store keep the promise that commits rest on: of many writers of one new name exactly one succeeds?
 
-The header or flag being accepted proves nothing (OpenStack Swift's S3 accepts `If-None-Match` and lets several
-win), so writers race here before the first commit of a run.
+The header or flag being accepted proves nothing (OpenStack Swift's S3 accepts `If-None-Match` and lets several win), so
+writers race here before the first commit of a run.
 """
 
 from __future__ import annotations

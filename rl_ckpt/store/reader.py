@@ -1,11 +1,12 @@
 """Reading values: chunks of a checkpoint into arrays, verified.
 
-Owns: getting a chunk's bytes (mapped where the file is local, else by ranged reads), checking its digest, and copying what is
-wanted of it. Promises: no byte is handed out whose chunk does not have the digest that was committed.
+Owns: getting a chunk's bytes (mapped where the file is local, else by ranged reads), checking its digest, and copying
+what is wanted of it. Promises: no byte is handed out whose chunk does not have the digest that was committed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import threading
@@ -21,11 +22,13 @@ from rl_ckpt.format.manifest import ArrayEntry, ArrayRef, Chunk, Manifest
 from rl_ckpt.plan.match import Match
 from rl_ckpt.state import arrays, leaves
 from rl_ckpt.state.arrays import BYTES, DTENSOR, NUMPY, PICKLE, STR, TORCH, Host
-from rl_ckpt.state.boxes import Box
+from rl_ckpt.state.boxes import Box, slices
 from rl_ckpt.state.dtypes import dtype_from_name
 from rl_ckpt.state.tree import Plain
 from rl_ckpt.store.base import ObjectMissingError, Store
 
+_MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it
+_POPULATE_FROM_BYTES = 64 << 10
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -47,6 +50,7 @@ class MappedFiles:
             if path not in self._maps:
                 self._maps[path] = _map(path)
             whole = self._maps[path]
+        _populate(whole, offset, size_bytes)
         if offset + size_bytes > len(whole):
             raise CorruptionError(f"{path} has {len(whole)} bytes; the checkpoint names {size_bytes} at {offset}")
         return whole[offset : offset + size_bytes]
@@ -57,11 +61,17 @@ def _map(path: str) -> memoryview:
         with open(path, "rb") as file:
             if not os.fstat(file.fileno()).st_size:
                 return memoryview(b"")
-            # Populated at once where the system can: a fault a page costs more than the copy itself.
-            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-            return memoryview(mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ))
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except FileNotFoundError as error:
         raise CorruptionError(f"{path} is missing, though a checkpoint names it") from error
+
+
+def _populate(whole: memoryview, offset: int, size_bytes: int) -> None:
+    """Maps a range in one call, where the system can: a fault a page costs more than the copy itself."""
+    start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+    if size_bytes >= _POPULATE_FROM_BYTES and isinstance(whole.obj, mmap.mmap):
+        with contextlib.suppress(OSError):  # an older kernel: pages then come one by one
+            whole.obj.madvise(_MADV_POPULATE_READ, start, offset + size_bytes - start)
 
 
 def chunk_name(manifest: Manifest, chunk: Chunk, store: Store) -> str:
@@ -148,9 +158,9 @@ def _fetch(
 def _destination(manifest: Manifest, index: int, chunk: Chunk, out: Mapping[int, Host]) -> tuple[memoryview, bool]:
     """Where to read a chunk to, and whether that is its place in the array."""
     whole = Box.whole(manifest.arrays[index].spec.shape)
-    part = out[index][arrays.slices(chunk.box, whole)]
+    part = out[index][slices(chunk.box, whole)]
     if part.flags.c_contiguous:
-        return memoryview(part.reshape(-1).view(np.uint8)).cast("B"), True
+        return part.reshape(-1).view(np.uint8).data.cast("B"), True
     return memoryview(bytearray(chunk.bytes)), False
 
 

@@ -1,7 +1,8 @@
 """A run on its store: run.json, the commit log, manifests.
 
-Owns: opening and creating a run, finding a checkpoint, reading its manifest. Promises: what is returned was committed, and its
-bytes are those that were. Does not write checkpoints (store/committer.py), nor read their values (store/reader.py).
+Owns: opening and creating a run, finding a checkpoint, reading its manifest. Promises: what is returned was committed,
+and its bytes are those that were. Does not write checkpoints (store/committer.py), nor read their values
+(store/reader.py).
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ class Run:
             return log.commits[-1]
         found = [commit for commit in log.commits if commit.step == step]
         if not found:
-            raise CheckpointNotFoundError(f"{self.store.url} has no checkpoint of step {step}; it has {_steps(log)}")
+            raise CheckpointNotFoundError(f"{self.store.url} has no checkpoint of step {step}; {_steps(log)}")
         return found[-1]
 
     def manifest(self, commit: CommitRecord) -> Manifest:
@@ -120,11 +121,24 @@ class Run:
             raise CorruptionError(f"{url} is missing, though record {commit.number} commits it") from error
         return manifests.decode(url, data, bytes.fromhex(commit.manifest_digest))
 
-    def candidates(self, step: int | None) -> Sequence[CommitRecord]:
-        """Commits to try for a restore, best first: only the one asked for, or from the newest backwards."""
+    def candidates(self, step: int | None) -> tuple[Sequence[CommitRecord], dict[str, str]]:
+        """Commits to try for a restore.
+
+        Args:
+            step: The step asked for, or None.
+
+        Returns:
+            Best first: only the one asked for, or from the newest backwards. And the records that are newer than the
+            first but can't be read: name → why.
+
+        Raises:
+            CheckpointNotFoundError: There is none.
+        """
         log = self.log.read()
         first = self.find(log, step)
-        return [first] if step is not None else log.commits[::-1]
+        if step is not None:
+            return [first], {}
+        return log.commits[::-1], {n: why for n, why in log.damaged.items() if n > records.commit_name(first.number)}
 
 
 def lineage(commit: CommitRecord, commits: Sequence[CommitRecord]) -> tuple[str, ...]:
@@ -142,4 +156,4 @@ def lineage(commit: CommitRecord, commits: Sequence[CommitRecord]) -> tuple[str,
 def _steps(log: Log) -> str:
     steps = [commit.step for commit in log.commits]
     shown = ", ".join(map(str, steps[-20:]))
-    return f"steps {'… ' if len(steps) > 20 else ''}{shown}"
+    return f"its steps are {'… ' if len(steps) > 20 else ''}{shown}"

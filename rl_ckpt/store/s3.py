@@ -1,8 +1,8 @@
 """Objects in an S3 bucket: AWS, Ceph, MinIO and whatever else speaks the protocol.
 
-Small objects are one PUT; larger ones a multipart upload whose parts go in parallel straight from the caller's
-buffers and which is aborted when it fails. Ranges are fetched in parallel straight into the caller's buffers.
-`create` is a single PUT with `If-None-Match: *`, never multipart, as servers exist that ignore the condition there.
+Small objects are one PUT; larger ones a multipart upload whose parts go in parallel straight from the caller's buffers
+and which is aborted when it fails. Ranges are fetched in parallel straight into the caller's buffers. `create` is a
+single PUT with `If-None-Match: *`, never multipart, as servers exist that ignore the condition there.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ _MAX_PARTS = 10_000
 _SPAN_BYTES = 16 << 20
 _GAP_BYTES = 256 << 10
 _AT_ONCE = 16
+_FINISH_PARTS_S = 30.0
 _ABORT = RetryPolicy(retry_deadline_s=10.0)
 """Not the caller's: after a failure that used up its deadline the clean-up still gets a fair try, and no more."""
 
@@ -50,8 +51,8 @@ class S3Store(Store):
 
     Args:
         url: `s3://bucket` or `s3://bucket/prefix`, as `open_store` normalises it.
-        storage_options: As s3fs takes them, and the fields of `RetryPolicy`. Nothing given: the environment and the
-            AWS configuration files decide (`AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL`, `AWS_PROFILE`, keys, roles).
+        storage_options: As s3fs takes them, and the fields of `RetryPolicy`. Nothing given: the environment and the AWS
+            configuration files decide (`AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL`, `AWS_PROFILE`, keys, roles).
     """
 
     def __init__(self, url: str, storage_options: StorageOptions | None = None) -> None:
@@ -163,7 +164,10 @@ class S3Store(Store):
         begun = await self._api("CreateMultipartUpload", name, "create_multipart_upload", **where)
         upload = where | {"UploadId": begun["UploadId"]}
         try:
-            etags = await _all_of((self._put_part(name, upload, n, p) for n, p in enumerate(parts, 1)), _AT_ONCE)
+            # A part that the server handles after the abort would bring the upload back: those on their way must arrive
+            # first.
+            uploads = (self._put_part(name, upload, n, p) for n, p in enumerate(parts, 1))
+            etags = await _all_of(uploads, _AT_ONCE, finish_s=_FINISH_PARTS_S)
             await self._complete(name, upload, etags, sum(view.nbytes for view in views))
         except BaseException:
             # Also on cancellation. A crash before this line leaves an upload for clean_partial, never an object.
@@ -288,8 +292,11 @@ def part_bytes(size_bytes: int) -> int:
     return max(_PART_BYTES, -(-needed >> 20) << 20)
 
 
-async def _all_of(coroutines: Iterable[Coroutine[Any, Any, T]], at_once: int) -> list[T]:
-    """Run coroutines, some at once, results in order; the first failure cancels the others and waits for them."""
+async def _all_of(coroutines: Iterable[Coroutine[Any, Any, T]], at_once: int, finish_s: float = 0.0) -> list[T]:
+    """Run coroutines, some at once, results in order; after the first failure no more are begun.
+
+    Those under way then get `finish_s` seconds to end by themselves, are cancelled, and are waited for.
+    """
     waiting = list(enumerate(coroutines))[::-1]
     results: dict[int, T] = {}
 
@@ -303,9 +310,12 @@ async def _all_of(coroutines: Iterable[Coroutine[Any, Any, T]], at_once: int) ->
     try:
         await asyncio.gather(*workers)
     finally:
+        for _, coroutine in waiting:
+            coroutine.close()
+        waiting.clear()
+        if finish_s and workers:
+            await asyncio.wait(workers, timeout=finish_s)
         for worker in workers:
             worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
-        for _, coroutine in waiting:
-            coroutine.close()
     return [results[number] for number in range(count)]

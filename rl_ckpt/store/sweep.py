@@ -1,8 +1,8 @@
 """Sweep: deleting what no checkpoint names.
 
-Owns: the order of deletion (commit record, manifest, files) and the grace that readers get. Promises: nothing that a live
-manifest names is touched, nor a checkpoint with a valid pin, nor the newest, nor an epoch record: those keep a coordinator
-that was fenced long ago from finding its next record number free.
+Owns: the order of deletion (commit record, manifest, files) and the grace that readers get. Promises: nothing that a
+live manifest names is touched, nor a checkpoint with a valid pin, nor the newest, nor an epoch record: those keep a
+coordinator that was fenced long ago from finding its next record number free.
 """
 
 from __future__ import annotations
@@ -21,10 +21,17 @@ from rl_ckpt.store.run import Run
 class Sweeper:
     """Deletes orphans of one run; kept by the run's committer."""
 
-    def __init__(self, run: Run, grace_s: float) -> None:
-        """A sweeper that waits `grace_s` seconds between first seeing an orphan and deleting it."""
+    def __init__(self, run: Run, grace_s: float, hold: bool) -> None:
+        """A sweeper that waits `grace_s` seconds between first seeing an orphan and deleting it.
+
+        Args:
+            run: The run.
+            grace_s: In seconds.
+            hold: Whether to delete no orphans: commit records are damaged, and what they commit looks like orphans.
+        """
+        self._hold = hold
         self._run = run
-        self._grace_s = grace_s
+        self.grace_s = grace_s
         self._files: dict[str, frozenset[str]] = {}  # by checkpoint: the shard files that its manifest names
         self._in_flight: dict[str, set[str]] = {}  # by checkpoint: files of older ones that it will name
         self._orphans: dict[str, float] = {}  # name → when it was first seen as one, by this process's clock
@@ -70,7 +77,7 @@ class Sweeper:
             return set()
         # Record first: a crash after this line leaves a manifest and files that no commit names, never the reverse.
         store.delete([records.commit_name(commit.number) for commit in dropped if commit.id in gone])
-        due = [name for name, since in orphans.items() if now - since >= self._grace_s]
+        due = [name for name, since in orphans.items() if now - since >= self.grace_s]
         store.delete(sorted(due, key=lambda name: (not name.startswith(records.MANIFESTS), name)))  # manifests first
         self._orphans = {name: since for name, since in orphans.items() if name not in set(due)}
         self._files = {commit.id: self._files[commit.id] for commit in kept if commit.id in self._files}
@@ -78,6 +85,8 @@ class Sweeper:
         return gone
 
     def _find_orphans(self, live: Sequence[CommitRecord]) -> list[str]:
+        if self._hold:
+            return []
         checkpoints = {commit.id for commit in live} | self._in_flight.keys()
         named = set[str]().union(*self._in_flight.values())
         for commit in live:

@@ -13,7 +13,6 @@ from rl_ckpt.store.base import StorageOptions, Store
 from rl_ckpt.store.generic import FsspecStore
 from rl_ckpt.store.local import LocalStore
 from rl_ckpt.store.memory import MemoryStore
-from rl_ckpt.store.s3 import S3Store
 
 _SUPPORTED = (
     "a local path, file://, s3://, memory:// (tests), or another scheme of fsspec such as gs://, abfs://, hdfs://"
@@ -52,9 +51,9 @@ def open_store(url: str | os.PathLike[str], storage_options: StorageOptions | No
 
     Args:
         url: A local path or a url; see `normalise_url`.
-        storage_options: What fsspec's file system for that scheme takes (for s3, s3fs: `key`, `secret`,
-            `endpoint_url`, `profile`, `client_kwargs` …), and the fields of `RetryPolicy`, in seconds. What is not
-            given, S3 takes from the environment and the AWS configuration files.
+        storage_options: What fsspec's file system for that scheme takes (for s3, s3fs: `key`, `secret`, `endpoint_url`,
+            `profile`, `client_kwargs` …), and the fields of `RetryPolicy`, in seconds. What is not given, S3 takes from
+            the environment and the AWS configuration files.
 
     Raises:
         InvalidInputError: The url or an option is not usable, the scheme is unknown, or a package is missing for it.
@@ -66,6 +65,8 @@ def open_store(url: str | os.PathLike[str], storage_options: StorageOptions | No
     if scheme == "memory":
         return MemoryStore(normal, storage_options)
     if scheme == "s3":
+        from rl_ckpt.store.s3 import S3Store  # brings botocore along, which takes half a second to import
+
         return S3Store(normal, storage_options)
     _require_backend(normal, scheme)
     return FsspecStore(normal, storage_options)

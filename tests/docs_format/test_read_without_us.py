@@ -25,6 +25,7 @@ Reader = Callable[..., Any]
 def read() -> Reader:
     (code,) = [block.code for block in python_blocks(PAGE.read_text()) if "def read(" in block.code]
     assert "rl_ckpt" not in code
+    assert len([line for line in code.splitlines() if line.strip()]) <= 60
     namespace: dict[str, Any] = {}
     exec(compile(code, str(PAGE), "exec"), namespace)
     reader: Reader = namespace["read"]
@@ -69,6 +70,7 @@ def _state() -> dict[Any, Any]:
         "a/b~": {"": [], -3: {}, "-3": ()},
         "small": [np.array(3), np.zeros((0, 3))],
         "long": ["x" * 5000, bytes(5000)],
+        "numpy text": [np.str_("a\0"), np.bytes_(b"b\0")],
     }
 
 
@@ -92,7 +94,7 @@ def test_the_reader_follows_chunks_of_older_checkpoints(tmp_path: Path, read: Re
 
 @pytest.fixture
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
     yield
     ray.shutdown()
 

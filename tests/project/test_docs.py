@@ -61,7 +61,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path, request: pytest.FixtureRe
     environment: dict[str, str] = {}
     if buckets:
         server = request.getfixturevalue("moto_server")
-        environment = _s3_environment(server if isinstance(server, str) else server.endpoint, buckets)
+        environment = _s3_environment(server.endpoint_url, buckets)
     result = _run(page, tmp_path, environment)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-8000:]
 

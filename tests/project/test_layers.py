@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "rl_ckpt"
 
 FLOORS = ("ground", "state", "format", "plan", "store", "runtime", "faces")
-GROUND = {"errors", "options"}
+GROUND = {"_version", "errors", "info", "options", "pending"}
 ROOMS = {"state", "format", "plan", "store", "runtime"}
 FACES = {"", "checkpointer", "cli", "demo", "export", "rllib", "web"}
 # Installed for the tests, never for users.
@@ -67,7 +67,13 @@ def _targets(node: ast.Import | ast.ImportFrom, module: str, is_package: bool) -
         up = up[: len(up) - node.level + is_package]
         base = ".".join([*up, base] if base else up)
     # `from rl_ckpt import store` and `from . import store` import the room, not a name of the face `rl_ckpt`.
-    return [f"{base}.{alias.name}" for alias in node.names] if base == "rl_ckpt" else [base]
+    if base != "rl_ckpt":
+        return [base]
+    # A name in capitals (or `__version__`) is the face's own.
+    return [
+        f"{base}.{alias.name}" if alias.name.strip("_").islower() and not alias.name.startswith("__") else base
+        for alias in node.names
+    ]
 
 
 def imports_of(source: str, module: str, *, is_package: bool = False) -> list[Import]:

@@ -1,4 +1,4 @@
-"""A run against a dict: whatever is saved, rolled back, kept, damaged and reopened, what loads is what the model says."""
+"""A run against a dict: saves, rollbacks, retention, damage and reopening; what loads is what the model says."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from rl_ckpt import Checkpointer, CheckpointInfo, CorruptionError, EveryNSteps, InvalidInputError, LatestN
+from rl_ckpt import Checkpointer, CheckpointInfo, CorruptionError, EveryNSteps, InvalidInputError, KeepRule, LatestN
 from tests.unit.trees import assert_same
 
 steps = st.integers(0, 12)
@@ -38,18 +38,20 @@ class RunMachine(RuleBasedStateMachine):
         self.damaged: set[str] = set()
         self.parent: str | None = None
         self.seed = 0
+        self.opened = False
 
     @initialize(latest=st.integers(1, 4), every=st.none() | st.integers(2, 4))
     def open(self, latest: int, every: int | None) -> None:
         self.latest, self.every = latest, every
-        self.keep = [LatestN(latest), *([EveryNSteps(every)] if every else [])]
+        self.keep: list[KeepRule] = [LatestN(latest), *([EveryNSteps(every)] if every else [])]
         self.reopen()
 
     @rule()
     def reopen(self) -> None:
-        if hasattr(self, "ckpt"):
+        if self.opened:
             self.ckpt.close()
-        self.ckpt = Checkpointer(str(self.folder), keep=self.keep, grace_s=0, chunk_bytes=128)
+        self.opened = True
+        self.ckpt: Checkpointer = Checkpointer(str(self.folder), keep=self.keep, grace_s=0, chunk_bytes=128)
         self.parent = None
 
     def line(self) -> list[str]:
@@ -128,14 +130,14 @@ class RunMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_is_listed_is_what_is_kept(self) -> None:
-        if hasattr(self, "ckpt"):
+        if self.opened:
             found = self.ckpt.checkpoints()
             assert [info.id for info in found] == [info.id for info in self.infos]
             latest = self.ckpt.latest()
             assert (latest.id if latest else None) == (self.infos[-1].id if self.infos else None)
 
     def teardown(self) -> None:
-        if hasattr(self, "ckpt"):
+        if self.opened:
             self.ckpt.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 

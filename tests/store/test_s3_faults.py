@@ -150,9 +150,7 @@ def test_an_upload_that_fails_for_good_is_aborted(open_through: Callable[..., St
     proxy.faults = [Fault(is_("PUT", having="partNumber=2"), status=503, code="SlowDown") for _ in range(1000)]
     with pytest.raises(StorageError, match=r"UploadPart .*SlowDown"):
         store.put("a", [bytes(LARGE_BYTES)])
-    # A cancelled part that was wholly sent may be handled after the abort, and (moto) makes the upload again.
     assert [method for method, path in proxy.seen if "uploadId=" in path].count("DELETE") == 1
-    assert store.clean_partial(-2) <= 1
     assert store.clean_partial(-2) == 0
     assert store.list() == []
 

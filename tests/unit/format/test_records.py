@@ -24,9 +24,7 @@ ids = st.text("0123456789abcdef-", min_size=1, max_size=12)
 numbers = st.integers(0, 2**63 - 1)
 times = st.floats(0, 4e9)
 values: st.SearchStrategy[object] = st.none() | st.booleans() | names | st.floats(allow_nan=False, allow_infinity=False)
-epochs = st.builds(
-    EpochRecord, number=numbers, run=ids, write_id=ids, epoch=numbers, owner=names, time=times
-)
+epochs = st.builds(EpochRecord, number=numbers, run=ids, write_id=ids, epoch=numbers, owner=names, time=times)
 commits = st.builds(
     CommitRecord,
     number=numbers,
@@ -92,7 +90,7 @@ MANIFEST = Manifest(
 @settings(deadline=None)
 @given(st.one_of(epochs, commits))
 def test_log_records_read_as_they_were_written(record: LogRecord) -> None:
-    assert records.decode("n", records.encode(record), CommitRecord | EpochRecord) == record  # type: ignore[type-var]
+    assert records.decode("n", records.encode(record), CommitRecord | EpochRecord) == record  # type: ignore[arg-type]
 
 
 @settings(deadline=None)
@@ -109,7 +107,7 @@ def test_manifests_read_as_they_were_written(manifest: Manifest) -> None:
 
 
 def read_commit(data: bytes) -> object:
-    return records.decode("commits/00000003.json", data, CommitRecord | EpochRecord)  # type: ignore[type-var]
+    return records.decode("commits/00000003.json", data, CommitRecord | EpochRecord)  # type: ignore[arg-type]
 
 
 def read_run(data: bytes) -> object:

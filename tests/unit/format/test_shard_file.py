@@ -116,7 +116,7 @@ def test_duckdb_reads_the_file(tmp_path: Path, arrays: dict[str, Array]) -> None
 
 
 def test_duckdb_has_no_float16(tmp_path: Path) -> None:
-    """Such columns are for pyarrow and polars; docs/format.md says so. When this fails, duckdb has learnt it: say that."""
+    """Such columns are for pyarrow and polars. When this fails, duckdb has learnt it: say so in docs/format.md."""
     write([column("h", np.ones(3, np.float16))], tmp_path / "a.arrow")
     with pa.memory_map(str(tmp_path / "a.arrow")) as source, duckdb.connect() as db:
         shard = pa.table({"h": pa.ipc.open_file(source).get_batch(0).column(0).storage})

@@ -17,7 +17,9 @@ MANY = settings(deadline=None, max_examples=60)
 
 
 @st.composite
-def resharding(draw: st.DrawFn) -> tuple[int, int, list[str], list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+def resharding(
+    draw: st.DrawFn,
+) -> tuple[int, int, list[str], list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
     """Old and new world size, servers, the states saved, the states to restore into, and what they must become."""
     old, new = draw(st.integers(1, 8)), draw(st.integers(1, 8))
     servers = draw(st.lists(st.sampled_from("abcd"), min_size=old, max_size=old))
@@ -25,7 +27,9 @@ def resharding(draw: st.DrawFn) -> tuple[int, int, list[str], list[dict[str, Any
     saved: list[dict[str, Any]] = [{} for _ in range(old)]
     have: list[dict[str, Any]] = [{} for _ in range(new)]
     want: list[dict[str, Any]] = [{} for _ in range(new)]
-    for i, kind in enumerate(draw(st.lists(st.sampled_from(["same", "declared", "own", "plain", "shards"]), max_size=6))):
+    for i, kind in enumerate(
+        draw(st.lists(st.sampled_from(["same", "declared", "own", "plain", "shards"]), max_size=6))
+    ):
         name, shape = f"{i} {kind}", tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=3)))
         whole = rng.random(shape).astype(draw(st.sampled_from(["f4", "f8", "i2"])))
         if kind == "shards":

@@ -10,7 +10,9 @@ from rl_ckpt import EveryNSteps, InvalidInputError, KeepRule, LatestN
 from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.plan.retention import to_drop
 
-rules = st.lists(st.builds(LatestN, st.integers(1, 5)) | st.builds(EveryNSteps, st.integers(1, 7)), min_size=1, max_size=3)
+rules = st.lists(
+    st.builds(LatestN, st.integers(1, 5)) | st.builds(EveryNSteps, st.integers(1, 7)), min_size=1, max_size=3
+)
 
 
 @st.composite

@@ -1,4 +1,4 @@
-"""Save plans: each chunk is staged once by a holder, replicas share evenly, nothing overlaps, nothing is written twice."""
+"""Save plans: each chunk is staged once by a holder, replicas share evenly, nothing is written twice."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_ckpt import PerRank, Replicated, Sharded
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.format.shard_file import ALIGNMENT
-from rl_ckpt.plan.deal import SavePlan, deal, stored_chunks
+from rl_ckpt.plan.deal import SavePlan, deal
 from rl_ckpt.plan.inventory import take_inventory
 from rl_ckpt.plan.merge import Merged, merge
 from rl_ckpt.plan.stage import stage
@@ -34,7 +34,9 @@ def jobs(draw: st.DrawFn) -> tuple[list[Any], list[str]]:
     servers = draw(st.lists(st.sampled_from("abcd"), min_size=world, max_size=world))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     states: list[dict[str, Any]] = [{} for _ in range(world)]
-    for i, kind in enumerate(draw(st.lists(st.sampled_from(["same", "declared", "own", "some", "shards"]), max_size=6))):
+    for i, kind in enumerate(
+        draw(st.lists(st.sampled_from(["same", "declared", "own", "some", "shards"]), max_size=6))
+    ):
         shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=3)))
         value = rng.random(shape).astype(draw(st.sampled_from(["f4", "f8", "u1"])))
         if kind == "shards":
@@ -61,12 +63,14 @@ def test_every_chunk_is_staged_exactly_once_and_by_a_holder(job: tuple[list[Any]
     merged, plan = planned(*job)
     staged = Counter((rank, i.path, i.box) for rank, items in plan.stage.items() for i in items)
     assert not [key for key, times in staged.items() if times > 1]
+    twins = Counter(c.digest for a in merged.arrays for c in a.chunks if c.digest)
     by_chunk = Counter((path, box) for _, path, box in staged)
     for array in merged.arrays:
         for chunk in array.chunks:
-            who = [rank for rank, path, box in staged if (path, box) == (array.path, chunk.box) and rank in chunk.holders]
-            twin = any(c.digest and c.digest == chunk.digest for a in merged.arrays for c in a.chunks if c is not chunk)
-            assert len(who) == 1 or twin, (array.path, chunk)
+            who = [
+                rank for rank, path, box in staged if (path, box) == (array.path, chunk.box) and rank in chunk.holders
+            ]
+            assert twins[chunk.digest] > 1 or len(who) == 1, (array.path, chunk)
     known = {(a.path, c.box) for a in merged.arrays for c in a.chunks}
     assert set(by_chunk) <= known
 
@@ -77,7 +81,12 @@ def test_staging_ranges_are_aligned_and_apart_and_columns_say_where(job: tuple[l
     states, servers = job
     _, plan = planned(states, servers)
     for server, size in plan.staged_bytes.items():
-        items = [(i.offset, i.size_bytes, i.path, i.box) for r, some in plan.stage.items() if servers[r] == server for i in some]
+        items = [
+            (i.offset, i.size_bytes, i.path, i.box)
+            for r, some in plan.stage.items()
+            if servers[r] == server
+            for i in some
+        ]
         ends = 0
         for offset, size_bytes, _, _ in sorted(items, key=lambda item: item[0]):
             assert offset % ALIGNMENT == 0
@@ -107,20 +116,6 @@ def test_replicas_stage_even_shares(world: int, nodes: int, size: int, declared:
         node[servers[rank]] += size_bytes
     on = Counter(servers)
     assert all(node[s] <= math.ceil(value.nbytes * on[s] / world) + on[s] * CHUNK for s in on)
-
-
-@MANY
-@given(jobs())
-def test_a_rank_that_is_excluded_stages_nothing_that_others_hold(job: tuple[list[Any], list[str]]) -> None:
-    states, servers = job
-    merged = merge_all(flatten_all(states), CHUNK)
-    lost = len(states) - 1
-    assume(all(set(c.holders) - {lost} for a in merged.arrays for c in a.chunks))
-    plan = deal(merged, servers, "0-x", {}, 2, 1 << 20, exclude={lost})
-    assert not plan.stage[lost]
-    assert sum(len(items) for items in plan.stage.values()) == sum(
-        len(items) for items in deal(merged, servers, "0-x", {}, 2, 1 << 20).stage.values()
-    )
 
 
 @MANY
@@ -159,13 +154,12 @@ def test_files_are_split_by_size_and_by_streams() -> None:
 
 
 def test_column_names_tell_ranks_chunks_and_clashes_apart() -> None:
-    part = np.arange(16.0)
-    clash = {"w": np.arange(20.0), "w@8": part, "~": part + 1, "": {"x": part + 2}}
-    flats = flatten_all([{**clash, "own": PerRank(part + 3)}, {**clash, "own": PerRank(part + 4)}])
+    small = np.arange(8.0)
+    clash = {"w": np.arange(20.0), "w@7": small, "~": small + 1, "own#0": small + 2}
+    flats = flatten_all([{**clash, "own": PerRank(small + 3)}, {**clash, "own": PerRank(small + 4)}])
     plan = deal(merge_all(flats, CHUNK), ["s", "s"], "0-x", {}, 1, 1 << 20)
     names = [c.name for c in plan.files["s"][0].columns]
-    assert len(names) == len(set(names))
-    assert {"w@0", "own#0@0", "own#1@8"} <= set(names)
+    assert sorted(names) == sorted(["w@0", "w@7", "w@14", "w@7'", "~0", "own#0", "own#0'", "own#1"])
 
 
 class TestContradictions:

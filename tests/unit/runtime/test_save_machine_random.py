@@ -144,7 +144,7 @@ class SkippingInterleavings(Interleavings):
 
 
 _SETTINGS = settings(
-    max_examples=120, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestWaiting = Interleavings.TestCase
 TestWaiting.settings = _SETTINGS

@@ -1,4 +1,4 @@
-"""What can't be stored is an error that names every path, before anything is written; pickle only where both sides allow it."""
+"""What can't be stored is an error naming every path, before anything is written; pickle needs leave on both sides."""
 
 from __future__ import annotations
 
@@ -144,6 +144,15 @@ def test_pickle_needs_leave_at_save_and_at_load(tmp_path: Path) -> None:
     with pytest.raises(rl_ckpt.UntrustedDataError, match=r"'(set|object)' was saved with pickle.*allow_pickle=True"):
         careful.load_state()
     assert list(careful.load_state(select="plain")["plain"]) == [0, 1, 2]
+
+
+def test_pickle_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with rl_ckpt.Checkpointer(str(tmp_path), allow_pickle=True) as trusting:
+        trusting.save_state(0, {"plain": np.arange(3), "set": {1, 2}}).result(60)
+    for path in tmp_path.rglob("*.arrow"):
+        path.unlink()
+    with pytest.raises(rl_ckpt.UntrustedDataError):
+        rl_ckpt.Checkpointer(str(tmp_path)).load_state()
 
 
 def test_a_payload_does_not_run_without_leave(tmp_path: Path) -> None:

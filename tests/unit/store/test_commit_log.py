@@ -63,7 +63,7 @@ def test_the_older_writer_is_fenced_and_told_by_whom(store: FaultyStore) -> None
     newer.claim("the new job on host b")
     assert older.overtaken()
     for _ in range(2):  # it stays fenced
-        with pytest.raises(FencedError, match=r"taken over by the new job on host b \(epoch 2, this is epoch 1\)"):
+        with pytest.raises(FencedError, match=r"taken over by the new job on host b \(epoch 2, "):
             commit(older, "2-a")
     commit(newer, "2-b")
     with pytest.raises(FencedError):
@@ -151,7 +151,7 @@ def test_a_request_that_arrives_late_is_taken_for_what_it_is(store: FaultyStore)
     store.inner.create = delay  # type: ignore[method-assign]
     with pytest.raises(StorageError, match="timed out"):
         commit(log, "1-a")
-    store.inner.create = create  # type: ignore[method-assign]
+    store.inner.create = create  # type: ignore[method-assign, assignment]
     create(*on_its_way[0])
     assert commit(log, "2-a").number == 3
     assert [record.id for record in log.take_late()] == ["1-a"]

@@ -1,4 +1,4 @@
-"""Stop at every change that a save makes on the store, reopen: the last commit is bit-identical, the step whole or absent."""
+"""Stop at every change a save makes on the store and reopen: commits are bit-identical, the step whole or absent."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def save_3(folder: Path, patch: pytest.MonkeyPatch, arm: Callable[[FaultyStore],
             pending = ckpt.save_state(3, state(3))
         except (CheckpointError, Stopped) as error:
             return error
-        error = pending._future.exception(60)
-        ckpt.close() if pending.unseen_failure() is None else ckpt._saver.close()  # type: ignore[union-attr]
-        return error
+        outcome = pending._future.exception(60)
+        ckpt.close() if pending.take_failure() is None else ckpt._saver.close()  # type: ignore[union-attr]
+        return outcome
 
 
 def changes_of_a_save(folder: Path, patch: pytest.MonkeyPatch) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -116,7 +116,7 @@ def test_files_that_a_later_checkpoint_shares_survive(url: str, store: Store) ->
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     now = [1000.0]
 
     def forward(seconds: float) -> None:
@@ -124,7 +124,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[float], None]]:
 
     fake = SimpleNamespace(monotonic=lambda: now[0], time=time.time)
     monkeypatch.setattr(sweep_module, "time", fake)
-    yield forward
+    return forward
 
 
 def test_files_stay_for_the_grace_time(url: str, store: Store, clock: Callable[[float], None]) -> None:
@@ -172,7 +172,7 @@ def test_a_zombie_that_wakes_up_after_many_sweeps_is_fenced_and_harms_nothing(ur
         save_all(url, range(step, step + 1), keep=[LatestN(2)], grace_s=0)
     before = names(store, "")
     for step in (6, 7):
-        with pytest.raises(FencedError, match=r"taken over by rl-ckpt .* process \d+ \(epoch 2, this is epoch 1\)"):
+        with pytest.raises(FencedError, match=r"taken over by rl-ckpt .* process \d+ \(epoch 2, "):
             zombie.save_state(step, state(step)).result(60)
     zombie.close()
     assert names(store, records.COMMITS) == {name for name in before if name.startswith(records.COMMITS)}
@@ -215,6 +215,32 @@ def test_files_of_a_commit_whose_outcome_is_unknown_are_not_swept(url: str, stor
     assert steps_of(url) == [0, 1, 2, 3]
     for step in range(4):
         assert_same(Checkpointer(url).load_state(step), state(step))
+    assert_no_orphans(url, store)
+
+
+def test_files_of_a_commit_that_may_yet_arrive_are_not_swept(url: str, store: Store, monkeypatch: Any) -> None:
+    """The request timed out on its way; it lands after the save has failed and the sweep behind it has run."""
+    on_its_way: list[tuple[str, bytes]] = []
+
+    def delay(name: str, data: bytes) -> None:
+        on_its_way.append((name, data))
+        raise StorageError("timed out")
+
+    with faulty(monkeypatch, url) as watched, Checkpointer(url, grace_s=0) as ckpt:
+        ckpt.save_state(0, state(0)).result(60)
+        with monkeypatch.context() as slow:
+            slow.setattr(watched.inner, "create", delay)
+            with pytest.raises(StorageError, match="timed out"):
+                ckpt.save_state(1, state(1)).result(60)
+            for step in (2, 3):  # these fail too, and sweep
+                with pytest.raises(StorageError, match="timed out"):
+                    ckpt.save_state(step, state(step)).result(60)
+            ckpt._saver._writer.submit(int).result(60)  # type: ignore[union-attr]
+        store.create(*on_its_way[0])
+        assert_same(ckpt.load_state(), state(1))
+        ckpt.save_state(4, state(4)).result(60)
+    assert steps_of(url) == [0, 1, 4]
+    assert_same(Checkpointer(url).load_state(1), state(1))
     assert_no_orphans(url, store)
 
 

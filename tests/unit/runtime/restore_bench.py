@@ -1,0 +1,158 @@
+"""The world around a RestoreMachine, as data: checkpoints to try, servers that fetch, ranks that ask."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+
+from rl_ckpt.errors import CheckpointError, CorruptionError
+from rl_ckpt.format.manifest import Manifest
+from rl_ckpt.options import Options
+from rl_ckpt.plan.match import Problems
+from rl_ckpt.plan.spread import ChunkId
+from rl_ckpt.runtime import restore_machine as rm
+from rl_ckpt.runtime.messages import (
+    Apply,
+    Candidate,
+    Failure,
+    FetchDone,
+    Matched,
+    OpenRestore,
+    Sources,
+    TryNext,
+    Verified,
+)
+from tests.unit.plan.model import save
+
+Reply = Candidate | Sources | TryNext | Apply | Failure
+_MANIFEST: Manifest = save([{"a": np.arange(20.0), "b": np.arange(5)}] * 2, ["s0", "s1"]).manifest
+
+
+def manifest(name: str) -> Manifest:
+    """A checkpoint of several chunks."""
+    return msgspec.structs.replace(_MANIFEST, id=name)
+
+
+def all_chunks() -> list[ChunkId]:
+    return [(a, c) for a, array in enumerate(_MANIFEST.arrays) for c in range(len(array.chunks))]
+
+
+class Bench:
+    """Feeds events to the machine and keeps its instructions until a test answers them."""
+
+    def __init__(self, *, mappable: bool = False, candidates: tuple[str, ...] = ("2-new", "1-old")) -> None:
+        self.machine = rm.RestoreMachine(Options())
+        self.mappable = mappable
+        self.candidates = candidates
+        self.loads: list[rm.Load] = []
+        self.fetches: list[rm.Fetch] = []
+        self.forgotten: list[rm.Forget] = []
+        self.arms: list[rm.Arm] = []
+        self.replies: dict[tuple[str, int], list[Reply]] = {}
+        self.memory: dict[tuple[str, str], int] = {}
+        """Restore memory that servers hold: token and server → bytes brought in."""
+
+    def do(self, instructions: list[rm.Instruction]) -> None:
+        for i in instructions:
+            match i:
+                case rm.Load():
+                    self.loads.append(i)
+                case rm.Fetch(token, server, order):
+                    assert order.key == token, "the memory's name must tell one candidate from the next"
+                    self.memory.setdefault((token, server), 0)
+                    self.fetches.append(i)
+                case rm.Forget(token, servers):
+                    self.forgotten.append(i)
+                    for server in servers:
+                        self.memory.pop((token, server), None)
+                case rm.Arm():
+                    self.arms.append(i)
+                case rm.Answer(key, rank, reply):
+                    self.replies.setdefault((key, rank), []).append(reply)
+
+    def reply(self, rank: int, key: str = "r") -> Reply:
+        return self.replies[key, rank][-1]
+
+    def failure(self, rank: int, key: str = "r") -> Failure:
+        reply = self.reply(rank, key)
+        assert isinstance(reply, Failure), reply
+        return reply
+
+    def open(self, rank: int, *, world: int = 2, step: int | None = None, key: str = "r") -> None:
+        self.do(self.machine.open(OpenRestore(key, rank, world, step)))
+
+    def load(self) -> None:
+        """Answers the oldest Load as the coordinator does."""
+        ask = self.loads.pop(0)
+        left = [name for name in self.candidates if name not in ask.tried]
+        if not left:
+            self.do(self.machine.failed(ask.token, CorruptionError(f"no good checkpoint: tried {ask.tried}")))
+            return
+        self.do(self.machine.loaded(ask.token, manifest(left[0]), b"json", self.mappable, {}))
+
+    def token(self, rank: int, key: str) -> str:
+        """Of the last candidate that a rank was given."""
+        found = [r for r in self.replies.get((key, rank), []) if isinstance(r, Candidate)]
+        return found[-1].token if found else "none"
+
+    def match(self, rank: int, problems: Problems | None = None, key: str = "r") -> None:
+        matched = Matched(
+            key, self.token(rank, key), rank, f"server-{rank % 2}", "", problems or Problems(), tuple(all_chunks())
+        )
+        self.do(self.machine.match(matched))
+
+    def fetch(self, ask: rm.Fetch, damaged: str = "") -> None:
+        self.fetches.remove(ask)
+        count = (
+            0
+            if damaged
+            else sum(i.size_bytes for items in [*ask.order.files.values(), *ask.order.peers.values()] for i in items)
+        )
+        if (ask.token, ask.server) in self.memory:
+            self.memory[ask.token, ask.server] += count
+        self.do(
+            self.machine.fetched(ask.token, ask.server, FetchDone(count, damaged, f"/shm/{ask.server}/{ask.token}"))
+        )
+
+    def fetch_all(self) -> None:
+        while self.fetches:
+            self.fetch(self.fetches[0])
+
+    def verify(self, rank: int, damaged: str = "", key: str = "r") -> None:
+        self.do(self.machine.verify(Verified(key, self.token(rank, key), rank, damaged)))
+
+    def applied(self, rank: int, key: str = "r") -> None:
+        self.do(self.machine.applied(key, rank))
+
+    def lost(self, rank: int, error: CheckpointError, key: str = "r", world: int = 2) -> None:
+        self.do(self.machine.lost(key, rank, world, Failure.of(error)))
+
+    def time_out(self, state: str) -> None:
+        arm = [a for a in self.arms if a.state == state][-1]
+        self.do(self.machine.timed_out(arm.token, arm.state))
+
+    def to_matching(self, step: int | None = None) -> None:
+        for rank in (0, 1):
+            self.open(rank, step=step)
+        self.load()
+
+    def to_fetching(self, step: int | None = None) -> None:
+        self.to_matching(step)
+        for rank in (0, 1):
+            self.match(rank)
+
+    def to_verifying(self) -> None:
+        self.to_fetching()
+        self.fetch_all()
+
+    def to_over(self) -> None:
+        self.to_verifying()
+        for rank in (0, 1):
+            self.verify(rank)
+
+    def restore(self) -> None:
+        """A whole restore that nothing disturbs."""
+        self.to_over()
+        for rank in (0, 1):
+            assert isinstance(self.reply(rank), Apply)
+            self.applied(rank)

@@ -1,0 +1,328 @@
+"""The coordinator's brain for restores, without Ray: every state and event, in and out of order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from rl_ckpt.errors import CorruptionError, StorageError, WorkerFailuresError
+from rl_ckpt.plan.match import Problems
+from rl_ckpt.runtime import restore_machine as rm
+from rl_ckpt.runtime.messages import Apply, Candidate, Failure, Sources, TryNext
+from tests.unit.runtime.restore_bench import Bench, all_chunks, manifest
+
+DEAD = WorkerFailuresError("rank 1 died", {1: "rank 1 died"})
+TOTAL = sum(c.bytes for array in manifest("x").arrays for c in array.chunks)
+
+
+def test_a_restore_goes_through_its_states() -> None:
+    bench = Bench()
+    bench.open(0)
+    assert bench.loads == []
+    bench.open(1)
+    bench.load()
+    assert all(isinstance(bench.reply(rank), Candidate) for rank in (0, 1))
+    bench.match(0)
+    assert bench.fetches == []
+    bench.match(1)
+    assert {ask.server for ask in bench.fetches} == {"server-0", "server-1"}
+    bench.fetch_all()
+    assert all(isinstance(bench.reply(rank), Sources) for rank in (0, 1))
+    bench.verify(0)
+    assert isinstance(bench.reply(0), Sources), "nobody applies before all have verified"
+    bench.verify(1)
+    assert all(isinstance(bench.reply(rank), Apply) for rank in (0, 1))
+    assert bench.forgotten == [], "ranks are still copying out of the memory"
+    bench.applied(0)
+    assert bench.forgotten == []
+    bench.applied(1)
+    assert bench.memory == {}
+    assert bench.machine.states() == {}
+
+
+def test_each_chunk_is_fetched_from_the_store_once_and_passed_on_by_peers() -> None:
+    bench = Bench()
+    bench.to_over()
+    reply = bench.reply(0)
+    assert isinstance(reply, Apply)
+    assert reply.bytes_from == {"store": TOTAL, "peers": TOTAL}
+    assert set(bench.memory.values()) == {TOTAL}
+
+
+def test_peers_pass_on_only_what_every_server_has_fetched() -> None:
+    bench = Bench()
+    bench.to_fetching()
+    first = bench.fetches[0]
+    bench.fetch(first)
+    assert all(not ask.order.peers for ask in bench.fetches)
+    bench.fetch(bench.fetches[0])
+    assert all(ask.order.peers for ask in bench.fetches)
+    assert len(bench.fetches) == 2
+
+
+def test_sources_name_the_memory_of_the_ranks_own_server() -> None:
+    bench = Bench()
+    bench.to_verifying()
+    for rank in (0, 1):
+        reply = bench.reply(rank)
+        assert isinstance(reply, Sources)
+        assert reply.memory.startswith(f"/shm/server-{rank}/")
+        assert len(set(reply.offsets)) == len(all_chunks())
+
+
+def test_files_that_workers_can_map_are_not_fetched() -> None:
+    bench = Bench(mappable=True)
+    bench.to_fetching()
+    assert bench.fetches == []
+    assert bench.reply(0) == Sources()
+    for rank in (0, 1):
+        bench.verify(rank)
+    reply = bench.reply(0)
+    assert isinstance(reply, Apply)
+    assert reply.bytes_from == {"files": 2 * TOTAL}
+
+
+def fail_in_opening(bench: Bench) -> None:
+    bench.open(0)
+    bench.lost(1, DEAD)
+
+
+def fail_in_loading(bench: Bench) -> None:
+    bench.open(0)
+    bench.open(1)
+    bench.do(bench.machine.failed(bench.loads.pop().token, StorageError("gone")))
+
+
+def fail_in_matching(bench: Bench) -> None:
+    bench.to_matching()
+    bench.match(0)
+    bench.lost(1, DEAD)
+
+
+def fail_in_matching_before_the_other_asks(bench: Bench) -> None:
+    bench.to_matching()
+    bench.lost(1, DEAD)
+    bench.match(0)
+
+
+def fail_in_problems(bench: Bench) -> None:
+    bench.to_matching()
+    bench.match(0)
+    bench.match(1, Problems(missing=["x"]))
+
+
+def fail_in_fetching(bench: Bench) -> None:
+    bench.to_fetching()
+    bench.do(bench.machine.failed(bench.fetches.pop(0).token, StorageError("gone")))
+    bench.fetch_all()  # the other server's answer comes late
+
+
+def fail_in_passing(bench: Bench) -> None:
+    bench.to_fetching()
+    bench.fetch(bench.fetches[0])
+    bench.fetch(bench.fetches[0])
+    bench.do(bench.machine.failed(bench.fetches.pop(0).token, StorageError("gone")))
+    bench.fetch_all()
+
+
+def fail_in_verifying(bench: Bench) -> None:
+    bench.to_verifying()
+    bench.verify(0)
+    bench.lost(1, DEAD)
+
+
+def fail_in_verifying_before_the_other_asks(bench: Bench) -> None:
+    bench.to_verifying()
+    bench.lost(1, DEAD)
+    bench.verify(0)
+
+
+FAILURES: list[Callable[[Bench], None]] = [
+    fail_in_opening,
+    fail_in_loading,
+    fail_in_matching,
+    fail_in_matching_before_the_other_asks,
+    fail_in_problems,
+    fail_in_fetching,
+    fail_in_passing,
+    fail_in_verifying,
+    fail_in_verifying_before_the_other_asks,
+]
+
+
+@pytest.mark.parametrize("fail", FAILURES, ids=lambda f: f.__name__)
+def test_a_failure_in_any_state_reaches_every_rank_and_gives_the_memory_back(fail: Callable[[Bench], None]) -> None:
+    bench = Bench()
+    fail(bench)
+    assert isinstance(bench.reply(0), Failure)
+    assert bench.memory == {}
+    assert bench.machine.states() == {}, "all know of it, so it is forgotten"
+
+
+@pytest.mark.parametrize("fail", FAILURES, ids=lambda f: f.__name__)
+def test_after_a_failure_in_any_state_the_same_ranks_restore_again(fail: Callable[[Bench], None]) -> None:
+    bench = Bench()
+    fail(bench)
+    bench.restore()
+
+
+def test_a_damaged_chunk_sends_every_rank_to_the_next_checkpoint() -> None:
+    bench = Bench()
+    bench.to_fetching()
+    bench.fetch(bench.fetches[0], damaged="a flipped bit")
+    assert all(isinstance(bench.reply(rank), TryNext) for rank in (0, 1))
+    bench.fetches.clear()
+    bench.restore()
+    candidate = next(r for r in bench.replies["r", 0][::-1] if isinstance(r, Candidate))
+    assert candidate.fell_back == {"2-new": "a flipped bit"}
+
+
+def test_damage_that_a_rank_finds_sends_every_rank_to_the_next_checkpoint() -> None:
+    bench = Bench(mappable=True)
+    bench.to_fetching()
+    bench.verify(0, damaged="a flipped bit")
+    bench.verify(1)
+    assert all(isinstance(bench.reply(rank), TryNext) for rank in (0, 1))
+    bench.open(0)
+    bench.open(1)
+    assert bench.loads[0].tried == ("2-new",)
+
+
+def test_damage_of_the_step_that_was_asked_for_is_an_error() -> None:
+    bench = Bench()
+    bench.to_fetching(step=2)
+    bench.fetch(bench.fetches[0], damaged="a flipped bit")
+    assert {bench.failure(rank).code for rank in (0, 1)} == {CorruptionError.code}
+
+
+def test_when_every_checkpoint_is_damaged_all_ranks_are_told() -> None:
+    bench = Bench(candidates=("2-new",))
+    bench.to_fetching()
+    bench.fetch(bench.fetches[0], damaged="a flipped bit")
+    bench.to_matching()
+    assert {bench.failure(rank).code for rank in (0, 1)} == {CorruptionError.code}
+
+
+def test_a_late_fetch_of_a_damaged_checkpoint_does_not_count_for_the_next_one() -> None:
+    bench = Bench()
+    bench.to_fetching()
+    late = bench.fetches[1]
+    bench.fetch(bench.fetches[0], damaged="a flipped bit")
+    bench.to_fetching()
+    bench.fetch(late)
+    bench.fetch(next(ask for ask in bench.fetches if ask.server != late.server))
+    assert all(not ask.order.peers for ask in bench.fetches), "peers would pass on memory that is still being filled"
+    bench.fetch_all()
+    for (token, _), size in bench.memory.items():
+        assert token != late.token
+        assert size == TOTAL
+
+
+def test_all_ranks_problems_stand_in_one_error() -> None:
+    bench = Bench()
+    bench.to_matching()
+    bench.match(0, Problems(missing=["a/x"], unexpected=["b/y"]))
+    bench.match(1, Problems(mismatched={"c": "shape"}))
+    text = bench.failure(0).message
+    for part in ("rank 0: missing in the checkpoint: a/x", "rank 0: unexpected in the checkpoint: b/y"):
+        assert part in text
+    assert "rank 1: mismatched: c: shape" in text
+    assert bench.failure(1).message == text
+
+
+@pytest.mark.parametrize(("state", "names"), [(rm.OPENING, "[1]"), (rm.MATCHING, "[1]"), (rm.VERIFYING, "[1]")])
+def test_timeouts_name_the_ranks_that_are_missing(state: str, names: str) -> None:
+    bench = Bench()
+    if state == rm.OPENING:
+        bench.open(0)
+    elif state == rm.MATCHING:
+        bench.to_matching()
+        bench.match(0)
+    else:
+        bench.to_verifying()
+        bench.verify(0)
+    bench.time_out(state)
+    assert bench.failure(0).code == "save_timeout"
+    assert f"ranks {names}" in bench.failure(0).message
+
+
+@pytest.mark.parametrize("state", [rm.FETCHING, rm.PASSING])
+def test_timeouts_of_fetching_name_the_servers(state: str) -> None:
+    bench = Bench()
+    bench.to_fetching()
+    bench.fetch(next(ask for ask in bench.fetches if ask.server == "server-0"))
+    if state == rm.PASSING:
+        bench.fetch(bench.fetches[0])
+        bench.fetch(next(ask for ask in bench.fetches if ask.server == "server-0"))
+    bench.time_out(state)
+    for rank in (0, 1):
+        assert "server-1" in bench.failure(rank).message
+        assert "server-0" not in bench.failure(rank).message
+    assert bench.memory == {}
+
+
+def test_timers_of_an_earlier_restore_do_not_end_a_later_one() -> None:
+    bench = Bench()
+    bench.restore()
+    old = list(bench.arms)
+    bench.open(0)
+    for arm in old:
+        bench.do(bench.machine.timed_out(arm.token, arm.state))
+    bench.open(1)
+    bench.load()
+    assert isinstance(bench.reply(0), Candidate)
+
+
+def test_a_rank_may_restore_again_while_others_still_apply_the_restore_before() -> None:
+    bench = Bench()
+    bench.to_over()
+    bench.applied(0)
+    bench.open(0)
+    bench.applied(1)
+    assert bench.memory == {}
+    bench.open(1)
+    bench.load()
+    assert all(isinstance(bench.reply(rank), Candidate) for rank in (0, 1))
+
+
+def test_a_rank_that_fails_while_applying_does_not_fail_the_others() -> None:
+    bench = Bench()
+    bench.to_over()
+    bench.lost(1, DEAD)
+    assert isinstance(bench.reply(0), Apply)
+    bench.applied(0)
+    assert bench.memory == {}
+    assert bench.machine.states() == {}
+
+
+def test_memory_is_given_back_when_a_rank_never_applies() -> None:
+    bench = Bench()
+    bench.to_over()
+    bench.applied(0)
+    bench.time_out(rm.OVER)
+    assert bench.memory == {}
+    assert bench.machine.states() == {}
+
+
+def test_ranks_that_disagree_on_the_world_size_are_an_error_for_both() -> None:
+    bench = Bench()
+    bench.open(0, world=2)
+    bench.open(1, world=3)
+    for rank in (0, 1):
+        assert "rank 1 of 3 can't join a restore of 2 workers" in bench.failure(rank).message
+
+
+def test_a_question_about_a_restore_that_is_over_is_answered() -> None:
+    bench = Bench()
+    bench.match(0)
+    assert "over already" in bench.failure(0).message
+    bench.verify(1)
+    assert "over already" in bench.failure(1).message
+
+
+def test_failed_restores_that_nobody_asks_about_are_forgotten_after_a_while() -> None:
+    bench = Bench()
+    for i in range(200):
+        bench.lost(0, DEAD, key=f"key-{i}")
+    assert len(bench.machine.states()) <= 64
