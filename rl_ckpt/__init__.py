@@ -26,9 +26,9 @@ from rl_ckpt.errors import (
     WorkerFailuresError,
 )
 from rl_ckpt.info import CheckpointInfo, RestoreReport
-from rl_ckpt.pending import PendingSave
 from rl_ckpt.plan.retention import EveryNSteps, KeepRule, LatestN
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
+from rl_ckpt.store.pending import PendingSave
 
 __all__ = [
     "CheckpointError",

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from rl_ckpt.errors import CheckpointNotFoundError, CorruptionError, InvalidInputError
 from rl_ckpt.info import CheckpointInfo, RestoreReport
 from rl_ckpt.options import Options, WhenBusy, check_step
-from rl_ckpt.pending import PendingSave
 from rl_ckpt.plan.match import match_all, view
 from rl_ckpt.plan.retention import KeepRule
 from rl_ckpt.state.leaves import is_utf8
 from rl_ckpt.state.tree import flatten, unflatten
 from rl_ckpt.store.committer import SaveRequest, encode_metrics, info_of
+from rl_ckpt.store.pending import PendingSave
 from rl_ckpt.store.pins import pin
 from rl_ckpt.store.plain_save import PlainSaver
 from rl_ckpt.store.reader import load_leaves

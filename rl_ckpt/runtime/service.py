@@ -22,7 +22,6 @@ from rl_ckpt.errors import (
 )
 from rl_ckpt.info import CheckpointInfo, RestoreReport
 from rl_ckpt.options import Options
-from rl_ckpt.pending import PendingSave, in_thread
 from rl_ckpt.plan.retention import KeepRule
 from rl_ckpt.runtime.inside import StagedRank, restore_in_actor, save_in_actor
 from rl_ckpt.runtime.links import coordinator, start_coordinator
@@ -31,6 +30,7 @@ from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest
 from rl_ckpt.runtime.spec import NAMESPACE, Place, RunSpec
 from rl_ckpt.state import leaves
 from rl_ckpt.store.committer import SaveRequest, info_of
+from rl_ckpt.store.pending import PendingSave, in_thread
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.urls import open_store
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.options import check_step
-from rl_ckpt.pending import PendingSave
 from rl_ckpt.runtime.inside import guarded, save_rank
 from rl_ckpt.runtime.links import coordinator
 from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest, restore_rank
 from rl_ckpt.runtime.service import pending_save
 from rl_ckpt.runtime.spec import Place, RunSpec
 from rl_ckpt.store.committer import SaveRequest, encode_metrics
+from rl_ckpt.store.pending import PendingSave
 
 
 class WorkerCheckpointer:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "rl_ckpt"
 
 FLOORS = ("ground", "state", "format", "plan", "store", "runtime", "faces")
-GROUND = {"_version", "errors", "info", "options", "pending"}
+GROUND = {"_version", "errors", "info", "options"}
 ROOMS = {"state", "format", "plan", "store", "runtime"}
 FACES = {"", "checkpointer", "cli", "demo", "export", "rllib", "web"}
 # Installed for the tests, never for users.
@@ -107,8 +107,8 @@ def violations(module: str, imports: list[Import]) -> list[str]:
             target = floor_of(item.name)
             if FLOORS.index(target) > FLOORS.index(floor):
                 bad.append(f"{where} imports {item.name} from the floor above, {target}")
-            elif floor == "ground":
-                bad.append(f"{where} imports {item.name}; the ground imports nothing of the package")
+            elif floor == "ground" and item.name != "rl_ckpt.errors":
+                bad.append(f"{where} imports {item.name}; the ground imports nothing of the package but its errors")
         elif top in TEST_ONLY:
             bad.append(f"{where} imports {top}, which users do not have")
         elif top in NEVER_AT_MODULE_LEVEL and not (item.lazy or item.typing_only):
@@ -140,7 +140,7 @@ def test_imports_point_downward() -> None:
         ("rl_ckpt.format.manifest", "from rl_ckpt.plan.write import plan", "floor above, plan"),
         ("rl_ckpt.format.manifest", "from ..plan import write", "floor above, plan"),
         ("rl_ckpt.format.manifest", "def f():\n from rl_ckpt import store", "floor above, store"),
-        ("rl_ckpt.format.manifest", "from .. import Checkpointer", "stands on no floor"),
+        ("rl_ckpt.format.manifest", "from .. import Checkpointer", "floor above, faces"),
         ("rl_ckpt.errors", "from rl_ckpt.options import SaveOptions", "imports nothing of the package"),
         ("rl_ckpt.store.log", "def f():\n import ray.util", "works without it"),
         ("rl_ckpt.checkpointer", "import ray", "inside functions"),

@@ -119,7 +119,7 @@ def test_create_knows_a_lost_race_by_status_alone(store: Store, proxy: Proxy, co
 
 
 def test_the_deadline_ends_the_retries_and_the_error_says_it_all(open_through: Callable[..., Store], proxy: Proxy):
-    store = open_through(retry_deadline_s=0.2)
+    store = open_through(retry_deadline_s=1.5)
     proxy.faults = [Fault(is_("PUT"), status=503, code="SlowDown") for _ in range(10_000)]
     with pytest.raises(StorageError) as told:
         store.put("a", [b"x"])
