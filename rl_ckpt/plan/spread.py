@@ -6,10 +6,10 @@ same server for the same chunk first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from rl_ckpt.format.manifest import Manifest
+from rl_ckpt.format.manifest import Chunk, Manifest
 
 ChunkId = tuple[int, int]
 """Index of the array in the manifest, and of the chunk in the array."""
@@ -39,20 +39,43 @@ def spread(manifest: Manifest, needs: Mapping[str, set[ChunkId]]) -> dict[str, S
     for server in sorted(needs):
         for chunk in needs[server]:
             takers.setdefault(chunk, []).append(server)
+    groups: dict[tuple[str, ...], list[ChunkId]] = {}
+    for chunk, servers in takers.items():
+        groups.setdefault(tuple(servers), []).append(chunk)
     out = {server: ServerFetch() for server in needs}
     load = dict.fromkeys(needs, 0)
-    for chunk in sorted(takers, key=lambda c: (len(takers[c]), -_bytes(manifest, c), c)):
-        fetcher = min(takers[chunk], key=lambda server: (load[server], server))
-        load[fetcher] += _bytes(manifest, chunk)
-        out[fetcher].store.append(chunk)
-        for server in takers[chunk]:
-            if server != fetcher:
-                out[server].peers.setdefault(fetcher, []).append(chunk)
+    for group in sorted(groups, key=lambda servers: (len(servers), servers)):
+        for fetcher, chunk in _deal_runs(manifest, groups[group], group, load):
+            out[fetcher].store.append(chunk)
+            for server in group:
+                if server != fetcher:
+                    out[server].peers.setdefault(fetcher, []).append(chunk)
     for i, server in enumerate(sorted(out)):
         out[server].store.sort()
         order = sorted(out[server].peers)
         out[server].peers = {peer: sorted(out[server].peers[peer]) for peer in order[i:] + order[:i]}
     return out
+
+
+def _deal_runs(
+    manifest: Manifest, chunks: list[ChunkId], servers: tuple[str, ...], load: dict[str, int]
+) -> Iterator[tuple[str, ChunkId]]:
+    """Deals chunks that the same servers need, levelling the servers' loads.
+
+    Each gets a run of chunks that lie together in the files: near ranges are then one read, with little between them.
+    """
+    ordered = sorted(chunks, key=lambda c: (_saved(manifest, c).file, _saved(manifest, c).offset, c))
+    level = (sum(load[server] for server in servers) + sum(_bytes(manifest, c) for c in ordered)) / len(servers)
+    queue = sorted(servers, key=lambda server: (load[server], server))
+    room, done = max(0.0, level - load[queue[0]]), 0.0
+    for chunk in ordered:
+        size = _bytes(manifest, chunk)
+        while len(queue) > 1 and done + size / 2 > room:  # more than half of it belongs to the next one
+            queue.pop(0)
+            room += max(0.0, level - load[queue[0]])
+        load[queue[0]] += size
+        done += size
+        yield queue[0], chunk
 
 
 def canonical_chunks(manifest: Manifest) -> dict[ChunkId, ChunkId]:
@@ -65,5 +88,9 @@ def canonical_chunks(manifest: Manifest) -> dict[ChunkId, ChunkId]:
     return out
 
 
+def _saved(manifest: Manifest, chunk: ChunkId) -> Chunk:
+    return manifest.arrays[chunk[0]].chunks[chunk[1]]
+
+
 def _bytes(manifest: Manifest, chunk: ChunkId) -> int:
-    return manifest.arrays[chunk[0]].chunks[chunk[1]].bytes
+    return _saved(manifest, chunk).bytes

@@ -8,6 +8,7 @@ first save, so that jobs that only restore take nothing over.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,6 @@ import msgspec
 import ray
 
 from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptionError, StorageError
-from rl_ckpt.format import manifest as manifests
 from rl_ckpt.format import records
 from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.runtime import restore_machine as rm
@@ -204,7 +204,8 @@ class Coordinator:
                     self._spawn(self._fetch(key, server, encode(order)), key, self._restores.failed)
                 case rm.Forget(key, servers):
                     for server in servers:
-                        self._server(server).forget.remote(key)
+                        with contextlib.suppress(StorageError):  # gone, and its memory with it
+                            self._server(server).forget.remote(key)
                 case rm.Arm(key, state, seconds):
                     self._later(seconds, partial(self._restores.timed_out, key, state))
                 case _:
@@ -238,7 +239,10 @@ class Coordinator:
 
     def _server(self, name: str) -> Any:
         if self._servers.get(name) is None:
-            self._servers[name] = ray.get_actor(name, namespace=NAMESPACE)
+            try:
+                self._servers[name] = ray.get_actor(name, namespace=NAMESPACE)
+            except ValueError as error:
+                raise StorageError(f"shard server {name} is gone, with its node or because it was ended") from error
         return self._servers[name]
 
     async def _call(self, reply: Awaitable[bytes], kind: Any) -> Any:
@@ -341,12 +345,12 @@ class Coordinator:
                 if commit.id in tried:
                     continue
                 try:
-                    manifest = run.manifest(commit)
+                    manifest, data = run.manifest_file(commit)
                 except CorruptionError as error:
                     damaged[commit.id] = str(error)
                     continue
                 mappable = run.store.local_path(records.RUN_FILE) is not None
-                return manifest, manifests.encode(manifest), mappable, damaged
+                return manifest, data, mappable, damaged
             bad = [*tried, *damaged]
             raise CorruptionError(f"no good checkpoint in {self._spec.url}: tried {bad}; {damaged or ''}")
 

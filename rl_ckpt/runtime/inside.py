@@ -131,6 +131,8 @@ def guarded(spec: RunSpec, place: Place, lost: str) -> Iterator[None]:
         return
     except ToldError as told:
         raise told.error from None
+    except InvalidInputError as error:
+        failed: CheckpointError = InvalidInputError(f"rank {place.rank}: {error}")
     except CheckpointError as error:
         failed = error
     except ray.exceptions.RayError as error:

@@ -13,6 +13,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import msgspec
@@ -121,6 +122,7 @@ def _alive(owner: _Owner) -> bool:
 
 
 _maps: dict[str, tuple[int, int, memoryview]] = {}
+_maps_lock = threading.Lock()  # a shard server maps from several threads
 
 
 def mapped(path: str) -> memoryview:
@@ -133,17 +135,19 @@ def mapped(path: str) -> memoryview:
         found = os.stat(path)
     except FileNotFoundError as error:
         raise StorageError(f"staging memory {path} is gone: its shard server was ended; save again") from error
-    known = _maps.get(path)
-    if known is not None and known[:2] == (found.st_ino, found.st_size):
-        return known[2]
-    for stale in [p for p in _maps if not os.path.exists(p)]:
-        del _maps[stale]
-    with open(path, "r+b") as file:
-        view = memoryview(mmap.mmap(file.fileno(), found.st_size))
-    _maps[path] = (found.st_ino, found.st_size, view)
-    return view
+    with _maps_lock:
+        known = _maps.get(path)
+        if known is not None and known[:2] == (found.st_ino, found.st_size):
+            return known[2]
+        for stale in [p for p in _maps if not os.path.exists(p)]:
+            del _maps[stale]
+        with open(path, "r+b") as file:
+            view = memoryview(mmap.mmap(file.fileno(), found.st_size))
+        _maps[path] = (found.st_ino, found.st_size, view)
+        return view
 
 
 def forget(path: str) -> None:
     """Unmaps a file in this process, once no view of it is left."""
-    _maps.pop(path, None)
+    with _maps_lock:
+        _maps.pop(path, None)

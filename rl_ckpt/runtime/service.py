@@ -7,8 +7,8 @@ import contextlib
 import time
 import uuid
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import ray
@@ -67,8 +67,8 @@ class Service:
         ray.get(coordinator(self.spec).attach.remote(self._user, job))
         # At a normal end of the driver, staged saves are waited for and no shared memory is left behind. A driver that
         # is killed leaves the actors: what is staged still commits, and a new driver finds them by name.
-        self._closing = weakref.finalize(self, _close, self.spec, self._user)
-        atexit.register(self._closing)
+        self._at_exit = partial(_close, self.spec, self._user)
+        atexit.register(self._at_exit)
 
     def save(self, request: SaveRequest, workers: Sequence[Any]) -> PendingSave:
         """See `Checkpointer.save`."""
@@ -113,8 +113,8 @@ class Service:
 
     def close(self) -> None:
         """Waits until no save is under way, and ends the actors."""
-        atexit.unregister(self._closing)
-        self._closing()
+        atexit.unregister(self._at_exit)
+        self._at_exit()
 
     def _call_all(
         self, handles: Sequence[Any], lost: str, function: Callable[..., bytes], request: object, kind: Any

@@ -246,11 +246,11 @@ def fill(leaf: Any, kind: str, host: Host) -> Any:
     if kind in _TORCH_KINDS:
         torch: Any = sys.modules["torch"]
         tensor = leaf.to_local() if kind == DTENSOR else leaf
-        if tensor.device.type != "cpu":
+        if kind == DTENSOR or tensor.device.type != "cpu":
             with torch.no_grad():
                 tensor.copy_(_tensor_over(host, torch))
             return leaf
-    return from_host(host, TORCH if kind == DTENSOR else kind)
+    return from_host(host, kind)
 
 
 def memory_key(leaf: Any, kind: str) -> tuple[object, ...]:

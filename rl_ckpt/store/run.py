@@ -113,13 +113,17 @@ class Run:
             CorruptionError: It is missing or damaged.
             StorageError: The store failed.
         """
+        return self.manifest_file(commit)[0]
+
+    def manifest_file(self, commit: CommitRecord) -> tuple[Manifest, bytes]:
+        """As `manifest`, with the bytes of its file."""
         name = records.manifest_name(commit.id)
         url = self.store.object_url(name)
         try:
             data = self.store.get(name)
         except ObjectMissingError as error:
             raise CorruptionError(f"{url} is missing, though record {commit.number} commits it") from error
-        return manifests.decode(url, data, bytes.fromhex(commit.manifest_digest))
+        return manifests.decode(url, data, bytes.fromhex(commit.manifest_digest)), data
 
     def candidates(self, step: int | None) -> tuple[Sequence[CommitRecord], dict[str, str]]:
         """Commits to try for a restore.

@@ -179,14 +179,16 @@ RAGGED = {
     "short": [part(0, 10), part(10, 20), part(20, 29)],
     "one is not sharded": [part(0, 15), part(15, 30), {"table": np.arange(3)}],
     "dtypes": [part(0, 10), part(10, 20), {"table": Sharded(np.arange(10, dtype="f4"), (30,), (20,))}],
-    "replicas": [{"table": Replicated(np.zeros(3))}, {"table": Replicated(np.zeros(3))}, {"table": Replicated(np.zeros(4))}],
+    "replicas": [
+        {"table": Replicated(np.zeros(3))},
+        {"table": Replicated(np.zeros(3))},
+        {"table": Replicated(np.zeros(4))},
+    ],
 }
 
 
 @pytest.mark.parametrize("name", RAGGED)
-def test_states_that_do_not_fit_together_are_refused_by_path(
-    ckpt: Checkpointer, workers: list[Any], name: str
-) -> None:
+def test_states_that_do_not_fit_together_are_refused_by_path(ckpt: Checkpointer, workers: list[Any], name: str) -> None:
     give(workers, RAGGED[name])
     with pytest.raises(InvalidInputError, match="table"):
         ckpt.save(STEPS.next(), workers)
@@ -263,7 +265,9 @@ def test_restoring_from_a_folder_that_is_no_run_says_so(tmp_path: Path, workers:
 
 def test_restoring_an_unknown_step_lists_the_steps(good: Checkpointer, workers: list[Any]) -> None:
     states = [state(rank) for rank in range(3)]
-    unchanged(workers, states, lambda: good.restore(workers, step=7), CheckpointNotFoundError, "step 7; its steps are 1, 2")
+    unchanged(
+        workers, states, lambda: good.restore(workers, step=7), CheckpointNotFoundError, "step 7; its steps are 1, 2"
+    )
 
 
 def test_a_run_of_a_newer_release_is_refused(tmp_path: Path, good: Checkpointer, workers: list[Any]) -> None:
@@ -441,7 +445,7 @@ def test_ray_that_is_not_running_is_said(tmp_path: Path) -> None:
     code = f"""
 import rl_ckpt
 try:
-    rl_ckpt.Checkpointer({str(tmp_path / 'run')!r}).save(0, [1])
+    rl_ckpt.Checkpointer({str(tmp_path / "run")!r}).save(0, [1])
 except rl_ckpt.InvalidInputError as error:
     print(error)
 """

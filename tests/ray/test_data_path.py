@@ -77,7 +77,9 @@ def test_each_node_with_workers_has_one_shard_server(saved: dict[str, Any]) -> N
     ckpt = saved["ckpt"]
     nodes = ray.get([server.ready.remote() for server in servers(ckpt).values()])
     assert sorted(nodes) == sorted(node["NodeID"] for node in ray.nodes())
-    named = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE]
+    named = [
+        actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE
+    ]
     assert len([name for name in named if spec_of(ckpt).key in name]) == 4, "three servers and the coordinator"
 
 

@@ -97,9 +97,7 @@ def damage(server: S3Server, ckpt: Checkpointer, checkpoint: str) -> None:
     client.put_object(Bucket=bucket, Key=key, Body=bytes(body))
 
 
-def test_a_damaged_object_is_never_applied_and_the_restore_falls_back(
-    s3_server: S3Server, workers: list[Any]
-) -> None:
+def test_a_damaged_object_is_never_applied_and_the_restore_falls_back(s3_server: S3Server, workers: list[Any]) -> None:
     with open_run(s3_server) as ckpt:
         infos = []
         for step in (0, 1):

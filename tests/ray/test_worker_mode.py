@@ -142,9 +142,7 @@ def test_ranks_that_disagree_on_the_world_size_are_told(workers: list[Any], ckpt
 def test_ranks_that_disagree_on_the_step_time_out_by_name(tmp_path: Path, workers: list[Any]) -> None:
     with Checkpointer(str(tmp_path / "run"), join_timeout_s=1.0) as ckpt:
         give(workers, [state(rank) for rank in range(2)])
-        calls = [
-            worker.look.remote(save_fails, ckpt.worker(rank, 2), 20 + rank) for rank, worker in enumerate(workers)
-        ]
+        calls = [worker.look.remote(save_fails, ckpt.worker(rank, 2), 20 + rank) for rank, worker in enumerate(workers)]
         errors = ray.get(calls, timeout=WAIT_S)
         assert all(isinstance(error, SaveTimeoutError) for error in errors)
         assert ["ranks [1]" in str(errors[0]), "ranks [0]" in str(errors[1])] == [True, True]
@@ -160,7 +158,9 @@ def test_a_step_that_is_committed_is_refused_to_every_rank(
     assert all("committed already" in str(error) for error in errors)
 
 
-def test_a_worker_restores_from_a_run_without_checkpoints_with_a_clear_error(tmp_path: Path, workers: list[Any]) -> None:
+def test_a_worker_restores_from_a_run_without_checkpoints_with_a_clear_error(
+    tmp_path: Path, workers: list[Any]
+) -> None:
     with Checkpointer(str(tmp_path / "none")) as ckpt:
         with pytest.raises(CheckpointNotFoundError, match="nothing is there yet"):
             on_all(workers, restore, handles=[ckpt.worker(rank, 2) for rank in range(2)])
