@@ -27,7 +27,7 @@ from rl_ckpt.store.pins import pin
 from rl_ckpt.store.plain_save import PlainSaver
 from rl_ckpt.store.reader import load_leaves
 from rl_ckpt.store.run import Run
-from rl_ckpt.store.urls import normalise_url
+from rl_ckpt.store.urls import check_url
 
 if TYPE_CHECKING:
     from rl_ckpt.runtime.service import Service
@@ -98,7 +98,7 @@ class Checkpointer:
         )
         if isinstance(keep, type | KeepRule) or any(isinstance(r, type) or not isinstance(r, KeepRule) for r in keep):
             raise InvalidInputError(f"keep={keep!r} must be a list of rules such as [LatestN(3), EveryNSteps(1000)]")
-        self._url = normalise_url(url)
+        self._url = check_url(url)
         self._keep = tuple(keep)
         self._storage_options = dict(storage_options or {})
         self._methods = (get_state, set_state)

@@ -46,6 +46,19 @@ def normalise_url(url: str | os.PathLike[str]) -> str:
     return f"{scheme}://{path}"
 
 
+def check_url(url: str | os.PathLike[str]) -> str:
+    """The normalised url, once it is known that there is a file system for it. Nothing is opened.
+
+    Raises:
+        InvalidInputError: The url is not usable, the scheme is unknown, or a package is missing for it.
+    """
+    normal = normalise_url(url)
+    scheme = normal.partition("://")[0]
+    if scheme not in ("file", "memory", "s3"):
+        _require_backend(normal, scheme)
+    return normal
+
+
 def open_store(url: str | os.PathLike[str], storage_options: StorageOptions | None = None) -> Store:
     """The store for a run's url. Nothing is read or written yet.
 
@@ -58,7 +71,7 @@ def open_store(url: str | os.PathLike[str], storage_options: StorageOptions | No
     Raises:
         InvalidInputError: The url or an option is not usable, the scheme is unknown, or a package is missing for it.
     """
-    normal = normalise_url(url)
+    normal = check_url(url)
     scheme = normal.partition("://")[0]
     if scheme == "file":
         return LocalStore(normal, storage_options)
@@ -68,7 +81,6 @@ def open_store(url: str | os.PathLike[str], storage_options: StorageOptions | No
         from rl_ckpt.store.s3 import S3Store  # brings botocore along, which takes half a second to import
 
         return S3Store(normal, storage_options)
-    _require_backend(normal, scheme)
     return FsspecStore(normal, storage_options)
 
 
