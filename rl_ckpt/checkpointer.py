@@ -7,7 +7,6 @@ no Ray.
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from rl_ckpt.plan.retention import KeepRule
 from rl_ckpt.state.leaves import is_utf8
 from rl_ckpt.state.tree import flatten, unflatten
 from rl_ckpt.store.committer import SaveRequest, encode_metrics, info_of
-from rl_ckpt.store.pending import PendingSave
+from rl_ckpt.store.pending import PendingSave, raise_untold
 from rl_ckpt.store.pins import pin
 from rl_ckpt.store.plain_save import PlainSaver
 from rl_ckpt.store.reader import load_leaves
@@ -106,7 +105,6 @@ class Checkpointer:
         self._pending: list[PendingSave] = []
         self._saver: PlainSaver | None = None
         self._service: Service | None = None
-        self._lock = threading.Lock()
 
     @property
     def url(self) -> str:
@@ -141,7 +139,7 @@ class Checkpointer:
             CheckpointError: An earlier save failed in the background and nobody had asked for its result yet.
         """
         request = self._request(step, metrics, tag)
-        self._report_failures()
+        raise_untold(self._pending)
         return self._track(self._running_service().save(request, workers))
 
     def restore(
@@ -188,7 +186,9 @@ class Checkpointer:
         """
         from rl_ckpt.runtime.worker import WorkerCheckpointer
 
-        return WorkerCheckpointer(self._running_service().spec, rank, world_size)
+        service = self._running_service()
+        service.owns_run = True
+        return WorkerCheckpointer(service.spec, rank, world_size)
 
     def save_state(
         self, step: int, tree: Any, *, metrics: Mapping[str, object] | None = None, tag: str | None = None
@@ -209,7 +209,7 @@ class Checkpointer:
         """
         begun = time.monotonic()
         request = self._request(step, metrics, tag)
-        self._report_failures()
+        raise_untold(self._pending)
         flat = flatten(tree, self._options.allow_pickle)  # first: a state that can't be saved leaves no trace
         if self._service is not None and self._service.owns_run:
             raise InvalidInputError(
@@ -309,14 +309,13 @@ class Checkpointer:
         Raises:
             CheckpointError: A save failed and nobody had asked for its result yet.
         """
-        with self._lock:
-            saver, self._saver = self._saver, None
-            service, self._service = self._service, None
+        saver, self._saver = self._saver, None
+        service, self._service = self._service, None
         if saver is not None:
             saver.close()
         if service is not None:
             service.close()
-        self._report_failures()
+        raise_untold(self._pending)
 
     def __enter__(self) -> Checkpointer:
         """Itself."""
@@ -347,10 +346,3 @@ class Checkpointer:
         self._parent = None  # from here on, the newest commit is what a save continues
         self._pending = [p for p in self._pending if not p.settled()] + [pending]
         return pending
-
-    def _report_failures(self) -> None:
-        """Raises the oldest failure of a background save that nobody was told of; the next call raises the next one."""
-        for pending in self._pending:
-            failure = pending.take_failure()
-            if failure is not None:
-                raise failure

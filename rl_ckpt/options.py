@@ -11,6 +11,9 @@ from rl_ckpt.errors import InvalidInputError
 WhenBusy = Literal["wait", "skip"]
 
 
+_MAX_CHUNK_BYTES = 1 << 30  # an Arrow list of one chunk's values must stay below 2**31 of them
+
+
 @dataclass(frozen=True)
 class Options:
     """How saves and restores are done. All sizes in bytes, all times in seconds."""
@@ -49,6 +52,8 @@ class Options:
                 raise InvalidInputError(f"{name}={getattr(self, name)!r} must be a number of seconds greater than 0")
         if not (_is_number(self.grace_s) and self.grace_s >= 0):
             raise InvalidInputError(f"grace_s={self.grace_s!r} must be a number of seconds, 0 or more")
+        if self.chunk_bytes > _MAX_CHUNK_BYTES:
+            raise InvalidInputError(f"chunk_bytes={self.chunk_bytes} must be at most {_MAX_CHUNK_BYTES} (1 GiB)")
         if self.when_busy not in ("wait", "skip"):
             raise InvalidInputError(f"when_busy={self.when_busy!r} must be 'wait' or 'skip'")
 

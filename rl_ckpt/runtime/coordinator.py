@@ -50,7 +50,7 @@ _OUTCOMES_KEPT = 256
 
 
 class Coordinator:
-    """See the module. Made by `service.start`."""
+    """See the module. Made by `links.start_coordinator`."""
 
     def __init__(self, spec: RunSpec) -> None:
         """Ready at once: the store is opened when it is first needed."""
@@ -66,6 +66,7 @@ class Coordinator:
         self._committer: Committer | None = None
         self._reader: Run | None = None
         self._notice = ""
+        self._opened_with = spec.storage_options
         self._users: dict[str, str] = {}  # drivers that use these actors → their Ray job
         self._idle = asyncio.Event()
         self._idle.set()
@@ -135,12 +136,18 @@ class Coordinator:
         """Takes over the rules and options of the driver that saves (a coordinator may be found, not made)."""
         self._spec = spec
         self._saves.options = self._restores.options = spec.options
+        if spec.storage_options != self._opened_with and not self._saves.busy():
+            # Rotated keys, say: everything is opened anew.
+            self._opened_with = spec.storage_options
+            self._committer = self._reader = None
+            for name in self._servers:
+                self._server(name).configure.remote(spec)
         if self._committer is not None:
             self._committer.configure(spec.keep, spec.options.grace_s)
 
     async def under_way(self, key: str) -> bool:
-        """Whether a save or restore waits for something else than its workers, so that they are not to blame."""
-        return self._saves.waits(key) or self._restores.transfers(key)
+        """Whether a save or restore is past the call for its workers: who waits for it need not keep the time."""
+        return self._saves.under_way(key) or self._restores.under_way(key)
 
     async def stats(self) -> dict[str, int]:
         """Control messages so far, in number and bytes, for tests and metrics."""
@@ -226,7 +233,10 @@ class Coordinator:
                 event = await work
             except CheckpointError as error:
                 event = failed(key, error)
+            except ray.exceptions.RayTaskError as error:
+                event = failed(key, CheckpointError(f"internal error in a shard server: {error}"))
             except ray.exceptions.RayError as error:
+                self._servers = dict.fromkeys(self._servers)  # a server may come back under its name, as another actor
                 event = failed(key, StorageError(f"a shard server could not be reached: {error}"))
             except Exception as error:  # noqa: BLE001 - a bug of ours must fail this save, by name, and not hang it
                 text = f"internal error in the coordinator: {type(error).__name__}: {error}"
@@ -258,6 +268,8 @@ class Coordinator:
 
     async def _name(self, key: str, request: Any) -> Iterable[Any]:
         def work() -> Any:
+            if self._committer is not None and self._committer.is_gone():
+                self._committer = self._reader = None  # its folder was removed: this is a new run
             if self._committer is None:
                 spec = self._spec
                 run = Run.create(spec.url, spec.storage_options, spec.options.weak_commits)
@@ -268,7 +280,8 @@ class Coordinator:
         return self._saves.named(key, checkpoint, stored)
 
     async def _reserve(self, key: str, server: str, generation: int, size: int) -> Iterable[Any]:
-        order = encode(Reserve(generation, size))
+        name = f"generation-{generation}-{key.replace('#', '-').replace('/', '_')}"
+        order = encode(Reserve(generation, name, size))
         done = await self._call(self._server(server).reserve.remote(order), Reserved | Failure)
         return self._saves.reserved(key, server, done.path)
 

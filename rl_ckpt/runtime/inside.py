@@ -84,6 +84,7 @@ def save_rank(spec: RunSpec, place: Place, request: SaveRequest, state: Any, beg
         request.tag,
         request.parent,
         ensure_server(spec),
+        options.chunk_bytes,
         inventory,
     )
     link = coordinator(spec)

@@ -9,7 +9,7 @@ import msgspec
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rl_ckpt.errors import CheckpointError
+from rl_ckpt.errors import CheckpointError, InvalidInputError
 from rl_ckpt.runtime.coordinator import Coordinator
 from rl_ckpt.runtime.messages import Failure, decode, encode
 from rl_ckpt.runtime.shard_server import CONCURRENCY_GROUPS, ShardServer
@@ -46,10 +46,16 @@ def coordinator(spec: RunSpec) -> Any:
     """The handle of the run's coordinator, in any process.
 
     Raises:
-        ValueError: It was ended.
+        InvalidInputError: It was ended.
     """
     if spec.service not in _coordinators:
-        _coordinators[spec.service] = ray.get_actor(spec.coordinator, namespace=NAMESPACE)
+        try:
+            _coordinators[spec.service] = ray.get_actor(spec.coordinator, namespace=NAMESPACE)
+        except ValueError as error:
+            raise InvalidInputError(
+                f"the service of {spec.url} was ended: its Checkpointer was closed, or its cluster is gone; "
+                "make a new one"
+            ) from error
     return _coordinators[spec.service]
 
 

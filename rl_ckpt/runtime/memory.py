@@ -81,6 +81,22 @@ class ServerMemory:
                 ) from error
         return str(path)
 
+    def renew(self, prefix: str, name: str, size_bytes: int) -> str:
+        """A new file in the place of all others whose name begins with `prefix`; one that is there already is kept.
+
+        Returns:
+            Its path.
+
+        Raises:
+            StorageError: The shared memory is too small.
+        """
+        path = self._folder / name
+        if path.exists() and path.stat().st_size == max(size_bytes, 1):
+            return str(path)  # asked twice: what was staged meanwhile stays
+        for old in self._folder.glob(f"{prefix}*"):
+            old.unlink(missing_ok=True)
+        return self.make(name, size_bytes)
+
     def path(self, name: str) -> str:
         """Path of a file that was made."""
         return str(self._folder / name)

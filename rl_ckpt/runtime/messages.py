@@ -47,6 +47,8 @@ class JoinSave(msgspec.Struct, frozen=True):
     tag: str | None
     parent: str | None
     server: str
+    chunk_bytes: int
+    """As this rank cuts its arrays."""
     inventory: Inventory
 
 
@@ -81,8 +83,8 @@ class Lost(msgspec.Struct, frozen=True):
 class WriteOrder(msgspec.Struct, frozen=True):
     """A shard server writes one generation of its staging memory."""
 
-    generation: int
-    staged_bytes: int
+    memory: str
+    """File of the generation of staging memory."""
     files: tuple[FilePlan, ...]
 
 
@@ -136,7 +138,6 @@ class Matched(msgspec.Struct, frozen=True):
     token: str
     rank: int
     server: str
-    node: str
     problems: Problems
     needs: tuple[ChunkId, ...]
 
@@ -197,9 +198,11 @@ class FetchDone(msgspec.Struct, frozen=True, tag="fetched"):
 
 
 class Reserve(msgspec.Struct, frozen=True):
-    """A shard server sizes one generation of its staging memory."""
+    """A shard server makes memory for one generation; older files of it go."""
 
     generation: int
+    name: str
+    """Of the file, unique: a straggler of a failed save must not find the next one's under its name."""
     bytes: int
 
 
@@ -213,7 +216,6 @@ class Ok(msgspec.Struct, frozen=True, tag="ok"):
     """Done, nothing to add."""
 
 
-SaveReply = SaveOrders | Failure
 SaveOutcome = SaveDone | Failure
 OpenReply = Candidate | Failure
 MatchReply = Sources | TryNext | Failure

@@ -7,7 +7,7 @@ memory or of a file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,15 +65,6 @@ class RestoredRank(msgspec.Struct, frozen=True, tag="restored"):
     fell_back: dict[str, str]
 
 
-@dataclass(slots=True)
-class _Target:
-    """An array to be filled: its host values, the box that they hold, and what the worker gets."""
-
-    index: int
-    host: Host
-    box: Box
-
-
 def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: Any) -> tuple[Any, RestoredRank]:
     """Restores one rank.
 
@@ -95,9 +86,10 @@ def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: An
         candidate = ask(link.open_restore, opened, Candidate)
         manifest = msgspec.json.decode(candidate.manifest, type=Manifest)
         match = _match(manifest, place.rank, flat, request)
+        _refuse_pickles(manifest, match, spec.options.allow_pickle)
         boxes = {path: _wanted_box(path, node.index, flat, manifest) for path, node in _array_fills(match).items()}
         needs = _needs(manifest, match, boxes)
-        matched = Matched(place.key, candidate.token, place.rank, ensure_server(spec), "", match.problems, tuple(needs))
+        matched = Matched(place.key, candidate.token, place.rank, ensure_server(spec), match.problems, tuple(needs))
         sources = ask(link.match, matched, Sources | TryNext)
         if isinstance(sources, TryNext):
             continue
@@ -106,6 +98,7 @@ def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: An
             link.verified, Verified(place.key, candidate.token, place.rank, chunks.verify()), Apply | TryNext
         )
         if isinstance(verified, TryNext):
+            chunks.close()
             continue
         tree, size = _set(manifest, match, flat, boxes, chunks, spec.options.allow_pickle)
         link.applied.remote(place.key, place.rank)
@@ -127,6 +120,17 @@ def _match(manifest: Manifest, rank: int, flat: FlatTree | None, request: Restor
     if flat is None:
         return match_all(seen, request.select, request.rename)
     return match_state(seen, flat.nodes, manifest, request.select, request.rename, request.strict)
+
+
+def _refuse_pickles(manifest: Manifest, match: Match, allow_pickle: bool) -> None:
+    """Refuses a pickled leaf that the caller did not allow, before any rank has set a value."""
+    for path, node in match.fills.items():
+        if isinstance(node, ArrayRef):
+            pickled = manifest.arrays[node.index].spec.kind == arrays.PICKLE
+        else:
+            pickled = leaves.kind_tag(node.value) == arrays.PICKLE
+        if pickled:
+            leaves.check_pickle_allowed(path, allow_pickle)
 
 
 def _array_fills(match: Match) -> dict[str, ArrayRef]:
@@ -168,7 +172,7 @@ class _Chunks:
         self._needs = needs
         self._memory = memory.mapped(sources.memory) if sources.memory else None
         self._path = sources.memory
-        self._offsets = dict(zip(needs, sources.offsets, strict=False))
+        self._offsets = dict(zip(needs, sources.offsets, strict=True)) if sources.memory else {}
 
     def view(self, chunk: ChunkId) -> memoryview:
         """A chunk's bytes."""
@@ -217,22 +221,30 @@ def _set(
     chunks: _Chunks,
     allow_pickle: bool,
 ) -> tuple[Any, int]:
-    """Fills the worker's arrays, makes those it lacks, and puts the tree together; also gives the bytes set."""
+    """Makes what the worker lacks, fills its arrays, and puts the tree together; also gives the bytes set.
+
+    The worker's own arrays come last: whatever can go wrong in making a leaf has gone wrong by then.
+    """
     values: dict[str, Any] = {} if flat is None else _present(flat)
-    made: dict[object, Any] = {}
-    size = 0
+    fills = _array_fills(match)
     for path, node in match.fills.items():
         if isinstance(node, Plain):
             values[path] = leaves.decode(node.value, path, allow_pickle)
-            continue
+    targets: dict[object, _Target] = {}
+    places: dict[str, object] = {}
+    for path, ref in fills.items():
         here = _here(path, flat)
-        same = here[0] if here is not None else node.index  # tied leaves are one array, and filled once
-        if same not in made:
-            host, leaf = _host(manifest, node.index, boxes[path], here, flat)
-            size += _copy(manifest, node.index, host, boxes[path], chunks)
-            made[same] = leaf(host, path, allow_pickle)
-        values[path] = made[same]
+        places[path] = here[0] if here is not None else ref.index  # tied leaves are one array, and filled once
+        if places[path] not in targets:
+            targets[places[path]] = _target(manifest, path, ref.index, boxes[path], here, flat)
+    made: dict[object, Any] = {}
+    for place in sorted(targets, key=lambda place: targets[place].in_place):
+        target = targets[place]
+        target.bytes = _copy(manifest, target.index, target.host, target.box, chunks)
+        made[place] = target.leaf(target.host, target.path, allow_pickle)
+    values |= {path: made[place] for path, place in places.items()}
     chunks.close()
+    size = sum(target.bytes for target in targets.values())
     nodes = match.grown if flat is None else {**flat.nodes, **match.grown}
     return unflatten(nodes, values), size
 
@@ -252,20 +264,35 @@ def _present(flat: FlatTree) -> dict[str, Any]:
     return out
 
 
-def _host(
-    manifest: Manifest, index: int, box: Box, here: tuple[str, LocalArray] | None, flat: FlatTree | None
-) -> tuple[Host, Any]:
-    """Memory for an array's values, and how to make the worker's leaf of it once it is filled."""
+@dataclass(slots=True)
+class _Target:
+    """An array to be filled."""
+
+    path: str
+    index: int
+    box: Box
+    host: Host
+    """Memory for the values: the worker's own array, or new."""
+    in_place: bool
+    leaf: Callable[[Host, str, bool], Any]
+    """Makes what the worker gets, once `host` is filled."""
+    bytes: int = 0
+
+
+def _target(
+    manifest: Manifest, path: str, index: int, box: Box, here: tuple[str, LocalArray] | None, flat: FlatTree | None
+) -> _Target:
     spec = manifest.arrays[index].spec
     if here is not None and flat is not None and here[1].spec.kind not in (arrays.BYTES, arrays.STR, arrays.PICKLE):
         leaf, kind = flat.arrays[here[0]], here[1].spec.kind
         host = arrays.in_place(leaf, kind, ArraySpec(kind, spec.dtype, box.shape))
         if host is not None:
-            return host, lambda _host, _path, _pickle: leaf
+            return _Target(path, index, box, host, True, lambda _host, _path, _pickle: arrays.filled(leaf, kind))
         fresh: Host = np.empty(box.shape, dtype_from_name(spec.dtype))
-        return fresh, lambda filled, _path, _pickle: arrays.fill(leaf, kind, filled)
+        return _Target(path, index, box, fresh, False, lambda done, _path, _pickle: arrays.fill(leaf, kind, done))
     fresh = np.empty(box.shape, dtype_from_name(spec.dtype))
-    return fresh, lambda filled, path, pickle: make_leaf(filled, spec.kind, path, pickle, False)
+    make = lambda done, path, pickle: make_leaf(done, spec.kind, path, pickle, False)  # noqa: E731 - one line, used once
+    return _Target(path, index, box, fresh, False, make)
 
 
 def _copy(manifest: Manifest, index: int, host: Host, box: Box, chunks: _Chunks) -> int:

@@ -33,8 +33,8 @@ from rl_ckpt.runtime.messages import (
 
 _FAILED_KEPT = 64  # failed restores that some ranks have not heard of yet
 
-OPENING, MATCHING, FETCHING, PASSING, VERIFYING, OVER = (
-    "opening", "matching", "fetching", "passing", "verifying", "over",
+OPENING, MATCHING, FETCHING, PASSING, VERIFYING, OVER, FAILED = (
+    "opening", "matching", "fetching", "passing", "verifying", "over", "failed",
 )  # fmt: skip
 
 
@@ -124,15 +124,15 @@ class RestoreMachine:
         self._over: dict[str, Restore] = {}
         """By token: ranks are still copying out of its memory, and may open the next one."""
 
-    def transfers(self, key: str) -> bool:
-        """Whether bytes are being moved or verified for a restore."""
+    def under_way(self, key: str) -> bool:
+        """Whether all ranks of a restore have joined: from there on it is timed here, and fails here if it hangs."""
         restore = self._restores.get(key)
-        moving = restore is not None and restore.state in (FETCHING, PASSING, VERIFYING)
-        return moving or any(other.key == key for other in self._over.values())
+        timed = restore is not None and restore.failure is None and (restore.state != OPENING or restore.fell_back)
+        return bool(timed) or any(other.key == key for other in self._over.values())
 
     def states(self) -> dict[str, str]:
         """State of every restore under way or failed, by token."""
-        under_way = {r.token: "failed" if r.failure else r.state for r in self._restores.values()}
+        under_way = {r.token: FAILED if r.failure else r.state for r in self._restores.values()}
         return under_way | dict.fromkeys(self._over, OVER)
 
     def _begin(self, key: str, step: int | None, world_size: int, fell_back: dict[str, str] | None = None) -> Restore:
@@ -160,6 +160,9 @@ class RestoreMachine:
         if message.world_size != restore.world_size or not 0 <= message.rank < restore.world_size:
             text = f"rank {message.rank} of {message.world_size} can't join a restore of {restore.world_size} workers"
             return [*out, *self._fail(restore, InvalidInputError(text), also=message.rank)]
+        if restore.state != OPENING or message.rank in restore.joined:
+            text = f"rank {message.rank} began the restore anew while it was under way; start it again on all workers"
+            return self._fail(restore, WorkerFailuresError(text, {message.rank: text}), also=message.rank)
         restore.joined.add(message.rank)
         if len(restore.joined) < restore.world_size:
             return out
@@ -351,6 +354,11 @@ class RestoreMachine:
         if state == OVER:
             over = self._over.get(token)
             return self._end(over) if over is not None else []
+        if state == FAILED:  # ranks that have not heard of it never asked: it is forgotten
+            failed = self._restores.get(token.rpartition("#")[0])
+            if failed is not None and failed.token == token and failed.failure is not None:
+                del self._restores[failed.key]
+            return []
         restore = self._current(token)
         if restore is None or restore.state != state:
             return []
@@ -372,7 +380,7 @@ class RestoreMachine:
         failed = [key for key, other in self._restores.items() if other.failure is not None]
         for key in failed[:-_FAILED_KEPT]:
             del self._restores[key]
-        out = [*self._forget(restore)]
+        out = [*self._forget(restore), Arm(restore.token, FAILED, self.options.join_timeout_s)]
         return [*out, *(self._tell(restore, rank, restore.failure) for rank in sorted(waiting))]
 
     def _tell(self, restore: Restore, rank: int, failure: Failure) -> Answer:

@@ -149,10 +149,10 @@ class SaveMachine:
         """Whether any save is under way."""
         return any(save.state not in (DONE, FAILED) for save in self._saves.values())
 
-    def waits(self, key: str) -> bool:
-        """Whether a save waits for a generation of staging memory, or for the store's answer to its name."""
+    def under_way(self, key: str) -> bool:
+        """Whether all ranks of a save have joined: from there on it is timed here, and fails here if it hangs."""
         save = self._saves.get(key)
-        return save is not None and save.state in (WAITING, RESERVING)
+        return save is not None and save.state not in (JOINING, FAILED)
 
     def states(self) -> dict[str, str]:
         """State of every save under way or failed, by key."""
@@ -170,11 +170,8 @@ class SaveMachine:
             out.append(Arm(save.token, JOINING, self.options.join_timeout_s))
         if save.failure is not None:
             return [self._tell(save, message.rank, save.failure)]
-        if save.state in (
-            STAGING,
-            WRITING,
-            COMMITTING,
-        ):  # goes on without this call: what is staged must not be lost by it
+        if save.state in (STAGING, WRITING, COMMITTING):
+            # It goes on without this call: what is staged must not be lost by it.
             text = f"step {message.step} is being saved already; wait for its result, or save a later step"
             return [Order(save.key, message.rank, Failure.of(InvalidInputError(text)))]
         problem = _join_problem(save, message)
@@ -202,7 +199,7 @@ class SaveMachine:
             return self._fail(save, InvalidInputError(text))
         try:  # before the run is touched: states that don't fit together leave no trace in it
             inventories = [save.joined[rank].inventory for rank in range(save.world_size)]
-            save.merged = merge(inventories, self.options.chunk_bytes)
+            save.merged = merge(inventories, save.joined[0].chunk_bytes)
         except InvalidInputError as error:
             return self._fail(save, error)
         if not self._free and self.options.when_busy == "skip":
@@ -276,7 +273,7 @@ class SaveMachine:
         settle(save.plan, save.digests(), save.stored)
         save.state = WRITING
         out: list[Instruction] = [
-            Write(save.token, server, WriteOrder(save.generation, save.plan.staged_bytes[server], tuple(files)))
+            Write(save.token, server, WriteOrder(save.memory[server], tuple(files)))
             for server, files in save.plan.files.items()
         ]
         return [Arm(save.token, WRITING, self.options.write_timeout_s), *out] if out else self._try_commit()
@@ -333,6 +330,9 @@ class SaveMachine:
         save = self._current(token)
         if save is None or save.state != state:
             return []
+        if state == FAILED:
+            del self._saves[save.key]
+            return []
         return self._fail(save, SaveTimeoutError(_timeout_text(save, self.options)))
 
     def _fail(self, save: Save, error: CheckpointError, also: int | None = None) -> list[Instruction]:
@@ -352,6 +352,8 @@ class SaveMachine:
         failed = [key for key, other in self._saves.items() if other.state == FAILED]
         for key in failed[:-_FAILED_KEPT]:
             del self._saves[key]
+        if save.key in self._saves:  # ranks that have not heard of it: if they never ask, it is forgotten
+            out.append(Arm(save.token, FAILED, self.options.join_timeout_s))
         self._drop_told(save)
         return [*out, Finish(save.token, save.failure, save.checkpoint), *self._give_up_generation(save)]
 
@@ -383,6 +385,8 @@ def _join_problem(save: Save, message: JoinSave) -> str | None:
         return f"rank {message.rank} says there are {message.world_size} workers, others say {save.world_size}"
     if message.rank in save.joined:
         return f"two workers joined the save of step {message.step} as rank {message.rank}; give each its own rank"
+    if any(other.chunk_bytes != message.chunk_bytes for other in save.joined.values()):
+        return "the ranks cut their arrays by different `chunk_bytes`; give all Checkpointers of a run the same options"
     if message.step != save.request.step:
         return f"rank {message.rank} saves step {message.step}, others step {save.request.step}"
     return None
@@ -399,6 +403,6 @@ def _timeout_text(save: Save, options: Options) -> str:
     if save.state == RESERVING:
         return f"step {step}: no staging memory after {options.join_timeout_s} s; look at the shard servers' nodes"
     files: Mapping[str, object] = save.plan.files if save.plan else {}
-    late = sorted(set(files) - set(save.written))
+    late = sorted(set(files) - set(save.written)) or "an earlier save, which this one waits for,"
     limit_s = options.write_timeout_s
     return f"step {step}: {late} did not finish writing within {limit_s} s; raise `write_timeout_s`, look at the store"

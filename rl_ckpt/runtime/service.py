@@ -35,6 +35,7 @@ from rl_ckpt.store.run import Run
 from rl_ckpt.store.urls import open_store
 
 _PHASES = 3  # in which a rank may use up `join_timeout_s`: beginning, joining, staging or matching
+_ASK_AGAIN_S = 0.5
 _STRAGGLERS_S = 5.0  # how long to wait for the other ranks once one has failed
 
 
@@ -59,12 +60,16 @@ class Service:
                 "Ray is not running in this process; call ray.init() first, or use save_state and "
                 "load_state, which need no Ray"
             )
+        if url.startswith("memory://"):
+            raise InvalidInputError(
+                f"{url} is one process's memory; give a folder or an object store to save Ray actors"
+            )
         open_store(url, storage_options)  # options that can't be used are said here, not by actors
         self.spec = start_coordinator(RunSpec(url, dict(storage_options), tuple(keep), options, *methods))
         self.owns_run = False
         self._user = uuid.uuid4().hex
-        job = ray.get_runtime_context().get_job_id()
-        ray.get(coordinator(self.spec).attach.remote(self._user, job))
+        self._job = ray.get_runtime_context().get_job_id()
+        ray.get(coordinator(self.spec).attach.remote(self._user, self._job))
         # At a normal end of the driver, staged saves are waited for and no shared memory is left behind. A driver that
         # is killed leaves the actors: what is staged still commits, and a new driver finds them by name.
         self._at_exit = partial(_close, self.spec, self._user)
@@ -75,7 +80,9 @@ class Service:
         begun = time.monotonic()
         handles = _handles(workers)
         self.owns_run = True
-        coordinator(self.spec).configure.remote(self.spec)
+        link = coordinator(self.spec)
+        link.attach.remote(self._user, self._job)  # again: a coordinator that was restarted has forgotten it
+        link.configure.remote(self.spec)
         replies = self._call_all(handles, "lost_save", save_in_actor, request, StagedRank)
         checkpoints = {reply.checkpoint for reply in replies}
         if len(checkpoints) != 1:
@@ -199,7 +206,7 @@ def pending_save(spec: RunSpec, step: int, checkpoint: str, begun: float) -> Pen
 
 def _outcome(spec: RunSpec, checkpoint: str, begun: float) -> CheckpointInfo:
     try:
-        reply = decode(ray.get(coordinator(spec).wait_save.remote(checkpoint)), SaveDone | Failure)
+        reply = _wait(spec, checkpoint)
     except (ray.exceptions.RayError, ValueError) as error:
         return _from_log(spec, checkpoint, str(error).strip().splitlines()[0])
     if isinstance(reply, Failure):
@@ -224,6 +231,18 @@ def _outcome(spec: RunSpec, checkpoint: str, begun: float) -> CheckpointInfo:
     )
 
 
+def _wait(spec: RunSpec, checkpoint: str) -> SaveDone | Failure:
+    while True:
+        try:
+            reply: SaveDone | Failure = decode(
+                ray.get(coordinator(spec).wait_save.remote(checkpoint)), SaveDone | Failure
+            )
+        except ray.exceptions.ActorUnavailableError:  # a lost connection, or a restart: it can be asked again
+            time.sleep(_ASK_AGAIN_S)
+        else:
+            return reply
+
+
 def _from_log(spec: RunSpec, checkpoint: str, why: str) -> CheckpointInfo:
     """What the commit log says of a save whose coordinator was lost."""
     run = Run.open(spec.url, spec.storage_options)
@@ -234,6 +253,12 @@ def _from_log(spec: RunSpec, checkpoint: str, why: str) -> CheckpointInfo:
     return info_of(run, record, commits)
 
 
+def _server_names(spec: RunSpec) -> list[str]:
+    """The run's shard servers that this cluster has, whoever started them."""
+    actors: list[dict[str, str]] = ray.util.list_named_actors(all_namespaces=True)
+    return [a["name"] for a in actors if a["namespace"] == NAMESPACE and a["name"].startswith(spec.server(""))]
+
+
 def _close(spec: RunSpec, user: str) -> None:
     if not ray.is_initialized():
         return
@@ -242,7 +267,7 @@ def _close(spec: RunSpec, user: str) -> None:
         ray.get(link.drain.remote())
         if not ray.get(link.detach.remote(user)):
             return  # another driver uses these actors
-        for name in ray.get(link.servers.remote()):
+        for name in _server_names(spec):
             with contextlib.suppress(ray.exceptions.RayError, ValueError):  # its node is gone
                 server: Any = ray.get_actor(name, namespace=NAMESPACE)
                 ray.get(server.close.remote())

@@ -41,7 +41,7 @@ _PASS_BYTES = 64 << 20  # what one call to a peer brings: pays the call, and sta
 
 
 class ShardServer:
-    """See the module. Made by `service.ensure_server`."""
+    """See the module. Made by `links.ensure_server`."""
 
     def __init__(self, spec: RunSpec, name: str) -> None:
         """Opens the store and takes over this node's staging memory."""
@@ -61,7 +61,7 @@ class ShardServer:
         """Makes a new generation of staging memory; the reply holds its path."""
         order = decode(data, Reserve)
         try:
-            path = self._memory.make(f"generation-{order.generation}", order.bytes)
+            path = self._memory.renew(f"generation-{order.generation}-", order.name, order.bytes)
         except CheckpointError as error:
             return encode(Failure.of(error))
         return encode(Reserved(path))
@@ -71,7 +71,7 @@ class ShardServer:
         """Writes one generation's shard files; durable when it replies."""
         order = decode(data, WriteOrder)
         try:
-            staged = memory.mapped(self._memory.path(f"generation-{order.generation}"))
+            staged = memory.mapped(order.memory)
             self._counts["bytes_staged"] += sum(c.bytes for file in order.files for c in file.columns)
             written = write_files(self._store, order.files, staged, self._spec.options.write_streams)
         except CheckpointError as error:
@@ -137,6 +137,12 @@ class ShardServer:
         memory.forget(self._memory.path(_restore_name(key)))
         self._memory.remove(_restore_name(key))
         return encode(Ok())
+
+    @ray.method(concurrency_group="control")
+    def configure(self, spec: RunSpec) -> None:
+        """Opens the store anew with a driver's options and credentials."""
+        self._spec = spec
+        self._store = open_store(spec.url, spec.storage_options)
 
     @ray.method(concurrency_group="control")
     def stats(self) -> dict[str, int]:

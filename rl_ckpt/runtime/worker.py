@@ -14,7 +14,7 @@ from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest, restore_rank
 from rl_ckpt.runtime.service import pending_save
 from rl_ckpt.runtime.spec import Place, RunSpec
 from rl_ckpt.store.committer import SaveRequest, encode_metrics
-from rl_ckpt.store.pending import PendingSave
+from rl_ckpt.store.pending import PendingSave, raise_untold
 
 
 class WorkerCheckpointer:
@@ -32,7 +32,7 @@ class WorkerCheckpointer:
         self._rank = rank
         self._world_size = world_size
         self._parent: str | None = None
-        self._pending: PendingSave | None = None
+        self._pending: list[PendingSave] = []
         self.last_restored: RestoredRank | None = None
         """What the last `restore` did on this rank; None before."""
 
@@ -61,20 +61,17 @@ class WorkerCheckpointer:
             CheckpointError: As `Checkpointer.save`.
         """
         begun = time.monotonic()
-        if self._pending is not None:
-            failure = self._pending.take_failure()
-            self._pending = self._pending if failure is None else None
-            if failure is not None:
-                raise failure
         request = SaveRequest(check_step(step), encode_metrics(metrics or {}), tag, self._parent)
         place = Place(f"save-{request.step}", self._rank, self._world_size)
-        if self._rank == 0:
-            coordinator(self._spec).configure.remote(self._spec)
         with guarded(self._spec, place, "lost_save"):
+            raise_untold(self._pending)  # in here, so that the other ranks do not wait for this one
+            if self._rank == 0:
+                coordinator(self._spec).configure.remote(self._spec)
             staged = save_rank(self._spec, place, request, state, begun)
         self._parent = None
-        self._pending = pending_save(self._spec, request.step, staged.checkpoint, begun)
-        return self._pending
+        pending = pending_save(self._spec, request.step, staged.checkpoint, begun)
+        self._pending = [p for p in self._pending if not p.settled()] + [pending]
+        return pending
 
     def restore(
         self,

@@ -232,6 +232,17 @@ def in_place(leaf: Any, kind: str, spec: ArraySpec) -> Host | None:
     return host if fits and not _overlaps_itself(host) else None
 
 
+def filled(leaf: Any, kind: str) -> Any:
+    """Says that an array was filled through the view that `in_place` gave, and gives it back.
+
+    torch is told, so that a backward pass over values that are gone is an error and not silently wrong.
+    """
+    if kind in _TORCH_KINDS and not leaf.is_inference():
+        torch: Any = sys.modules["torch"]
+        torch.autograd.graph.increment_version(leaf.to_local() if kind == DTENSOR else leaf)
+    return leaf
+
+
 def _overlaps_itself(host: Host) -> bool:
     """Whether elements share memory (an expanded tensor): filling such an array in place would be wrong."""
     return any(stride == 0 and n > 1 for stride, n in zip(host.strides, host.shape, strict=True))
@@ -256,8 +267,8 @@ def fill(leaf: Any, kind: str, host: Host) -> Any:
 def memory_key(leaf: Any, kind: str) -> tuple[object, ...]:
     """Equal for two arrays that are the same memory seen the same way (tied weights)."""
     if kind == NUMPY:
-        return (NUMPY, leaf.__array_interface__["data"][0], leaf.shape, leaf.strides, leaf.dtype.str, leaf.dtype.name)
-    if kind in (TORCH, PARAMETER, FROZEN_PARAMETER):
+        return (NUMPY, leaf.__array_interface__["data"][0], leaf.shape, leaf.strides, leaf.dtype)
+    if kind in (TORCH, PARAMETER, FROZEN_PARAMETER) and leaf.numel():
         seen_as = (str(leaf.dtype), tuple(leaf.shape), leaf.stride(), leaf.is_conj(), leaf.is_neg())
         return (kind, str(leaf.device), leaf.data_ptr(), *seen_as)
     return (kind, id(leaf))

@@ -102,12 +102,21 @@ def decode_pickle(data: bytes, path: str, allow_pickle: bool) -> object:
     Raises:
         UntrustedDataError: The caller did not allow it.
     """
+    check_pickle_allowed(path, allow_pickle)
+    return pickle.loads(data)
+
+
+def check_pickle_allowed(path: str, allow_pickle: bool) -> None:
+    """Refuses to load a pickled leaf.
+
+    Raises:
+        UntrustedDataError: The caller did not allow it.
+    """
     if not allow_pickle:
         raise UntrustedDataError(
             f"{path!r} was saved with pickle, and loading it would run code from the checkpoint; pass "
             "`allow_pickle=True` if you trust who wrote it, or leave it out with `select`"
         )
-    return pickle.loads(data)
 
 
 def decode(value: Json, path: str = "", allow_pickle: bool = False, as_numpy: bool = False) -> Any:

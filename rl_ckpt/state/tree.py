@@ -85,7 +85,12 @@ def flatten(tree: Any, allow_pickle: bool = False) -> FlatTree:
         InvalidInputError: A leaf, key or container that can't be stored; all of them are named by path.
     """
     walker = _Walker(allow_pickle)
-    walker.walk("", tree, AUTO)
+    try:
+        walker.walk("", tree, AUTO)
+    except RecursionError as error:
+        raise InvalidInputError(
+            "the state is nested deeper than Python can follow; flatten it (nothing was written)"
+        ) from error
     if walker.problems:
         lines = "\n  ".join(walker.problems)
         raise InvalidInputError(f"the state can't be saved (nothing was written):\n  {lines}")

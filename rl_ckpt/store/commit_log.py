@@ -7,6 +7,7 @@ by the record's write id. Does not know: manifests, what a checkpoint holds, whi
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -52,6 +53,7 @@ class CommitLog:
         self._store = store
         self._run = run
         self._known: dict[str, LogRecord] = {}  # records never change, so each is read once
+        self._reading = threading.Lock()  # the known records are read and replaced by one thread at a time
         self._head = 0
         self._epoch = 0
         self._unsettled: dict[
@@ -70,6 +72,10 @@ class CommitLog:
         Raises:
             StorageError: The store failed.
         """
+        with self._reading:
+            return self._read_all()
+
+    def _read_all(self) -> Log:
         names = {
             number: item.name
             for item in self._store.list(records.COMMITS)

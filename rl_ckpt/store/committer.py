@@ -55,7 +55,8 @@ class Committer:
         log = run.log.claim(who())
         self._commits = list(log.commits)
         self._sweeper = Sweeper(run, grace_s, hold=bool(log.damaged))
-        self._open: dict[str, int] = {}  # attempts that are neither committed nor abandoned, with their steps
+        # Attempts that are neither committed nor abandoned, with their steps and the checkpoints that they continue.
+        self._open: dict[str, tuple[int, set[str]]] = {}
         self._unsettled: set[str] = set()  # attempts whose commit record was sent and may yet land
         self._stored: Stored | None = None
 
@@ -63,6 +64,11 @@ class Committer:
         """Takes other retention rules, from the next commit on."""
         self._keep = tuple(keep)
         self._sweeper.grace_s = grace_s
+
+    def is_gone(self) -> bool:
+        """Whether the run was removed from its local folder under this process."""
+        store = self.run.store
+        return store.local_path(records.RUN_FILE) is not None and not store.exists(records.RUN_FILE)
 
     @property
     def commits(self) -> Sequence[CommitRecord]:
@@ -79,6 +85,8 @@ class Committer:
         Raises:
             InvalidInputError: The step is committed already in this line of checkpoints.
         """
+        if self.is_gone():
+            raise StorageError(f"{self.run.store.url} was removed under this process; make a new Checkpointer")
         line = self._line(request.parent)
         twice = next((c for c in self._commits if c.step == request.step and c.id in line), None)
         if twice is not None:
@@ -86,16 +94,18 @@ class Committer:
                 f"step {request.step} is committed already as {twice.id} in {self.run.store.url}; save a later step, "
                 f"or restore a checkpoint before it first (then the new one starts another branch)"
             )
-        if request.parent is None and request.step in self._open.values():
+        if request.parent is None and request.step in {step for step, _ in self._open.values()}:
             raise InvalidInputError(f"step {request.step} is being saved already; save a later step")
         checkpoint = f"{request.step}-{uuid.uuid4().hex[:12]}"
         stored = self._stored_for(request.parent)
         self._sweeper.protect(checkpoint, {file.name for file, _ in stored.values()})
-        self._open[checkpoint] = request.step
+        self._open[checkpoint] = (request.step, line)
         return checkpoint, stored
 
     def _line(self, parent: str | None) -> set[str]:
-        """Ids of the checkpoint that the job continues and its ancestors."""
+        """Ids of the checkpoint that the job continues and its ancestors; with saves under way, as for the newest."""
+        if parent is None and self._open:
+            return next(reversed(self._open.values()))[1]
         start = next((c for c in self._commits if c.id == parent), self._commits[-1] if self._commits else None)
         return {start.id, *lineage(start, self._commits)} if start else set()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 
@@ -71,6 +71,14 @@ class PendingSave:
     def __repr__(self) -> str:
         """Step and state."""
         return f"PendingSave(step={self._step}, {'done' if self.done() else 'being written'})"
+
+
+def raise_untold(saves: Iterable[PendingSave]) -> None:
+    """Raises the oldest failure of a background save that nobody was told of; the next call raises the next one."""
+    for pending in saves:
+        failure = pending.take_failure()
+        if failure is not None:
+            raise failure
 
 
 def in_thread(call: Callable[[], CheckpointInfo], name: str) -> Future[CheckpointInfo]:

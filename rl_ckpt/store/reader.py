@@ -50,9 +50,9 @@ class MappedFiles:
             if path not in self._maps:
                 self._maps[path] = _map(path)
             whole = self._maps[path]
-        _populate(whole, offset, size_bytes)
         if offset + size_bytes > len(whole):
             raise CorruptionError(f"{path} has {len(whole)} bytes; the checkpoint names {size_bytes} at {offset}")
+        _populate(whole, offset, size_bytes)
         return whole[offset : offset + size_bytes]
 
 
@@ -185,7 +185,7 @@ def load_leaves(store: Store, manifest: Manifest, match: Match, allow_pickle: bo
     indices = {path: node.index for path, node in match.fills.items() if isinstance(node, ArrayRef)}
     for path, index in indices.items():
         if manifest.arrays[index].spec.kind == PICKLE:
-            leaves.decode_pickle(leaves.encode_pickle(None), path, allow_pickle)  # refuses before anything is read
+            leaves.check_pickle_allowed(path, allow_pickle)  # before anything is read
     plain = {
         path: leaves.decode(node.value, path, allow_pickle, as_numpy)
         for path, node in match.fills.items()

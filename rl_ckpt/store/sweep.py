@@ -17,6 +17,8 @@ from rl_ckpt.format.records import CommitRecord, PinRecord
 from rl_ckpt.store.base import ObjectMissingError
 from rl_ckpt.store.run import Run
 
+_PARTIAL_AGE_S = 6 * 3600.0  # older than any write that may still be going on
+
 
 class Sweeper:
     """Deletes orphans of one run; kept by the run's committer."""
@@ -68,6 +70,8 @@ class Sweeper:
         if not dropped and not self._orphans and not self._look:
             return set()
         store, pinned = self._run.store, self._pinned()
+        if self._look:
+            store.clean_partial(_PARTIAL_AGE_S)  # temporary files and uploads of writers that were killed
         gone = {commit.id for commit in dropped} - pinned
         now = time.monotonic()
         kept = [*live, *(commit for commit in dropped if commit.id in pinned)]

@@ -29,6 +29,15 @@ class Gate:
     def open(self) -> None:
         self.gate.set()
 
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Closed now, and open at the end of the block even where the test fails: what waits could not end else."""
+        self.close()
+        try:
+            yield
+        finally:
+            self.open()
+
     def storage_options(self) -> dict[str, Any]:
         return self.server.storage_options()
 

@@ -113,7 +113,8 @@ def on_nodes(count: int, kind: Any = HolderBase) -> list[Any]:
 
 
 def give(workers: Sequence[Any], states: Sequence[Any]) -> None:
-    ray.get([worker.put.remote(state) for worker, state in zip(workers, states, strict=True)])
+    """Also shows that no worker is blocked."""
+    ray.get([worker.put.remote(state) for worker, state in zip(workers, states, strict=True)], timeout=WAIT_S)
 
 
 def states_of(workers: Sequence[Any]) -> list[Any]:
@@ -125,7 +126,7 @@ def number_of_sets(workers: Sequence[Any]) -> list[int]:
 
 
 def fingerprint(tree: Any) -> dict[str, Any]:
-    """Everything about a tree that must come back: containers, kinds, dtypes, shapes, bytes and plain values, by path."""
+    """Everything about a tree that must come back, by path: containers, kinds, dtypes, shapes, bytes, plain values."""
     flat = flatten(tree)
     out: dict[str, Any] = {}
     for path, node in flat.nodes.items():
@@ -239,10 +240,17 @@ def kill_process(pid: int) -> None:
     until(lambda: not psutil.pid_exists(pid) or process.status() == psutil.STATUS_ZOMBIE, f"process {pid} is gone")
 
 
+MEMORY = Path("/dev/shm") / f"rl_ckpt-{os.getuid()}"
+
+
 def shared_memory() -> set[str]:
     """Folders of staging memory on this machine."""
-    root = Path("/dev/shm") / f"rl_ckpt-{os.getuid()}"
-    return {folder.name for folder in root.iterdir()} if root.is_dir() else set()
+    return {folder.name for folder in MEMORY.iterdir()} if MEMORY.is_dir() else set()
+
+
+def memory_files(server: str, pattern: str) -> list[str]:
+    """Names of a shard server's files of staging memory."""
+    return sorted(path.name for path in (MEMORY / server).glob(pattern))
 
 
 def flip_bit(folder: Path) -> Path:

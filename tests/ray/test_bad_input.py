@@ -69,8 +69,11 @@ def workers(ray_node: None) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def ckpt(ray_node: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkpointer]:
-    """A run that the tests of bad saves share: each of them leaves it usable, or the next one fails."""
-    with Checkpointer(str(tmp_path_factory.mktemp("shared") / "run"), join_timeout_s=20) as made:
+    """A run that the tests of bad saves share: each of them leaves it usable, or the next one fails.
+
+    Its ranks wait for each other longer than a test waits: they must be told when one of them fails.
+    """
+    with Checkpointer(str(tmp_path_factory.mktemp("shared") / "run"), join_timeout_s=3 * WAIT_S) as made:
         yield made
 
 
@@ -138,7 +141,7 @@ def test_a_dead_worker_is_named_and_the_others_go_on(
 def test_actors_that_are_no_workers_are_told_what_they_lack(
     ckpt: Checkpointer, workers: list[Any], kind: type, text: str
 ) -> None:
-    other = ray.remote(num_cpus=0)(kind).remote()
+    other: Any = ray.remote(num_cpus=0)(kind).remote()
     with pytest.raises(InvalidInputError, match=text):
         ckpt.save(STEPS.next(), [workers[0], other])
     can_save(ckpt, workers)

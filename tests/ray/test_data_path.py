@@ -1,8 +1,7 @@
-"""Who moves which bytes in a save: shard servers and shared memory, never the coordinator or the driver. Three nodes."""
+"""Who moves which bytes in a save of three nodes: shard servers and shared memory, never the coordinator or driver."""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from tests.ray.holders import (
     WAIT_S,
     give,
     link,
+    memory_files,
     on_nodes,
     same,
     server_stats,
@@ -232,9 +232,8 @@ def test_two_generations_are_staged_and_the_third_save_waits(
         assert [p.result(WAIT_S).step for p in pending] == [0, 1, 2]
         assert [info.step for info in ckpt.checkpoints()] == [0, 1, 2]
         assert names <= shared_memory()
-        root = Path(f"/dev/shm/rl_ckpt-{os.getuid()}")
         for name in names:
-            assert sorted(p.name for p in (root / name).glob("generation-*")) == ["generation-0", "generation-1"]
+            assert [file.split("-")[1] for file in memory_files(name, "generation-*")] == ["0", "1"]
     assert not names & shared_memory()
 
 

@@ -1,4 +1,4 @@
-"""What is left when a process dies: worker, driver, coordinator, shard server, node. And nothing is left when all is closed."""
+"""What is left when a process dies: worker, driver, coordinator, shard server, node. And after close, nothing."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_the_coordinator_comes_back_and_says_what_became_of_the_save(
         assert gate.waiting.wait(WAIT_S)
         ray.kill(link(ckpt), no_restart=False)
         gate.open()
-        with pytest.raises(CheckpointError, match="not committed.*save again"):
+        with pytest.raises(CheckpointError, match=r"not committed.*save again"):
             pending.result(WAIT_S)
         assert [info.step for info in ckpt.checkpoints()] == [0]
         until(lambda: ray.get(link(ckpt).stats.remote()), "the coordinator is back")
@@ -296,7 +296,7 @@ def test_what_a_killed_cluster_left_is_removed_by_the_next_server(tmp_path: Path
         psutil.wait_procs(family, WAIT_S)
     assert len(left) == 1
     assert set(left) <= shared_memory()
-    alive = [worker for worker in on_nodes(2)]
+    alive = on_nodes(2)
     give(alive, [state(rank) for rank in range(2)])
     with Checkpointer(str(tmp_path / "next")) as ckpt:
         ckpt.save(0, alive).result(WAIT_S)

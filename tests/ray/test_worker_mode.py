@@ -98,7 +98,7 @@ def test_a_handle_pickles_and_a_rank_without_state_gets_what_was_saved(
 @pytest.mark.parametrize("kind", [HolderBase, AsyncHolder])
 def test_threaded_and_async_actors_save_and_restore(kind: type, tmp_path: Path) -> None:
     ckpt = Checkpointer(str(tmp_path / "run"))
-    actor = ray.remote(num_cpus=0)(kind)
+    actor: Any = ray.remote(num_cpus=0)(kind)
     actors = [actor.options(max_concurrency=4).remote() for _ in range(2)]
     handles = [ckpt.worker(rank, 2) for rank in range(2)]
     give(actors, [state(rank, 5) for rank in range(2)])
@@ -161,9 +161,11 @@ def test_a_step_that_is_committed_is_refused_to_every_rank(
 def test_a_worker_restores_from_a_run_without_checkpoints_with_a_clear_error(
     tmp_path: Path, workers: list[Any]
 ) -> None:
-    with Checkpointer(str(tmp_path / "none")) as ckpt:
-        with pytest.raises(CheckpointNotFoundError, match="nothing is there yet"):
-            on_all(workers, restore, handles=[ckpt.worker(rank, 2) for rank in range(2)])
+    with (
+        Checkpointer(str(tmp_path / "none")) as ckpt,
+        pytest.raises(CheckpointNotFoundError, match="nothing is there yet"),
+    ):
+        on_all(workers, restore, handles=[ckpt.worker(rank, 2) for rank in range(2)])
 
 
 def test_the_coordinator_drains_after_failed_joins(workers: list[Any], ckpt: Checkpointer, handles: list[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -42,9 +43,10 @@ def test_the_reading_is_balanced_by_bytes(servers: int) -> None:
 
 def test_each_server_reads_runs_that_lie_together() -> None:
     plan = spread(SAVED.manifest, {f"s{i}": set(CHUNKS) for i in range(3)})
-    order = sorted(CHUNKS, key=lambda c: (lambda s: (s.file, s.offset))(SAVED.manifest.arrays[c[0]].chunks[c[1]]))
+    saved = {(a, c): SAVED.manifest.arrays[a].chunks[c] for a, c in CHUNKS}
+    order = sorted(CHUNKS, key=lambda chunk: (saved[chunk].file, saved[chunk].offset))
     reader = {chunk: server for server, fetch in plan.items() for chunk in fetch.store}
-    changes = sum(reader[a] != reader[b] for a, b in zip(order, order[1:], strict=False))
+    changes = sum(reader[a] != reader[b] for a, b in itertools.pairwise(order))
     assert changes == 2  # three servers, three runs
 
 

@@ -96,9 +96,8 @@ class Bench:
         return found[-1].token if found else "none"
 
     def match(self, rank: int, problems: Problems | None = None, key: str = "r") -> None:
-        matched = Matched(
-            key, self.token(rank, key), rank, f"server-{rank % 2}", "", problems or Problems(), tuple(all_chunks())
-        )
+        server, needs = f"server-{rank % 2}", tuple(all_chunks())
+        matched = Matched(key, self.token(rank, key), rank, server, problems or Problems(), needs)
         self.do(self.machine.match(matched))
 
     def fetch(self, ask: rm.Fetch, damaged: str = "") -> None:

@@ -1,4 +1,4 @@
-"""The world around a SaveMachine, as data: what it was told to do and has not been answered yet, and a committer with its rules."""
+"""The world around a SaveMachine, as data: what it was told to do and not answered yet, and a committer with rules."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rl_ckpt.runtime.messages import Failure, JoinSave, SaveDone, SaveOrders, St
 from rl_ckpt.state.tree import flatten
 
 State = dict[str, object]
+CHUNK_BYTES = 1 << 20
 
 
 def shared_and_own(rank: int, step: int = 0) -> State:
@@ -24,8 +25,9 @@ def shared_and_own(rank: int, step: int = 0) -> State:
 
 def join(rank: int, step: int, world: int = 2, key: str | None = None, state: State | None = None) -> JoinSave:
     flat = flatten(shared_and_own(rank, step) if state is None else state)
-    inventory = take_inventory(flat, 1 << 20, world)
-    return JoinSave(key or f"save-{step}", rank, world, step, {}, None, None, f"server-{rank % 2}", inventory)
+    inventory = take_inventory(flat, CHUNK_BYTES, world)
+    server = f"server-{rank % 2}"
+    return JoinSave(key or f"save-{step}", rank, world, step, {}, None, None, server, CHUNK_BYTES, inventory)
 
 
 @dataclass

@@ -326,3 +326,31 @@ def test_failed_restores_that_nobody_asks_about_are_forgotten_after_a_while() ->
     for i in range(200):
         bench.lost(0, DEAD, key=f"key-{i}")
     assert len(bench.machine.states()) <= 64
+
+
+def test_a_restore_is_under_way_from_the_last_join_until_all_have_set() -> None:
+    bench = Bench()
+    assert not bench.machine.under_way("r")
+    bench.open(0)
+    assert not bench.machine.under_way("r"), "the others may hang: who called them keeps the time"
+    bench.open(1)
+    bench.load()
+    assert bench.machine.under_way("r")
+    for rank in (0, 1):
+        bench.match(rank)
+    bench.fetch(bench.fetches[0], damaged="bit rot")
+    assert bench.machine.under_way("r"), "on to the next checkpoint"
+    bench = Bench()
+    bench.to_over()
+    assert bench.machine.under_way("r")
+    for rank in (0, 1):
+        bench.applied(rank)
+    assert not bench.machine.under_way("r")
+
+
+def test_a_restore_whose_rank_hangs_is_not_under_way() -> None:
+    bench = Bench()
+    bench.to_matching()
+    bench.match(0)
+    bench.time_out(rm.MATCHING)
+    assert not bench.machine.under_way("r")

@@ -20,7 +20,7 @@ HOLDING = (sm.RESERVING, sm.STAGING, sm.WRITING, sm.COMMITTING)
 
 
 class Interleavings(RuleBasedStateMachine):
-    """Two ranks that call `save` again and again, each blocked by its own call only, and a world that answers late or fails."""
+    """Two ranks that call `save` again and again, each blocked by its own call; the world answers late or fails."""
 
     when_busy = "wait"
 
@@ -38,8 +38,8 @@ class Interleavings(RuleBasedStateMachine):
             replies = self.bench.replies.get((key, rank), [])
             if len(replies) > before:
                 del self.blocked[rank]
-                if isinstance(replies[before], SaveOrders):
-                    self.staging[rank] = (key, replies[before])
+                if isinstance(reply := replies[before], SaveOrders):
+                    self.staging[rank] = (key, reply)
 
     @rule(rank=RANKS, step=STEPS)
     def join(self, rank: int, step: int) -> None:

@@ -172,3 +172,12 @@ def test_what_cant_be_pickled_either_is_named(tmp_path: Path) -> None:
         pytest.raises(rl_ckpt.InvalidInputError, match="in/1: a function that can't be pickled either"),
     ):
         trusting.save_state(0, {"in": [0, lambda: 0]})
+
+
+def test_a_tree_too_deep_to_follow_is_an_input_error(tmp_path: Path) -> None:
+    tree: list[Any] = []
+    for _ in range(5000):
+        tree = [tree]
+    with pytest.raises(rl_ckpt.InvalidInputError, match="nested deeper"), rl_ckpt.Checkpointer(str(tmp_path)) as ckpt:
+        ckpt.save_state(0, tree)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,56 @@
+"""Runs that are rolled back, cut short or removed while somebody uses them."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rl_ckpt import Checkpointer, StorageError
+from rl_ckpt.store.run import Run
+
+
+def test_a_branch_may_reach_the_old_branchs_steps_while_its_first_save_is_being_written(tmp_path: Path) -> None:
+    with Checkpointer(str(tmp_path)) as ckpt:
+        for step in (5, 6, 7):
+            ckpt.save_state(step, {"w": np.full(3, step)}).result(60)
+        ckpt.load_state(5)
+        pending = [ckpt.save_state(step, {"w": np.full(3, 10 * step)}) for step in (6, 7)]
+        first, second = [save.result(60) for save in pending]
+        assert second.lineage[0] == first.id
+        assert ckpt.load_state(7)["w"].tolist() == [70, 70, 70]
+
+
+def test_a_file_cut_short_that_a_newer_checkpoint_reuses_is_passed_over(tmp_path: Path) -> None:
+    frozen = np.arange(100_000.0)
+    with Checkpointer(str(tmp_path), write_streams=1) as ckpt:
+        ckpt.save_state(1, {"n": 1}).result(60)
+        reused = ckpt.save_state(2, {"frozen": frozen, "n": 2}).result(60)
+        ckpt.save_state(3, {"frozen": frozen, "n": 3}).result(60)
+        (file,) = (tmp_path / "shards" / reused.id).iterdir()
+        file.write_bytes(file.read_bytes()[:4096])
+        with pytest.warns(UserWarning, match="fell back to checkpoint 1-"):
+            assert ckpt.load_state() == {"n": 1}
+
+
+def test_a_run_that_is_removed_under_its_writer_is_said_and_not_saved_to(tmp_path: Path) -> None:
+    with Checkpointer(str(tmp_path / "run")) as ckpt:
+        ckpt.save_state(1, {"n": 1}).result(60)
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(StorageError, match="was removed under this process"):
+            ckpt.save_state(2, {"n": 2})
+    assert not (tmp_path / "run" / "commits").exists()
+
+
+def test_many_threads_read_one_log(tmp_path: Path) -> None:
+    with Checkpointer(str(tmp_path)) as ckpt:
+        for step in range(8):
+            ckpt.save_state(step, {"n": step}).result(60)
+    with warnings.catch_warnings(), ThreadPoolExecutor(8) as pool:
+        run = Run.open(str(tmp_path))
+        found = list(pool.map(lambda _: [c.step for c in run.log.read().commits], range(200)))
+    assert found == [list(range(8))] * 200
