@@ -364,6 +364,8 @@ class RestoreMachine:
             return []
         if state in (FETCHING, PASSING):
             text = f"restore: {sorted(restore.awaited)} did not bring their chunks in in time; raise `write_timeout_s`"
+        elif state == OPENING and len(restore.joined) == restore.world_size:
+            text = "restore: the store did not give the manifest in time; look at the store, or raise `join_timeout_s`"
         else:
             done = set({OPENING: restore.joined, MATCHING: restore.matched}.get(state, restore.verified))
             missing = sorted(set(range(restore.world_size)) - done)

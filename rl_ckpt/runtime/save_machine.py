@@ -219,7 +219,7 @@ class SaveMachine:
         save.generation = self._free.pop(0)
         self._line.append(save.key)
         save.state = RESERVING
-        return [Name(save.token, save.request), Arm(save.token, RESERVING, self.options.join_timeout_s)]
+        return [Name(save.token, save.request), Arm(save.token, RESERVING, self.options.write_timeout_s)]
 
     def named(self, token: str, checkpoint: str, stored: Stored) -> list[Instruction]:
         """The committer has checked the step and named the checkpoint."""
@@ -401,7 +401,8 @@ def _timeout_text(save: Save, options: Options) -> str:
         missing = sorted(set(range(save.world_size)) - set(save.staged))
         return f"step {step}: ranks {missing} did not stage within {limit_s} s; raise `join_timeout_s` if they are busy"
     if save.state == RESERVING:
-        return f"step {step}: no staging memory after {options.join_timeout_s} s; look at the shard servers' nodes"
+        limit_s = options.write_timeout_s
+        return f"step {step}: no answer from the store or no staging memory after {limit_s} s; look at both"
     files: Mapping[str, object] = save.plan.files if save.plan else {}
     late = sorted(set(files) - set(save.written)) or "an earlier save, which this one waits for,"
     limit_s = options.write_timeout_s
