@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -62,6 +63,15 @@ def _in_turn(first: bool, a: Callable[[], None], b: Callable[[], None]) -> None:
         call()
 
 
+def _save(ckpt: rl_ckpt.Checkpointer, step: int, actors: list[Any], stall: Row, durable: Row) -> None:
+    """One save of ours, into both rows."""
+    begun = time.perf_counter()
+    info = ckpt.save(step, actors).result()
+    durable.ours.append(time.perf_counter() - begun)
+    assert info.stall_s is not None
+    stall.ours.append(info.stall_s)
+
+
 def local_disk(folder: Path, kind: str, workers: int, size_bytes: int, rounds: int) -> list[Row]:
     """Stall, time to durable and restore on a local disk.
 
@@ -85,17 +95,10 @@ def local_disk(folder: Path, kind: str, workers: int, size_bytes: int, rounds: i
             raw.mkdir()
             stall.limit.append(max(_all(actors, "memcpy")))
 
-            def save(step: int = step) -> None:
-                begun = time.perf_counter()
-                info = ckpt.save(step, actors).result()
-                durable.ours.append(time.perf_counter() - begun)
-                assert info.stall_s is not None
-                stall.ours.append(info.stall_s)
-
             def write(raw: Path = raw) -> None:
                 durable.limit.append(_timed(lambda: _all(actors, "raw_write", str(raw))))
 
-            _in_turn(step % 2 == 0, save, write)
+            _in_turn(step % 2 == 0, partial(_save, ckpt, step, actors, stall, durable), write)
             saved = _all(actors, "checksum")
             _all(actors, "train", -2 - step)
             _in_turn(
@@ -138,16 +141,9 @@ def object_store(options: Mapping[str, str], bucket: str, workers: int, size_byt
             _all(actors, "train", step)
             stall.limit.append(max(_all(actors, "memcpy")))
 
-            def save(step: int = step) -> None:
-                begun = time.perf_counter()
-                info = ckpt.save(step, actors).result()
-                durable.ours.append(time.perf_counter() - begun)
-                assert info.stall_s is not None
-                stall.ours.append(info.stall_s)
-
             _in_turn(
                 step % 2 == 0,
-                save,
+                partial(_save, ckpt, step, actors, stall, durable),
                 lambda: durable.limit.append(_timed(lambda: _raw_s3(actors, "raw_put", options, bucket))),
             )
             saved = _all(actors, "checksum")

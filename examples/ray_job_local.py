@@ -59,7 +59,7 @@ def show(title: str, actors: list[Any]) -> None:
 
 def main(url: str) -> None:
     """Save four actors, restore three, then six."""
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init("local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     walker: Any = ray.remote(Walker)
     workers = [walker.remote(rank) for rank in range(4)]
     weights = ray.put(np.ones(1_000_000, dtype=np.float32))

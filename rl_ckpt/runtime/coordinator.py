@@ -43,8 +43,8 @@ from rl_ckpt.runtime.messages import (
     encode,
 )
 from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
-from rl_ckpt.store.committer import Committer, info_of
-from rl_ckpt.store.run import Run
+from rl_ckpt.store.committer import Committer
+from rl_ckpt.store.run import Run, lineage
 
 _OUTCOMES_KEPT = 256
 
@@ -296,22 +296,9 @@ class Coordinator:
             committer = self._committer
             self._check_visible(committer.run, save)
             record = committer.commit(save.checkpoint, save.request, save.plan, save.written, save.digests())
-            info = info_of(committer.run, record, committer.commits)
             notice, self._notice = self._notice, ""
-            return SaveDone(
-                checkpoint=info.id,
-                step=info.step,
-                url=info.url,
-                bytes=info.bytes,
-                bytes_written=info.bytes_written,
-                time=info.time,
-                metrics=record.metrics,
-                tag=info.tag,
-                lineage=info.lineage,
-                world_size=info.world_size,
-                stall_s=save.stall_s,
-                notice=notice,
-            )
+            url = committer.run.store.object_url(records.manifest_name(record.id))
+            return SaveDone(record, url, lineage(record, committer.commits), save.stall_s, notice)
 
         return self._saves.committed(key, await self._in_thread(self._committing, work))
 

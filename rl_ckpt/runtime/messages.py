@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from rl_ckpt.errors import CheckpointError, from_code
+from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.plan.deal import FilePlan, StageItem, Written
 from rl_ckpt.plan.inventory import Inventory
 from rl_ckpt.plan.match import Problems
@@ -95,18 +96,12 @@ class WriteDone(msgspec.Struct, frozen=True, tag="written"):
 
 
 class SaveDone(msgspec.Struct, frozen=True, tag="saved"):
-    """A save is committed; a CheckpointInfo's fields."""
+    """A save is committed."""
 
-    checkpoint: str
-    step: int
+    record: CommitRecord
     url: str
-    bytes: int
-    bytes_written: int
-    time: float
-    metrics: dict[str, Json]
-    tag: str | None
+    """Of the manifest."""
     lineage: tuple[str, ...]
-    world_size: int
     stall_s: float
     notice: str
     """What the user should know though the save succeeded (a sweep that failed); mostly empty."""

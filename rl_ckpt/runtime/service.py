@@ -28,8 +28,7 @@ from rl_ckpt.runtime.links import coordinator, start_coordinator
 from rl_ckpt.runtime.messages import Failure, Lost, SaveDone, decode, encode
 from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest
 from rl_ckpt.runtime.spec import NAMESPACE, Place, RunSpec
-from rl_ckpt.state import leaves
-from rl_ckpt.store.committer import SaveRequest, info_of
+from rl_ckpt.store.committer import SaveRequest, info_from, info_of
 from rl_ckpt.store.pending import PendingSave, in_thread
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.urls import open_store
@@ -215,20 +214,8 @@ def _outcome(spec: RunSpec, checkpoint: str, begun: float) -> CheckpointInfo:
         raise reply.error()
     if reply.notice:
         warnings.warn(reply.notice, stacklevel=2)
-    return CheckpointInfo(
-        step=reply.step,
-        id=reply.checkpoint,
-        url=reply.url,
-        bytes=reply.bytes,
-        bytes_written=reply.bytes_written,
-        time=reply.time,
-        metrics={name: leaves.decode(value, name) for name, value in reply.metrics.items()},
-        tag=reply.tag,
-        lineage=reply.lineage,
-        world_size=reply.world_size,
-        stall_s=reply.stall_s,
-        durable_s=time.monotonic() - begun,
-    )
+    durable_s = time.monotonic() - begun
+    return info_from(reply.record, reply.url, reply.lineage, stall_s=reply.stall_s, durable_s=durable_s)
 
 
 def _wait(spec: RunSpec, checkpoint: str) -> SaveDone | Failure:

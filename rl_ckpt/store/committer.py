@@ -11,7 +11,6 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from rl_ckpt.errors import CommitUnknownError, CorruptionError, InvalidInputError, StorageError
 from rl_ckpt.format import manifest as manifests
@@ -244,18 +243,24 @@ class Committer:
         )
 
 
-def info_of(run: Run, record: CommitRecord, commits: Sequence[CommitRecord], **times: Any) -> CheckpointInfo:
+def info_of(run: Run, record: CommitRecord, commits: Sequence[CommitRecord], **times: float) -> CheckpointInfo:
     """A commit record as callers see it."""
+    url = run.store.object_url(records.manifest_name(record.id))
+    return info_from(record, url, lineage(record, commits), **times)
+
+
+def info_from(record: CommitRecord, url: str, ancestors: tuple[str, ...], **times: float) -> CheckpointInfo:
+    """A commit record as callers see it, from its parts as they travel between processes."""
     return CheckpointInfo(
         step=record.step,
         id=record.id,
-        url=run.store.object_url(records.manifest_name(record.id)),
+        url=url,
         bytes=record.bytes,
         bytes_written=record.bytes_written,
         time=record.time,
         metrics={name: leaves.decode(value, name) for name, value in record.metrics.items()},
         tag=record.tag,
-        lineage=lineage(record, commits),
+        lineage=ancestors,
         world_size=record.world_size,
         **times,
     )

@@ -166,7 +166,7 @@ def several_nodes(count: int, system: dict[str, Any] | None = None) -> Iterator[
 def one_node() -> Iterator[None]:
     """A cluster of one raylet, connected; ended afterwards."""
     with _importable():
-        ray.init(num_cpus=4, object_store_memory=STORE_BYTES, include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=4, object_store_memory=STORE_BYTES, include_dashboard=False, log_to_driver=False)
         try:
             yield
         finally:

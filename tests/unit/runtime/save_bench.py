@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rl_ckpt.errors import CheckpointError, InvalidInputError
+from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.options import Options
 from rl_ckpt.plan.deal import Written
 from rl_ckpt.plan.inventory import take_inventory
@@ -131,10 +132,11 @@ class Bench:
         assert save.plan is not None
         save.digests()
         self.committed.append(save.request.step)
-        done = SaveDone(
-            checkpoint=save.checkpoint, step=save.request.step, url="u", bytes=1, bytes_written=1, time=1.0, metrics={},
-            tag=None, lineage=(), world_size=save.world_size, stall_s=save.stall_s, notice="",
+        record = CommitRecord(
+            number=1, run="r", write_id="w", epoch=1, id=save.checkpoint, step=save.request.step, manifest_bytes=1,
+            manifest_digest="", bytes=1, bytes_written=1, time=1.0, world_size=save.world_size,
         )  # fmt: skip
+        done = SaveDone(record, "u", (), save.stall_s, "")
         self.do(self.machine.committed(ask.token, done))
 
     def fail(self, asked: sm.Name | sm.ReserveMemory | sm.Write | sm.Commit, error: CheckpointError) -> None:

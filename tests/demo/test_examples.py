@@ -1,0 +1,39 @@
+"""The examples run as their docstrings say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+RUNS = {
+    "plain_state.py": [],
+    "ray_job_local.py": [],
+    "ray_job_s3.py": [
+        "--start-server",
+        "--iterations",
+        "12",
+        "--save-every",
+        "4",
+        "--workers",
+        "2",
+        "--workers-after",
+        "3",
+    ],
+}
+
+
+def test_every_example_is_run_here() -> None:
+    assert sorted(RUNS) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_example_runs(name: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *RUNS[name]], cwd=tmp_path, capture_output=True, text=True, timeout=170
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
