@@ -106,7 +106,16 @@ def ask(method: Any, message: msgspec.Struct, kind: Any) -> Any:
     Raises:
         ToldError: It answered with a failure.
     """
-    reply = decode(ray.get(method.remote(encode(message))), kind | Failure)
+    return answer(method.remote(encode(message)), kind)
+
+
+def answer(asked: Any, kind: Any) -> Any:
+    """Waits for the coordinator's answer to what was asked, given as Ray's reference.
+
+    Raises:
+        ToldError: It answered with a failure.
+    """
+    reply = decode(ray.get(asked), kind | Failure)
     if isinstance(reply, Failure):
         raise ToldError(reply.error())
     return reply

@@ -21,7 +21,7 @@ from rl_ckpt.format.manifest import ArrayRef, Chunk, Manifest
 from rl_ckpt.plan.match import Match, match_all, match_state, view
 from rl_ckpt.plan.spread import ChunkId
 from rl_ckpt.runtime import memory
-from rl_ckpt.runtime.links import ask, coordinator, ensure_server
+from rl_ckpt.runtime.links import answer, ask, coordinator, ensure_server
 from rl_ckpt.runtime.messages import (
     Apply,
     Candidate,
@@ -30,6 +30,7 @@ from rl_ckpt.runtime.messages import (
     Sources,
     TryNext,
     Verified,
+    encode,
 )
 from rl_ckpt.runtime.spec import Place, RunSpec
 from rl_ckpt.state import arrays, leaves
@@ -81,6 +82,7 @@ def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: An
         CheckpointError: As `Checkpointer.restore`.
     """
     link, flat = coordinator(spec), None if state is None else flatten(state, allow_pickle=True)
+    mapped = open_store(spec.url, spec.storage_options).local_path(records.RUN_FILE) is not None
     while True:
         opened = OpenRestore(place.key, place.rank, place.world_size, request.step)
         candidate = ask(link.open_restore, opened, Candidate)
@@ -90,13 +92,15 @@ def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: An
         boxes = {path: _wanted_box(path, node.index, flat, manifest) for path, node in _array_fills(match).items()}
         needs = _needs(manifest, match, boxes)
         matched = Matched(place.key, candidate.token, place.rank, ensure_server(spec), match.problems, tuple(needs))
-        sources = ask(link.match, matched, Sources | TryNext)
+        asked = link.match.remote(encode(matched))
+        # Files that this rank can map are verified while the others say what they need.
+        chunks = _Chunks(spec, manifest, needs, Sources()) if mapped and not match.problems else None
+        damaged = chunks.verify() if chunks else ""
+        sources = answer(asked, Sources | TryNext)
         if isinstance(sources, TryNext):
             continue
-        chunks = _Chunks(spec, manifest, needs, sources)
-        verified = ask(
-            link.verified, Verified(place.key, candidate.token, place.rank, chunks.verify()), Apply | TryNext
-        )
+        chunks = chunks or _Chunks(spec, manifest, needs, sources)
+        verified = ask(link.verified, Verified(place.key, candidate.token, place.rank, damaged), Apply | TryNext)
         if isinstance(verified, TryNext):
             chunks.close()
             continue
@@ -184,12 +188,12 @@ class _Chunks:
         return self._mapped.view(path, saved.offset, saved.bytes)
 
     def verify(self) -> str:
-        """What is wrong with the chunks; empty where all are good. Shard servers verify what they fetch themselves.
+        """What is wrong with chunks of mapped files; empty where all are good. Shard servers verify what they fetch.
 
         Raises:
             StorageError: The run's folder is not there on this node.
         """
-        if self._memory is not None or not self._needs:
+        if not self._needs:
             return ""
         if not self._store.exists(records.RUN_FILE):
             raise StorageError(
