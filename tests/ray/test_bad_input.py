@@ -23,6 +23,7 @@ from rl_ckpt.errors import (
     CorruptionError,
     InvalidInputError,
     SaveTimeoutError,
+    UntrustedDataError,
     WorkerFailuresError,
 )
 from rl_ckpt.format import records
@@ -442,6 +443,21 @@ def test_storage_options_that_can_not_be_used_are_refused_at_once(tmp_path: Path
     for call in (lambda: ckpt.save(0, workers), lambda: ckpt.restore(workers)):
         with pytest.raises(InvalidInputError, match="a local folder takes no storage_options"):
             call()
+
+
+def test_pickled_leaves_that_were_not_allowed_change_no_worker(tmp_path: Path, workers: list[Any]) -> None:
+    url = str(tmp_path / "run")
+    with Checkpointer(url, allow_pickle=True) as trusting:
+        give(workers, [{"w": np.ones(1000), "odd": range(rank, 5)} for rank in range(3)])
+        trusting.save(1, workers).result(WAIT_S)
+    with Checkpointer(url) as ckpt:
+        states = [{"w": np.full(1000, 9.0), "odd": None} for _ in range(3)]
+        unchanged(workers, states, lambda: ckpt.restore(workers), UntrustedDataError, "'odd' was saved with pickle")
+
+
+def test_memory_urls_are_refused_for_actors(workers: list[Any]) -> None:
+    with pytest.raises(InvalidInputError, match="one process's memory"):
+        Checkpointer("memory://run").save(0, workers)
 
 
 def test_ray_that_is_not_running_is_said(tmp_path: Path) -> None:
