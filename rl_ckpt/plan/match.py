@@ -14,12 +14,10 @@ import msgspec
 
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.format.manifest import ArrayRef, Manifest, SavedNode, Variant
-from rl_ckpt.state.arrays import BYTES, PICKLE, STR
+from rl_ckpt.state.arrays import LONG_PLAIN
 from rl_ckpt.state.leaves import Json, kind_tag
 from rl_ckpt.state.paths import Selector, join, parents, renamed, split
 from rl_ckpt.state.tree import Container, LocalArray, Node, Plain, Tie
-
-_LONG_PLAIN = (BYTES, STR, PICKLE)
 
 
 @dataclass(slots=True)
@@ -213,12 +211,12 @@ def _shape(saved: Plain | ArrayRef, manifest: Manifest) -> str:
     if isinstance(saved, Plain):
         return _plain_shape(saved.value)
     spec = manifest.arrays[saved.index].spec
-    return "plain data" if spec.kind in _LONG_PLAIN else f"{spec.dtype} array of shape {spec.shape}"
+    return "plain data" if spec.kind in LONG_PLAIN else f"{spec.dtype} array of shape {spec.shape}"
 
 
 def _here(node: Node) -> str:
     if isinstance(node, LocalArray):
-        plain = node.spec.kind in _LONG_PLAIN
+        plain = node.spec.kind in LONG_PLAIN
         return "plain data" if plain else f"{node.spec.dtype} array of shape {node.spec.shape}"
     assert isinstance(node, Plain)
     return _plain_shape(node.value)

@@ -39,7 +39,7 @@ from rl_ckpt.state.boxes import Box, overlap
 from rl_ckpt.state.dtypes import dtype_from_name
 from rl_ckpt.state.tree import FlatTree, LocalArray, Node, Plain, Tie, flatten, unflatten
 from rl_ckpt.store.base import Store
-from rl_ckpt.store.reader import MappedFiles, as_values, chunk_name, make_leaf
+from rl_ckpt.store.reader import MappedFiles, as_values, chunk_name, make_leaf, refuse_pickles
 from rl_ckpt.store.urls import open_store
 
 
@@ -82,24 +82,25 @@ def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: An
         CheckpointError: As `Checkpointer.restore`.
     """
     link, flat = coordinator(spec), None if state is None else flatten(state, allow_pickle=True)
-    mapped = open_store(spec.url, spec.storage_options).local_path(records.RUN_FILE) is not None
+    store = open_store(spec.url, spec.storage_options)
+    mapped = store.local_path(records.RUN_FILE) is not None
     while True:
         opened = OpenRestore(place.key, place.rank, place.world_size, request.step)
         candidate = ask(link.open_restore, opened, Candidate)
         manifest = msgspec.json.decode(candidate.manifest, type=Manifest)
         match = _match(manifest, place.rank, flat, request)
-        _refuse_pickles(manifest, match, spec.options.allow_pickle)
+        refuse_pickles(manifest, match, spec.options.allow_pickle)
         boxes = {path: _wanted_box(path, node.index, flat, manifest) for path, node in _array_fills(match).items()}
         needs = _needs(manifest, match, boxes)
         matched = Matched(place.key, candidate.token, place.rank, ensure_server(spec), match.problems, tuple(needs))
         asked = link.match.remote(encode(matched))
         # Files that this rank can map are verified while the others say what they need.
-        chunks = _Chunks(spec, manifest, needs, Sources()) if mapped and not match.problems else None
+        chunks = _Chunks(store, manifest, needs, Sources()) if mapped and not match.problems else None
         damaged = chunks.verify() if chunks else ""
         sources = answer(asked, Sources | TryNext)
         if isinstance(sources, TryNext):
             continue
-        chunks = chunks or _Chunks(spec, manifest, needs, sources)
+        chunks = chunks or _Chunks(store, manifest, needs, sources)
         verified = ask(link.verified, Verified(place.key, candidate.token, place.rank, damaged), Apply | TryNext)
         if isinstance(verified, TryNext):
             chunks.close()
@@ -124,17 +125,6 @@ def _match(manifest: Manifest, rank: int, flat: FlatTree | None, request: Restor
     if flat is None:
         return match_all(seen, request.select, request.rename)
     return match_state(seen, flat.nodes, manifest, request.select, request.rename, request.strict)
-
-
-def _refuse_pickles(manifest: Manifest, match: Match, allow_pickle: bool) -> None:
-    """Refuses a pickled leaf that the caller did not allow, before any rank has set a value."""
-    for path, node in match.fills.items():
-        if isinstance(node, ArrayRef):
-            pickled = manifest.arrays[node.index].spec.kind == arrays.PICKLE
-        else:
-            pickled = leaves.kind_tag(node.value) == arrays.PICKLE
-        if pickled:
-            leaves.check_pickle_allowed(path, allow_pickle)
 
 
 def _array_fills(match: Match) -> dict[str, ArrayRef]:
@@ -169,9 +159,9 @@ def _needs(manifest: Manifest, match: Match, boxes: Mapping[str, Box]) -> list[C
 class _Chunks:
     """A rank's chunks as views: of the store's files, or of the restore's memory on this node."""
 
-    def __init__(self, spec: RunSpec, manifest: Manifest, needs: Sequence[ChunkId], sources: Sources) -> None:
+    def __init__(self, store: Store, manifest: Manifest, needs: Sequence[ChunkId], sources: Sources) -> None:
         self._manifest = manifest
-        self._store: Store = open_store(spec.url, spec.storage_options)
+        self._store = store
         self._mapped = MappedFiles()
         self._needs = needs
         self._memory = memory.mapped(sources.memory) if sources.memory else None
@@ -261,8 +251,8 @@ def _present(flat: FlatTree) -> dict[str, Any]:
             out[path] = leaves.decode(node.value, path, allow_pickle=True)  # the worker's own: nothing untrusted
         elif isinstance(node, LocalArray):
             kind = node.spec.kind
-            long_plain = kind in (arrays.BYTES, arrays.STR, arrays.PICKLE)
-            out[path] = make_leaf(flat.arrays[path], kind, path, True, False) if long_plain else flat.arrays[path]
+            plain = kind in arrays.LONG_PLAIN
+            out[path] = make_leaf(flat.arrays[path], kind, path, True, False) if plain else flat.arrays[path]
         elif isinstance(node, Tie):
             out[path] = out[node.path]
     return out
@@ -287,16 +277,16 @@ def _target(
     manifest: Manifest, path: str, index: int, box: Box, here: tuple[str, LocalArray] | None, flat: FlatTree | None
 ) -> _Target:
     spec = manifest.arrays[index].spec
-    if here is not None and flat is not None and here[1].spec.kind not in (arrays.BYTES, arrays.STR, arrays.PICKLE):
-        leaf, kind = flat.arrays[here[0]], here[1].spec.kind
-        host = arrays.in_place(leaf, kind, ArraySpec(kind, spec.dtype, box.shape))
-        if host is not None:
-            return _Target(path, index, box, host, True, lambda _host, _path, _pickle: arrays.filled(leaf, kind))
-        fresh: Host = np.empty(box.shape, dtype_from_name(spec.dtype))
-        return _Target(path, index, box, fresh, False, lambda done, _path, _pickle: arrays.fill(leaf, kind, done))
-    fresh = np.empty(box.shape, dtype_from_name(spec.dtype))
-    make = lambda done, path, pickle: make_leaf(done, spec.kind, path, pickle, False)  # noqa: E731 - one line, used once
-    return _Target(path, index, box, fresh, False, make)
+    fresh: Host = np.empty(box.shape, dtype_from_name(spec.dtype))  # costs nothing until it is filled
+    if here is None or flat is None or here[1].spec.kind in arrays.LONG_PLAIN:
+        return _Target(
+            path, index, box, fresh, False, lambda done, at, pickle: make_leaf(done, spec.kind, at, pickle, False)
+        )
+    leaf, kind = flat.arrays[here[0]], here[1].spec.kind
+    host = arrays.in_place(leaf, kind, ArraySpec(kind, spec.dtype, box.shape))
+    if host is None:
+        return _Target(path, index, box, fresh, False, lambda done, _at, _pickle: arrays.fill(leaf, kind, done))
+    return _Target(path, index, box, host, True, lambda _done, _at, _pickle: arrays.filled(leaf, kind))
 
 
 def _copy(manifest: Manifest, index: int, host: Host, box: Box, chunks: _Chunks) -> int:

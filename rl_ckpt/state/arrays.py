@@ -29,6 +29,7 @@ NUMPY, TORCH, PARAMETER, FROZEN_PARAMETER, DTENSOR, JAX = (
     "numpy", "torch", "torch.Parameter", "torch.Parameter.frozen", "torch.DTensor", "jax",
 )  # fmt: skip
 BYTES, STR, PICKLE = "bytes", "str", "pickle"
+LONG_PLAIN = (BYTES, STR, PICKLE)
 _TORCH_KINDS = frozenset((TORCH, PARAMETER, FROZEN_PARAMETER, DTENSOR))
 
 

@@ -164,6 +164,21 @@ def _destination(manifest: Manifest, index: int, chunk: Chunk, out: Mapping[int,
     return memoryview(bytearray(chunk.bytes)), False
 
 
+def refuse_pickles(manifest: Manifest, match: Match, allow_pickle: bool) -> None:
+    """Refuses pickled leaves among those that were chosen, before anything is read or set.
+
+    Raises:
+        UntrustedDataError: There is one, and the caller did not allow it.
+    """
+    for path, node in match.fills.items():
+        if isinstance(node, ArrayRef):
+            pickled = manifest.arrays[node.index].spec.kind == PICKLE
+        else:
+            pickled = leaves.kind_tag(node.value) == PICKLE
+        if pickled:
+            leaves.check_pickle_allowed(path, allow_pickle)
+
+
 def load_leaves(store: Store, manifest: Manifest, match: Match, allow_pickle: bool, as_numpy: bool) -> dict[str, Any]:
     """Reads the leaves that a match chose.
 
@@ -183,9 +198,7 @@ def load_leaves(store: Store, manifest: Manifest, match: Match, allow_pickle: bo
         StorageError: The store failed.
     """
     indices = {path: node.index for path, node in match.fills.items() if isinstance(node, ArrayRef)}
-    for path, index in indices.items():
-        if manifest.arrays[index].spec.kind == PICKLE:
-            leaves.check_pickle_allowed(path, allow_pickle)  # before anything is read
+    refuse_pickles(manifest, match, allow_pickle)
     plain = {
         path: leaves.decode(node.value, path, allow_pickle, as_numpy)
         for path, node in match.fills.items()
