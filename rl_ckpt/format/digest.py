@@ -7,6 +7,7 @@ import xxhash
 from rl_ckpt.errors import CorruptionError
 
 ALGORITHM = "xxh3-128"
+DIGEST_BYTES = 16
 
 
 def digest(data: bytes | bytearray | memoryview) -> bytes:

@@ -11,8 +11,10 @@ from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.options import Options
 from rl_ckpt.plan.deal import Written
 from rl_ckpt.plan.inventory import take_inventory
-from rl_ckpt.runtime import save_machine as sm
-from rl_ckpt.runtime.messages import Failure, JoinSave, SaveDone, SaveOrders, Staged
+from rl_ckpt.runtime import save_steps as sm
+from rl_ckpt.runtime.generations import StagingFile
+from rl_ckpt.runtime.messages import Failure, JoinSave, SaveDone, SaveOrders, SaveReply, Staged
+from rl_ckpt.runtime.save_machine import SaveMachine
 from rl_ckpt.state.tree import flatten
 
 State = dict[str, object]
@@ -38,13 +40,15 @@ class Bench:
     options: Options = field(default_factory=Options)
 
     def __post_init__(self) -> None:
-        self.machine = sm.SaveMachine(self.options)
+        self.machine = SaveMachine(self.options)
         self.names: list[sm.Name] = []
         self.reserves: list[sm.ReserveMemory] = []
+        self.opens: list[sm.Open] = []
+        self.look_ups: list[sm.LookUp] = []
         self.writes: list[sm.Write] = []
         self.commits: list[sm.Commit] = []
         self.arms: list[sm.Arm] = []
-        self.replies: dict[tuple[str, int], list[SaveOrders | Failure]] = {}
+        self.replies: dict[tuple[str, int], list[SaveReply | Failure]] = {}
         self.finished: dict[str, SaveDone | Failure] = {}
         self.committed: list[int] = []
         self.open: dict[str, int] = {}
@@ -57,6 +61,10 @@ class Bench:
                 case sm.Name():
                     self.names.append(i)
                     self.named_tokens.append(i.token)
+                case sm.Open():
+                    self.opens.append(i)
+                case sm.LookUp():
+                    self.look_ups.append(i)
                 case sm.ReserveMemory():
                     self.reserves.append(i)
                 case sm.Write():
@@ -83,7 +91,7 @@ class Bench:
         for rank in range(world):
             self.join(rank, step, world=world, **how)
 
-    def reply(self, step: int, rank: int) -> SaveOrders | Failure:
+    def reply(self, step: int, rank: int) -> SaveReply | Failure:
         """The last answer to a rank."""
         return self.replies[f"save-{step}", rank][-1]
 
@@ -105,12 +113,18 @@ class Bench:
             return
         checkpoint = f"{request.step}-{token.rpartition('#')[2]}"
         self.open[checkpoint] = request.step
-        self.do(self.machine.named(token, checkpoint, {}))
+        self.do(self.machine.named(token, checkpoint))
 
     def reserve(self) -> None:
         while self.reserves:
             ask = self.reserves.pop(0)
-            self.do(self.machine.reserved(ask.token, ask.server, f"/shm/{ask.server}/{ask.generation}/{ask.token}"))
+            file = StagingFile(ask.bytes, f"/shm/{ask.server}/{ask.generation}/{ask.token}")
+            self.do(self.machine.reserved(ask.token, ask.server, ask.generation, file))
+
+    def look_up(self) -> None:
+        """Answers all questions for what is stored: nothing is."""
+        while self.look_ups:
+            self.do(self.machine.looked_up(self.look_ups.pop(0).token, {}))
 
     def stage(self, step: int, rank: int) -> None:
         orders = self.orders(step, rank)
@@ -157,11 +171,13 @@ class Bench:
         self.join_all(step, world)
         self.name()
         self.reserve()
+        self.look_up()
 
     def to_writing(self, step: int, world: int = 2) -> None:
         self.to_staging(step, world)
         for rank in range(world):
             self.stage(step, rank)
+        self.reserve()  # the other generation, for the next save
 
     def save(self, step: int, world: int = 2) -> None:
         """A whole save that nothing disturbs."""

@@ -8,7 +8,8 @@ import pytest
 from rl_ckpt import Sharded
 from rl_ckpt.errors import CommitUnknownError, StorageError, WorkerFailuresError
 from rl_ckpt.options import Options
-from rl_ckpt.runtime import save_machine as sm
+from rl_ckpt.runtime import save_steps as sm
+from rl_ckpt.runtime.generations import StagingFile
 from rl_ckpt.runtime.messages import Failure, SaveDone, SaveOrders, Staged
 from tests.unit.runtime.save_bench import Bench
 
@@ -376,7 +377,7 @@ def test_late_memory_of_a_failed_save_is_not_taken_for_reserved() -> None:
     bench.name()
     ask = bench.reserves.pop(0)
     bench.lost(1, 0, DEAD)
-    bench.do(bench.machine.reserved(ask.token, ask.server, "/shm/late"))
+    bench.do(bench.machine.reserved(ask.token, ask.server, ask.generation, StagingFile(ask.bytes, "/shm/late")))
     bench.reserves.clear()
     for step in (1, 2):
         bench.to_staging(step)
@@ -464,7 +465,7 @@ def test_events_of_unknown_saves_do_nothing() -> None:
     machine = bench.machine
     assert machine.staged(Staged("nobody", 0, "c", (), 0.0)) == []
     assert machine.written("nobody#1", "server-0", ()) == []
-    assert machine.reserved("nobody#1", "server-0", "f") == []
+    assert machine.reserved("nobody#1", "server-0", 0, StagingFile(1, "f")) == []
     assert machine.failed("nobody#1", STORE_GONE) == []
     assert machine.timed_out("nobody#1", sm.JOINING) == []
 

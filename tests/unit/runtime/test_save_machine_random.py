@@ -8,7 +8,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from rl_ckpt.errors import StorageError, WorkerFailuresError
 from rl_ckpt.options import Options
-from rl_ckpt.runtime import save_machine as sm
+from rl_ckpt.runtime import save_steps as sm
+from rl_ckpt.runtime.generations import GENERATIONS
 from rl_ckpt.runtime.messages import SaveOrders, Staged
 from tests.unit.runtime.save_bench import Bench
 
@@ -98,7 +99,7 @@ class Interleavings(RuleBasedStateMachine):
     @invariant()
     def at_most_two_generations_are_held(self) -> None:
         self.collect()
-        assert sum(state in HOLDING for state in self.bench.machine.states().values()) <= sm.GENERATIONS
+        assert sum(state in HOLDING for state in self.bench.machine.states().values()) <= GENERATIONS
 
     @invariant()
     def commits_keep_the_order_of_the_saves(self) -> None:
