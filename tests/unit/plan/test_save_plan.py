@@ -95,7 +95,7 @@ def test_staging_ranges_are_aligned_and_apart_and_columns_say_where(job: tuple[l
         assert ends <= size
         columns = [(c.offset, c.bytes, c.path, c.box) for f in plan.files[server] for c in f.columns]
         assert sorted(columns, key=repr) == sorted(items, key=repr)
-    names = [f.name for files in plan.files.values() for f in files]
+    names = [f.name for files in save(states, servers, CHUNK).plan.files.values() for f in files]
     assert len(set(names)) == len(names)
     for file in itertools.chain.from_iterable(plan.files.values()):
         inside = [c.name for c in file.columns]
