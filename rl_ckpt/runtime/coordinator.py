@@ -75,7 +75,7 @@ class Coordinator:
         self._users: dict[str, str] = {}  # drivers that use these actors → their Ray job
         self._idle = asyncio.Event()
         self._idle.set()
-        self._counts = {"messages": 0, "bytes_in": 0, "bytes_out": 0, "largest": 0}
+        self._counts = {"messages": 0, "bytes_in": 0, "bytes_out": 0, "largest": 0, "repeats": 0}
 
     # What workers call. Every message in and every reply out is counted.
 
@@ -164,7 +164,7 @@ class Coordinator:
         return self._saves.under_way(key) or self._restores.under_way(key)
 
     async def stats(self) -> dict[str, int]:
-        """Control messages so far, in number and bytes, for tests and metrics."""
+        """Control messages so far, in number and bytes, and ranks that repeated a plan, for tests and metrics."""
         return dict(self._counts)
 
     async def servers(self) -> list[str]:
@@ -205,6 +205,7 @@ class Coordinator:
                     for future in self._waiting.pop((key, rank), []):
                         if not future.done():
                             future.set_result(self._reply(reply))
+                    self._counts["repeats"] += isinstance(reply, RepeatOrders)
                     if isinstance(reply, SaveOrders | RepeatOrders) and reply.checkpoint:
                         self._outcomes.setdefault(reply.checkpoint, asyncio.get_running_loop().create_future())
                 case sm.Open(key):
