@@ -162,7 +162,7 @@ class TestObjects:
 
     def test_a_broadcast_object_is_staged_once_by_the_server(self, ckpt: Checkpointer, workers: list[Any]) -> None:
         for step in range(3):
-            weights = {"w": np.arange(200_000.0) + step, "b": np.ones(7), "name": "policy"}
+            weights: dict[str, Any] = {"w": np.arange(200_000.0) + step, "b": np.ones(7), "name": "policy"}
             reference = ray.put(weights)
             ray.get([w.look.remote(_take_object, [reference], state(r, step)) for r, w in enumerate(workers)])
             info = ckpt.save(step, workers).result(WAIT_S)
@@ -202,7 +202,7 @@ class TestObjects:
         assert sum(stats["bytes_staged"] for stats in server_stats(ckpt).values()) == 800_000
 
     def test_an_object_that_is_lost_is_named(self, ckpt: Checkpointer, workers: list[Any]) -> None:
-        owner = Holder.remote()
+        owner: Any = Holder.remote()
         reference = ray.get(owner.look.remote(_put, 1_000_000))
         ray.get([w.look.remote(_take_object, [reference], {}) for w in workers])
         ray.kill(owner)

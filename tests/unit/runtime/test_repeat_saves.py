@@ -146,7 +146,7 @@ class TestJoinAgain:
     def test_replicas_that_are_none_any_more(self) -> None:
         bench, plan = prepared()
         for rank in range(2):
-            state = {"w": np.full(512, float(rank)), "own": np.full(10, float(rank))}
+            state: dict[str, object] = {"w": np.full(512, float(rank)), "own": np.full(10, float(rank))}
             bench.do(bench.machine.repeat(repeat(rank, 0, plan, state=state)))
         self.again(bench, 0, 0, 1)
 
