@@ -12,7 +12,7 @@ from functools import cached_property
 
 from rl_ckpt.format.digest import digest
 from rl_ckpt.format.manifest import ArrayRef, Manifest
-from rl_ckpt.plan.inventory import Inventory
+from rl_ckpt.plan.inventory import Inventory, inventory_of
 from rl_ckpt.plan.spread import ChunkId
 from rl_ckpt.state.arrays import NUMPY, ArraySpec
 from rl_ckpt.state.boxes import Box
@@ -102,7 +102,7 @@ class Job:
         """What each rank says, rank by rank."""
         for rank in range(self.workers):
             nodes, digests = self.tree(rank, version)
-            yield Inventory(nodes, digests)
+            yield inventory_of(nodes, digests)
 
     def needs(self, manifest: Manifest) -> Iterator[list[ChunkId]]:
         """The chunks that each rank wants back, rank by rank, in the order of the tree."""

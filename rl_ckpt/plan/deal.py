@@ -97,7 +97,6 @@ class _Write:
 
     array: MergedArray
     chunk: MergedChunk
-    holders: set[int]
     places: list[tuple[int, int]]
 
 
@@ -124,11 +123,11 @@ def deal(
     """
     plan = SavePlan({rank: [] for rank in range(merged.world_size)}, {}, {}, merged)
     writes = _writes(merged, stored, plan)
-    dealt = _balance(writes, servers)
-    for server in sorted(set(servers)):
-        mine = [(rank, write) for rank, write in dealt if servers[rank] == server]
-        if mine:
-            _lay_out(plan, server, mine, checkpoint, write_streams, file_bytes)
+    by_server: dict[str, list[tuple[int, _Write]]] = {}
+    for rank, write in _balance(writes, servers):
+        by_server.setdefault(servers[rank], []).append((rank, write))
+    for server in sorted(by_server):
+        _lay_out(plan, server, by_server[server], checkpoint, write_streams, file_bytes)
     return plan
 
 
@@ -144,7 +143,7 @@ def _writes(merged: Merged, stored: Stored, plan: SavePlan) -> list[_Write]:
             elif chunk.digest and key in known:
                 known[key].places.append((a, c))
             else:
-                out.append(_Write(array, chunk, set(chunk.holders), [(a, c)]))
+                out.append(_Write(array, chunk, [(a, c)]))
                 if chunk.digest:
                     known[key] = out[-1]
     return out
@@ -152,26 +151,36 @@ def _writes(merged: Merged, stored: Stored, plan: SavePlan) -> list[_Write]:
 
 def _balance(writes: list[_Write], servers: Sequence[str]) -> list[tuple[int, _Write]]:
     """Deals each chunk to its least loaded holder; those with the fewest holders first: they have the least choice."""
-    rank_load = dict.fromkeys(range(len(servers)), 0)
+    rank_load = [0] * len(servers)
     node_load = dict.fromkeys(servers, 0)
-    groups: dict[frozenset[int], list[_Write]] = {}
-    for write in writes:
-        groups.setdefault(frozenset(write.holders), []).append(write)
-    dealt: list[tuple[int, _Write]] = []
-    for holders in sorted(groups, key=lambda h: (len(h), sorted(h))):
+    mine: list[list[int]] = [[] for _ in servers]  # numbers of the chunks dealt to each rank
+    for holders, group in _by_holders(writes):
         heap = [(rank_load[r], node_load[servers[r]], r) for r in holders]
         heapq.heapify(heap)
-        for write in sorted(groups[holders], key=lambda w: -w.chunk.size_bytes):
+        for number in sorted(group, key=lambda i: -writes[i].chunk.size_bytes):
             _, seen, rank = heap[0]
             while seen != node_load[servers[rank]]:  # another rank of its node was dealt to meanwhile
                 heapq.heapreplace(heap, (rank_load[rank], node_load[servers[rank]], rank))
                 _, seen, rank = heap[0]
-            rank_load[rank] += write.chunk.size_bytes
-            node_load[servers[rank]] += write.chunk.size_bytes
+            rank_load[rank] += writes[number].chunk.size_bytes
+            node_load[servers[rank]] += writes[number].chunk.size_bytes
             heapq.heapreplace(heap, (rank_load[rank], node_load[servers[rank]], rank))
-            dealt.append((rank, write))
-    order = {id(write): i for i, write in enumerate(writes)}
-    return sorted(dealt, key=lambda item: (item[0], order[id(item[1])]))  # by rank, then as the tree was walked
+            mine[rank].append(number)
+    # By rank, then as the tree was walked.
+    return [(rank, writes[number]) for rank, numbers in enumerate(mine) for number in sorted(numbers)]
+
+
+def _by_holders(writes: Sequence[_Write]) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Numbers of the chunks by who holds them; those with the fewest holders first."""
+    lists: dict[int, list[int]] = {}  # by object first: a thousand holders are not hashed for every chunk of theirs
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, write in enumerate(writes):
+        holders = write.chunk.holders
+        group = lists.get(id(holders))
+        if group is None:
+            group = lists[id(holders)] = groups.setdefault(holders, [])
+        group.append(number)
+    return sorted(groups.items(), key=lambda item: (len(item[0]), item[0]))
 
 
 def _lay_out(

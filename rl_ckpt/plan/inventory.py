@@ -1,6 +1,13 @@
-"""What one worker has, before anything is staged."""
+"""What one worker has, before anything is staged.
+
+Owns: the inventory, cut into parts so that thousands of ranks with the same arrays are told of them once: a part that
+several ranks hold is the same bytes in all their messages, is decoded once, and is one object for `merge`.
+"""
 
 from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
 
 import msgspec
 
@@ -11,12 +18,71 @@ from rl_ckpt.state.dtypes import dtype_from_name
 from rl_ckpt.state.tree import AUTO, FlatTree, LocalArray, Node
 
 
-class Inventory(msgspec.Struct, frozen=True):
-    """One rank's nodes by path, and digests of the chunks (as `chunk_boxes` cuts them) of what may be replicas."""
+_PART_NODES = 64  # on average: small enough that a leaf of a rank's own costs little, large enough to be worth a hash
+_Digests = dict[str, tuple[bytes, ...]]
+_known: weakref.WeakValueDictionary[bytes, Part] = weakref.WeakValueDictionary()
+"""Parts by the digest of their encoding, as long as somebody holds them."""
 
-    nodes: dict[str, Node]
-    digests: dict[str, tuple[bytes, ...]]
-    """16 bytes a chunk. Only for arrays of which nothing is declared, and only where there is more than one worker."""
+
+class Part:
+    """A run of one rank's nodes, and digests of the chunks (as `chunk_boxes` cuts them) of what may be replicas."""
+
+    __slots__ = ("__weakref__", "_encoded", "digests", "nodes")
+
+    def __init__(self, nodes: Mapping[str, Node], digests: Mapping[str, tuple[bytes, ...]]) -> None:
+        """Both by path.
+
+        Args:
+            nodes: In the order of the walk.
+            digests: 16 bytes a chunk. Only for arrays of which nothing is declared, and only where there is more than
+                one worker.
+        """
+        self.nodes = nodes
+        self.digests = digests
+        self._encoded = b""
+
+    def encode(self) -> bytes:
+        """As msgpack; the same for every rank that holds the same."""
+        if not self._encoded:
+            self._encoded = msgspec.msgpack.encode((self.nodes, self.digests))
+        return self._encoded
+
+    @staticmethod
+    def decode(data: bytes) -> Part:
+        """From `encode`: the same object for the same bytes."""
+        key = digest(data)
+        part = _known.get(key)
+        if part is None:
+            part = _known[key] = Part(*msgspec.msgpack.decode(data, type=tuple[dict[str, Node], _Digests]))
+        return part
+
+
+class Inventory(msgspec.Struct, frozen=True):
+    """All that one rank has, in the order of the walk."""
+
+    parts: tuple[Part, ...]
+
+
+def inventory_of(nodes: Mapping[str, Node], digests: Mapping[str, tuple[bytes, ...]]) -> Inventory:
+    """Cuts a rank's nodes into parts.
+
+    Where one ends depends on the paths near by alone: a rank that has a leaf more than the others has the same parts as
+    they but for the one with that leaf.
+    """
+    parts: list[Part] = []
+    run: dict[str, Node] = {}
+    for path, node in nodes.items():
+        run[path] = node
+        if digest(path.encode("utf-8", "surrogatepass"))[0] % _PART_NODES == 0:
+            parts.append(_part(run, digests))
+            run = {}
+    if run:
+        parts.append(_part(run, digests))
+    return Inventory(tuple(parts))
+
+
+def _part(nodes: Mapping[str, Node], digests: Mapping[str, tuple[bytes, ...]]) -> Part:
+    return Part(nodes, {path: digests[path] for path in nodes if path in digests})
 
 
 def chunk_boxes(array: LocalArray, chunk_bytes: int) -> list[Box]:
@@ -51,4 +117,4 @@ def take_inventory(flat: FlatTree, chunk_bytes: int, world_size: int) -> Invento
         if array.declared == AUTO and world_size > 1:
             boxes = chunk_boxes(array, chunk_bytes)
             digests[path] = tuple(digest(chunk_values(flat, path, box)) for box in boxes)
-    return Inventory(dict(flat.nodes), digests)
+    return inventory_of(flat.nodes, digests)

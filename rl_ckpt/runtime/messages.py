@@ -13,7 +13,7 @@ import msgspec
 from rl_ckpt.errors import CheckpointError, from_code
 from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.plan.deal import FilePlan, StageItem, Written
-from rl_ckpt.plan.inventory import Inventory
+from rl_ckpt.plan.inventory import Inventory, Part
 from rl_ckpt.plan.match import Problems
 from rl_ckpt.plan.spread import ChunkId
 from rl_ckpt.state.leaves import Json
@@ -219,7 +219,7 @@ VerifyReply = Apply | TryNext | Failure
 
 def encode(message: msgspec.Struct) -> bytes:
     """A message as bytes."""
-    return msgspec.msgpack.encode(message)
+    return msgspec.msgpack.encode(message, enc_hook=_packed)
 
 
 def decode(data: bytes, kind: Any) -> Any:
@@ -232,4 +232,17 @@ def decode(data: bytes, kind: Any) -> Any:
     Raises:
         msgspec.ValidationError: Not such a message: the two sides run different releases.
     """
-    return msgspec.msgpack.decode(data, type=kind)
+    return msgspec.msgpack.decode(data, type=kind, dec_hook=_unpacked)
+
+
+def _packed(value: Any) -> bytes:
+    if isinstance(value, Part):
+        return value.encode()
+    raise NotImplementedError(f"no message holds a {type(value).__name__}")
+
+
+def _unpacked(kind: type, value: Any) -> Any:
+    """What many ranks say alike travels as bytes of its own, and is decoded once for all of them."""
+    if kind is Part and isinstance(value, bytes):
+        return Part.decode(value)
+    raise NotImplementedError(f"no message holds a {kind.__name__}")
