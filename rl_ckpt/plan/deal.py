@@ -18,7 +18,7 @@ from rl_ckpt.plan.merge import Merged, MergedArray, MergedChunk
 from rl_ckpt.state.boxes import Box
 
 
-class StageItem(msgspec.Struct, frozen=True, array_like=True):
+class StageItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One chunk that a rank copies to `offset` of its node's generation of staging memory."""
 
     path: str
@@ -28,7 +28,7 @@ class StageItem(msgspec.Struct, frozen=True, array_like=True):
     digest: bytes
 
 
-class ColumnPlan(msgspec.Struct, frozen=True, array_like=True):
+class ColumnPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One chunk that a shard server writes as a column of a shard file."""
 
     name: str
@@ -40,7 +40,7 @@ class ColumnPlan(msgspec.Struct, frozen=True, array_like=True):
     bytes: int
 
 
-class FilePlan(msgspec.Struct, frozen=True, array_like=True):
+class FilePlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One shard file."""
 
     name: str
@@ -67,8 +67,7 @@ class SavePlan:
         return sum(c.bytes for plans in self.files.values() for f in plans for c in f.columns)
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
+class _Source(msgspec.Struct, frozen=True, gc=False):
     """Either a chunk that this save writes (server, file, column) or one that an older checkpoint holds."""
 
     server: str = ""
@@ -91,8 +90,7 @@ def stored_chunks(manifest: Manifest) -> dict[tuple[bytes, int], tuple[ShardFile
     }
 
 
-@dataclass(slots=True)
-class _Write:
+class _Write(msgspec.Struct, gc=False):
     """A chunk that must be staged: once for all places that have the same bytes."""
 
     array: MergedArray
@@ -253,13 +251,16 @@ def settle(plan: SavePlan, digests: Mapping[tuple[str, int], bytes], stored: Sto
                 elif key in first:
                     moved[here] = first[key]
                 else:
-                    moved[here] = first[key] = _Source(server, len(kept), len(columns))
+                    first[key] = _Source(server, len(kept), len(columns))
+                    if first[key] != here:
+                        moved[here] = first[key]
                     columns.append(column)
             if columns:
                 kept.append(FilePlan(file.name, tuple(columns)))
         plan.files[server] = kept
     plan.files = {server: files for server, files in plan.files.items() if files}
-    plan.sources = {place: moved.get(source, source) for place, source in plan.sources.items()}
+    if moved:
+        plan.sources = {place: moved.get(source, source) for place, source in plan.sources.items()}
 
 
 class Written(msgspec.Struct, frozen=True):
@@ -280,6 +281,11 @@ def entries(
         digests: Of what was staged, by server and offset in its generation.
     """
     files: dict[ShardFileEntry, int] = {}
+    new = {
+        server: [ShardFileEntry(f.name, w.bytes) for f, w in zip(plan.files[server], done, strict=True)]
+        for server, done in written.items()
+        if server in plan.files
+    }
     arrays = []
     for a, array in enumerate(plan.merged.arrays):
         chunks = []
@@ -289,10 +295,10 @@ def entries(
                 file, old = source.old
                 offset, digest = old.offset, old.digest
             else:
-                planned, done = plan.files[source.server][source.file], written[source.server][source.file]
-                file = ShardFileEntry(planned.name, done.bytes)
-                offset = done.offsets[source.column]
-                digest = digests[source.server, planned.columns[source.column].offset].hex()
+                file = new[source.server][source.file]
+                offset = written[source.server][source.file].offsets[source.column]
+                column = plan.files[source.server][source.file].columns[source.column]
+                digest = digests[source.server, column.offset].hex()
             index = files.setdefault(file, len(files))
             chunks.append(Chunk(chunk.box, index, offset, chunk.size_bytes, digest))
         arrays.append(ArrayEntry(array.spec, tuple(chunks)))

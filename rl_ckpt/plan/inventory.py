@@ -18,7 +18,7 @@ from rl_ckpt.state.dtypes import dtype_from_name
 from rl_ckpt.state.tree import AUTO, FlatTree, LocalArray, Node
 
 
-_PART_NODES = 64  # on average: small enough that a leaf of a rank's own costs little, large enough to be worth a hash
+_PART_NODES = 32  # on average: so few that a leaf of a rank's own costs little, so many that a hash pays
 _Digests = dict[str, tuple[bytes, ...]]
 _known: weakref.WeakValueDictionary[bytes, Part] = weakref.WeakValueDictionary()
 """Parts by the digest of their encoding, as long as somebody holds them."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.format.manifest import ArrayRef, SavedNode, Variant
 from rl_ckpt.plan.inventory import Inventory, Part, box_bytes, chunk_boxes
@@ -17,8 +19,7 @@ from rl_ckpt.state.boxes import Box, check_tiling
 from rl_ckpt.state.tree import PER_RANK, REPLICATED, SHARDED, LocalArray, Node, Plain
 
 
-@dataclass(slots=True)
-class MergedChunk:
+class MergedChunk(msgspec.Struct, gc=False):
     """One chunk of one array, and who could stage it."""
 
     box: Box
@@ -29,8 +30,7 @@ class MergedChunk:
     """Ascending. One object for all chunks that the same ranks hold: with many ranks it is what takes memory."""
 
 
-@dataclass(slots=True)
-class MergedArray:
+class MergedArray(msgspec.Struct, gc=False):
     """One array to be stored."""
 
     path: str
@@ -49,8 +49,7 @@ class Merged:
     arrays: list[MergedArray] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
+class _Held(msgspec.Struct, gc=False):
     """What some ranks hold at a path, and said in the very same part of their inventories."""
 
     node: Node

@@ -14,7 +14,7 @@ import msgspec
 from rl_ckpt.errors import InvalidInputError
 
 
-class Box(msgspec.Struct, frozen=True, array_like=True):
+class Box(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A part of an array: `offset` and `shape` in elements, one entry an axis, in global coordinates."""
 
     offset: tuple[int, ...]
@@ -76,7 +76,7 @@ def cut(box: Box, itemsize: int, chunk_bytes: int) -> list[Box]:
     """
     if not box.size:
         return []
-    if not box.shape:
+    if not box.shape or box.size * itemsize <= chunk_bytes:
         return [box]
     inner = math.prod(box.shape[1:]) * itemsize  # bytes of one row of axis 0
     if inner > chunk_bytes and len(box.shape) > 1:
@@ -126,7 +126,7 @@ def check_tiling(path: str, shape: Sequence[int], boxes: Sequence[Box]) -> None:
 
 def _is_grid(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
     """Whether distinct boxes are cells of one grid (as shards mostly are), and so disjoint."""
-    for axis, extent in enumerate(shape):
+    for axis, extent in enumerate(shape if boxes else ()):
         starts = sorted({b.offset[axis] for b in boxes})
         cell = dict(zip(starts, [*starts[1:], extent], strict=True))
         if any(b.offset[axis] + b.shape[axis] != cell[b.offset[axis]] for b in boxes):
