@@ -23,7 +23,7 @@ from rl_ckpt.format.manifest import ArrayRef, Manifest
 from rl_ckpt.options import Options
 from rl_ckpt.plan.deal import Stored, Written, entries
 from rl_ckpt.plan.match import Problems, match_state, view
-from rl_ckpt.plan.spread import ChunkId
+from rl_ckpt.plan.spread import ChunkId, Needs
 from rl_ckpt.runtime import restore_machine as rm
 from rl_ckpt.runtime import save_machine as sm
 from rl_ckpt.runtime.messages import (
@@ -189,7 +189,7 @@ class Simulation:
         token, manifest = self._load(mappable)
         instructions: list[rm.Instruction] = []
         for rank, needs in enumerate(self.job.needs(manifest)):
-            data = encode(Matched("restore", token, rank, self.job.server(rank), Problems(), _needs(needs)))
+            data = encode(Matched("restore", token, rank, self.job.server(rank), Problems(), Needs.of(needs)))
             message = self._in("restore, messages", data, Matched)
             assert isinstance(message, Matched)
             with f.phase("restore, plan" if rank == self.job.workers - 1 else "restore, messages"):
@@ -249,10 +249,6 @@ class Simulation:
             for rank in range(self.job.workers):
                 self.restores.applied("restore", rank)
         assert not self.restores.states()
-
-
-def _needs(needs: list[ChunkId]) -> tuple[ChunkId, ...]:
-    return tuple(needs)
 
 
 def _written(columns: int, size_bytes: int) -> Written:

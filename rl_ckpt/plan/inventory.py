@@ -1,17 +1,16 @@
 """What one worker has, before anything is staged.
 
-Owns: the inventory, cut into parts so that thousands of ranks with the same arrays are told of them once: a part that
-several ranks hold is the same bytes in all their messages, is decoded once, and is one object for `merge`.
+Owns: the inventory, cut into parts (plan/shared.py) of which most are the same on all ranks that hold the same arrays.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 
 import msgspec
 
 from rl_ckpt.format.digest import digest
+from rl_ckpt.plan.shared import Shared
 from rl_ckpt.state.arrays import flat_bytes, host_part
 from rl_ckpt.state.boxes import Box, cut
 from rl_ckpt.state.dtypes import dtype_from_name
@@ -19,17 +18,16 @@ from rl_ckpt.state.tree import AUTO, FlatTree, LocalArray, Node
 
 
 _PART_NODES = 32  # on average: so few that a leaf of a rank's own costs little, so many that a hash pays
-_Digests = dict[str, tuple[bytes, ...]]
-_known: weakref.WeakValueDictionary[bytes, Part] = weakref.WeakValueDictionary()
-"""Parts by the digest of their encoding, as long as somebody holds them."""
 
 
-class Part:
+class Part(Shared):
     """A run of one rank's nodes, and digests of the chunks (as `chunk_boxes` cuts them) of what may be replicas."""
 
-    __slots__ = ("__weakref__", "_encoded", "digests", "nodes")
+    __slots__ = ("digests", "nodes")
 
-    def __init__(self, nodes: Mapping[str, Node], digests: Mapping[str, tuple[bytes, ...]]) -> None:
+    fields_type = tuple[dict[str, Node], dict[str, tuple[bytes, ...]]]
+
+    def __init__(self, nodes: dict[str, Node], digests: dict[str, tuple[bytes, ...]]) -> None:
         """Both by path.
 
         Args:
@@ -39,22 +37,10 @@ class Part:
         """
         self.nodes = nodes
         self.digests = digests
-        self._encoded = b""
 
-    def encode(self) -> bytes:
-        """As msgpack; the same for every rank that holds the same."""
-        if not self._encoded:
-            self._encoded = msgspec.msgpack.encode((self.nodes, self.digests))
-        return self._encoded
-
-    @staticmethod
-    def decode(data: bytes) -> Part:
-        """From `encode`: the same object for the same bytes."""
-        key = digest(data)
-        part = _known.get(key)
-        if part is None:
-            part = _known[key] = Part(*msgspec.msgpack.decode(data, type=tuple[dict[str, Node], _Digests]))
-        return part
+    def fields(self) -> tuple[object, ...]:
+        """See `Shared`."""
+        return self.nodes, self.digests
 
 
 class Inventory(msgspec.Struct, frozen=True):
@@ -81,7 +67,7 @@ def inventory_of(nodes: Mapping[str, Node], digests: Mapping[str, tuple[bytes, .
     return Inventory(tuple(parts))
 
 
-def _part(nodes: Mapping[str, Node], digests: Mapping[str, tuple[bytes, ...]]) -> Part:
+def _part(nodes: dict[str, Node], digests: Mapping[str, tuple[bytes, ...]]) -> Part:
     return Part(nodes, {path: digests[path] for path in nodes if path in digests})
 
 
