@@ -47,6 +47,10 @@ from rl_ckpt.store.run import Run
 
 T = TypeVar("T")
 
+_CANDIDATE_BYTES = 4 << 30  # the same manifest goes to every rank: past this much, the rest is reckoned
+MOST_PASSES = 4_000_000
+"""Chunks times servers that take them from a peer: beyond this, only a restore of mapped files is simulated."""
+
 PLANNED = ("join", "merge", "deal", "orders", "settle", "commit")
 """The phases that the coordinator goes through for a save; "entries" and "encode" are parts of "commit"."""
 
@@ -61,7 +65,10 @@ class Figures:
     bytes_out: int = 0
     manifest_bytes: int = 0
     chunks: int = 0
+    save_peak_bytes: int = 0
     peak_bytes: int = 0
+    mapped: bool = False
+    """Whether the restore is one of mapped files."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -186,6 +193,7 @@ class Simulation:
     def restore(self, mappable: bool = False) -> list[FetchOrder]:
         """A whole restore onto as many ranks; `mappable` where workers map the store's files."""
         f = self.figures
+        f.seconds = {name: seconds for name, seconds in f.seconds.items() if not name.startswith("restore")}
         token, manifest = self._load(mappable)
         instructions: list[rm.Instruction] = []
         for rank, needs in enumerate(self.job.needs(manifest)):
@@ -219,8 +227,12 @@ class Simulation:
             manifest, data = self.run.manifest_file(self.run.find(self.run.log.read(), None))
         with f.phase("restore, messages"):
             instructions = self.restores.loaded(load.token, manifest, data, mappable, {})
-        for answer in _all(instructions, rm.Answer):
+        answers = _all(instructions, rm.Answer)
+        encoded = answers[: max(8, _CANDIDATE_BYTES // len(data))]
+        for answer in encoded:
             self._out("restore, candidates", answer.reply)
+        f.seconds["restore, candidates"] *= len(answers) / len(encoded)
+        f.bytes_out += (len(answers) - len(encoded)) * len(data)
         self.a_worker_matches(manifest)
         return load.token, manifest
 
@@ -264,15 +276,19 @@ def _only(instructions: Iterable[object], kind: type[T]) -> T:
     return found
 
 
-def simulate(job: Job, restore: bool = True) -> Figures:
+def simulate(job: Job) -> Figures:
     """One save and one restore of a job, in this process."""
     gc.collect()
     simulation = Simulation(job)
-    simulation.save(1)
-    if restore:
-        simulation.restore()
-    simulation.figures.peak_bytes = peak_bytes()
-    return simulation.figures
+    figures = simulation.figures
+    manifest = simulation.save(1)
+    figures.save_peak_bytes = peak_bytes()
+    shared = job.replicated * len(manifest.arrays[0].chunks) if job.replicated else 0
+    figures.mapped = shared * len({job.server(rank) for rank in range(job.workers)}) > MOST_PASSES
+    del manifest
+    simulation.restore(figures.mapped)
+    figures.peak_bytes = peak_bytes()
+    return figures
 
 
 def peak_bytes() -> int:
