@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.scale import growth
+from benchmarks.scale import growth, model
 
 _OUT = Path("benchmarks/out")
 
@@ -30,6 +30,9 @@ def main() -> None:
     one.add_argument("kind")
     one.add_argument("workers", type=int)
     one.add_argument("chunks", type=int)
+    modes.add_parser("model")
+    calibration = modes.add_parser("calibrate")
+    calibration.add_argument("--only", default=None, help="one store: 'local disk', 'ceph' or 'moto'")
     args = parser.parse_args()
     if args.mode == "point":
         growth.point(args.kind, args.workers, args.chunks)
@@ -37,6 +40,12 @@ def main() -> None:
         found = growth.measure(growth.POINTS[: args.most], args.json)
         growth.plot(found, args.plot)
         print(growth.table(found), growth.exponents(found), growth.goal(found), sep="\n\n")
+    elif args.mode == "model":
+        print(model.tables())
+    else:
+        from benchmarks.scale.calibrate import calibrate  # brings Ray and the S3 servers in
+
+        print(calibrate(args.only))
 
 
 if __name__ == "__main__":
