@@ -2,7 +2,8 @@
 
 Owns: its fields, its JSON, and the names of files and columns that it refers to. Leaf module: knows nothing of stores,
 plans or workers. Values that were equal on several ranks stand once; what differed stands once a variant, with its
-ranks.
+ranks. Records have no cycles and are hidden from Python's collector (`gc=False`): at 100,000 chunks it takes half the
+time else.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from rl_ckpt.state.leaves import Json
 from rl_ckpt.state.tree import Container, Plain, Tie
 
 
-class ShardFileEntry(msgspec.Struct, frozen=True, array_like=True):
+class ShardFileEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A shard file that the checkpoint uses: its name below the run's URL, and its size."""
 
     name: str
     bytes: int
 
 
-class Chunk(msgspec.Struct, frozen=True, array_like=True):
+class Chunk(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Where the values of one box of an array lie: `bytes` bytes at `offset` of `files[file]`, in C order."""
 
     box: Box
@@ -36,14 +37,14 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     """xxh3-128 of those bytes, 32 hex digits."""
 
 
-class ArrayEntry(msgspec.Struct, frozen=True):
+class ArrayEntry(msgspec.Struct, frozen=True, gc=False):
     """A stored array: its spec with the global shape, and chunks that tile it."""
 
     spec: ArraySpec
     chunks: tuple[Chunk, ...]
 
 
-class ArrayRef(msgspec.Struct, frozen=True, tag_field="node", tag="array"):
+class ArrayRef(msgspec.Struct, frozen=True, tag_field="node", tag="array", gc=False):
     """A leaf that is `arrays[index]`."""
 
     index: int
@@ -52,7 +53,7 @@ class ArrayRef(msgspec.Struct, frozen=True, tag_field="node", tag="array"):
 SavedNode = Container | Plain | Tie | ArrayRef
 
 
-class Variant(msgspec.Struct, frozen=True, omit_defaults=True):
+class Variant(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What stands at a path on some ranks."""
 
     node: SavedNode

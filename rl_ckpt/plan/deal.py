@@ -21,7 +21,7 @@ from rl_ckpt.plan.merge import Merged, MergedArray, MergedChunk
 from rl_ckpt.state.boxes import Box
 
 
-class StageItem(msgspec.Struct, frozen=True, array_like=True):
+class StageItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One chunk that a rank copies to `offset` of its node's generation of staging memory."""
 
     path: str
@@ -31,7 +31,7 @@ class StageItem(msgspec.Struct, frozen=True, array_like=True):
     digest: bytes
 
 
-class ColumnPlan(msgspec.Struct, frozen=True, array_like=True):
+class ColumnPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One chunk that a shard server writes as a column of a shard file."""
 
     name: str
@@ -43,7 +43,7 @@ class ColumnPlan(msgspec.Struct, frozen=True, array_like=True):
     bytes: int
 
 
-class FilePlan(msgspec.Struct, frozen=True, array_like=True):
+class FilePlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One shard file; it has a name once the plan is settled."""
 
     name: str
@@ -70,8 +70,7 @@ class SavePlan:
         return sum(c.bytes for plans in self.files.values() for f in plans for c in f.columns)
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
+class _Source(msgspec.Struct, frozen=True, gc=False):
     """Either a chunk that this save writes (server, file, column) or one that an older checkpoint holds."""
 
     server: str = ""
@@ -94,8 +93,7 @@ def stored_chunks(manifest: Manifest) -> dict[tuple[bytes, int], tuple[ShardFile
     }
 
 
-@dataclass(slots=True)
-class _Write:
+class _Write(msgspec.Struct, gc=False):
     """A chunk to be staged, and its place: array and chunk."""
 
     array: MergedArray
@@ -124,36 +122,46 @@ def deal(
     writes = [
         _Write(array, chunk, (a, c)) for a, array in enumerate(merged.arrays) for c, chunk in enumerate(array.chunks)
     ]
-    dealt = _balance(writes, servers)
-    for server in sorted(set(servers)):
-        mine = [(rank, write) for rank, write in dealt if servers[rank] == server]
-        if mine:
-            _lay_out(plan, server, mine, write_streams, file_bytes)
+    by_server: dict[str, list[tuple[int, _Write]]] = {}
+    for rank, write in _balance(writes, servers):
+        by_server.setdefault(servers[rank], []).append((rank, write))
+    for server in sorted(by_server):
+        _lay_out(plan, server, by_server[server], write_streams, file_bytes)
     return plan
 
 
 def _balance(writes: list[_Write], servers: Sequence[str]) -> list[tuple[int, _Write]]:
     """Deals each chunk to its least loaded holder; those with the fewest holders first: they have the least choice."""
-    rank_load = dict.fromkeys(range(len(servers)), 0)
+    rank_load = [0] * len(servers)
     node_load = dict.fromkeys(servers, 0)
-    groups: dict[frozenset[int], list[_Write]] = {}
-    for write in writes:
-        groups.setdefault(frozenset(write.chunk.holders), []).append(write)
-    dealt: list[tuple[int, _Write]] = []
-    for holders in sorted(groups, key=lambda h: (len(h), sorted(h))):
+    mine: list[list[int]] = [[] for _ in servers]  # numbers of the chunks dealt to each rank
+    for holders, group in _by_holders(writes):
         heap = [(rank_load[r], node_load[servers[r]], r) for r in holders]
         heapq.heapify(heap)
-        for write in sorted(groups[holders], key=lambda w: -w.chunk.size_bytes):
+        for number in sorted(group, key=lambda i: -writes[i].chunk.size_bytes):
             _, seen, rank = heap[0]
             while seen != node_load[servers[rank]]:  # another rank of its node was dealt to meanwhile
                 heapq.heapreplace(heap, (rank_load[rank], node_load[servers[rank]], rank))
                 _, seen, rank = heap[0]
-            rank_load[rank] += write.chunk.size_bytes
-            node_load[servers[rank]] += write.chunk.size_bytes
+            rank_load[rank] += writes[number].chunk.size_bytes
+            node_load[servers[rank]] += writes[number].chunk.size_bytes
             heapq.heapreplace(heap, (rank_load[rank], node_load[servers[rank]], rank))
-            dealt.append((rank, write))
-    order = {id(write): i for i, write in enumerate(writes)}
-    return sorted(dealt, key=lambda item: (item[0], order[id(item[1])]))  # by rank, then as the tree was walked
+            mine[rank].append(number)
+    # By rank, then as the tree was walked.
+    return [(rank, writes[number]) for rank, numbers in enumerate(mine) for number in sorted(numbers)]
+
+
+def _by_holders(writes: Sequence[_Write]) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Numbers of the chunks by who holds them; those with the fewest holders first."""
+    lists: dict[int, list[int]] = {}  # by object first: a thousand holders are not hashed for every chunk of theirs
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, write in enumerate(writes):
+        holders = write.chunk.holders
+        group = lists.get(id(holders))
+        if group is None:
+            group = lists[id(holders)] = groups.setdefault(holders, [])
+        group.append(number)
+    return sorted(groups.items(), key=lambda item: (len(item[0]), item[0]))
 
 
 def _lay_out(
@@ -223,13 +231,15 @@ def settle(plan: SavePlan, checkpoint: str, digests: Mapping[tuple[str, int], by
                 elif key in first:
                     moved[here] = first[key]
                 else:
-                    moved[here] = first[key] = _Source(server, len(kept), len(columns))
+                    first[key] = _Source(server, len(kept), len(columns))
+                    if first[key] != here:
+                        moved[here] = first[key]
                     columns.append(column)
             if columns:
                 kept.append(FilePlan(shard_file_name(checkpoint, server, len(kept)), tuple(columns)))
         if kept:
             settled[server] = kept
-    sources = {place: moved[source] for place, source in plan.sources.items()}
+    sources = {place: moved.get(source, source) for place, source in plan.sources.items()} if moved else plan.sources
     return dataclasses.replace(plan, files=settled, sources=sources)
 
 
@@ -251,6 +261,11 @@ def entries(
         digests: Of what was staged, by server and offset in its generation.
     """
     files: dict[ShardFileEntry, int] = {}
+    new = {
+        server: [ShardFileEntry(f.name, w.bytes) for f, w in zip(plan.files[server], done, strict=True)]
+        for server, done in written.items()
+        if server in plan.files
+    }
     arrays = []
     for a, array in enumerate(plan.merged.arrays):
         chunks = []
@@ -260,10 +275,10 @@ def entries(
                 file, old = source.old
                 offset, digest = old.offset, old.digest
             else:
-                planned, done = plan.files[source.server][source.file], written[source.server][source.file]
-                file = ShardFileEntry(planned.name, done.bytes)
-                offset = done.offsets[source.column]
-                digest = digests[source.server, planned.columns[source.column].offset].hex()
+                file = new[source.server][source.file]
+                offset = written[source.server][source.file].offsets[source.column]
+                column = plan.files[source.server][source.file].columns[source.column]
+                digest = digests[source.server, column.offset].hex()
             index = files.setdefault(file, len(files))
             chunks.append(Chunk(chunk.box, index, offset, chunk.size_bytes, digest))
         arrays.append(ArrayEntry(array.spec, tuple(chunks)))

@@ -6,19 +6,20 @@ Promises: every contradiction between ranks is found here, before anything is st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import msgspec
 
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.format.manifest import ArrayRef, SavedNode, Variant
-from rl_ckpt.plan.inventory import Inventory, box_bytes, chunk_boxes, chunk_digests
+from rl_ckpt.plan.inventory import Inventory, Part, box_bytes, chunk_boxes, chunk_digests
 from rl_ckpt.state.arrays import ArraySpec
 from rl_ckpt.state.boxes import Box, check_tiling
 from rl_ckpt.state.tree import PER_RANK, REPLICATED, SHARDED, LocalArray, Node, Plain
 
 
-@dataclass(slots=True)
-class MergedChunk:
+class MergedChunk(msgspec.Struct, gc=False):
     """One chunk of one array, and who could stage it."""
 
     box: Box
@@ -26,10 +27,10 @@ class MergedChunk:
     digest: bytes
     """16 bytes; empty where it is hashed only when it is staged."""
     holders: tuple[int, ...]
+    """Ascending. One object for all chunks that the same ranks hold: with many ranks it is what takes memory."""
 
 
-@dataclass(slots=True)
-class MergedArray:
+class MergedArray(msgspec.Struct, gc=False):
     """One array to be stored."""
 
     path: str
@@ -48,11 +49,22 @@ class Merged:
     arrays: list[MergedArray] = field(default_factory=list)
 
 
+class Held(msgspec.Struct, gc=False):
+    """What some ranks hold at a path, and said in the very same part of their inventories."""
+
+    node: Node
+    identity: bytes | None
+    """As in `Part.identities`."""
+    in_object: bool
+    ranks: tuple[int, ...]
+    """Ascending."""
+
+
 def merge(inventories: Sequence[Inventory], chunk_bytes: int) -> Merged:
     """Merges the inventories of ranks 0 … n - 1.
 
     Args:
-        inventories: By rank, at least one.
+        inventories: By rank, at least one. A part that is one object in several of them is looked at once.
         chunk_bytes: As the workers cut their arrays.
 
     Raises:
@@ -60,9 +72,9 @@ def merge(inventories: Sequence[Inventory], chunk_bytes: int) -> Merged:
             replicated or sharded, or shards that do not tile their array. All such paths are listed.
     """
     merged, problems = Merged(len(inventories)), []
-    for path, holders in _by_path(inventories).items():
+    for path, held in _by_path(inventories).items():
         try:
-            merged.nodes[path] = variants(path, holders, inventories, merged, chunk_bytes)
+            merged.nodes[path] = variants(path, held, merged, chunk_bytes)
         except InvalidInputError as problem:
             problems.append(str(problem))
     if problems:
@@ -72,67 +84,92 @@ def merge(inventories: Sequence[Inventory], chunk_bytes: int) -> Merged:
     return merged
 
 
-def _by_path(inventories: Sequence[Inventory]) -> dict[str, dict[int, Node]]:
-    out: dict[str, dict[int, Node]] = {}
+def _by_path(inventories: Sequence[Inventory]) -> dict[str, list[Held]]:
+    """By path, in the order in which rank 0, 1, … have them; what is held first by the lowest rank comes first."""
+    holders: dict[int, tuple[Part, list[int]]] = {}
     for rank, inventory in enumerate(inventories):
-        for path, node in inventory.nodes.items():
-            out.setdefault(path, {})[rank] = node
+        for part in inventory.parts:
+            known = holders.get(id(part))
+            if known is None:
+                holders[id(part)] = (part, [rank])
+            else:
+                known[1].append(rank)
+    same: dict[tuple[int, ...], tuple[int, ...]] = {}
+    out: dict[str, list[Held]] = {}
+    for part, found in holders.values():
+        key = tuple(found)
+        ranks = same.setdefault(key, key)  # one tuple for all arrays that these ranks hold
+        for path, node in part.nodes.items():
+            out.setdefault(path, []).append(Held(node, part.identities.get(path), path in part.objects, ranks))
     return out
 
 
-def variants(
-    path: str, holders: Mapping[int, Node], inventories: Sequence[Inventory], merged: Merged, chunk_bytes: int
-) -> tuple[Variant, ...]:
+def _by_rank(held: Sequence[Held]) -> dict[int, Node]:
+    return dict(sorted((rank, h.node) for h in held for rank in h.ranks))
+
+
+def variants(path: str, held: Sequence[Held], merged: Merged, chunk_bytes: int) -> tuple[Variant, ...]:
     """What the ranks have at one path, equal things once.
 
     Args:
         path: Of the nodes.
-        holders: The nodes, by rank.
-        inventories: By rank; only looked at for arrays.
+        held: What they have there.
         merged: Takes the arrays up.
         chunk_bytes: As the workers cut their arrays.
 
     Raises:
         InvalidInputError: Ranks contradict one another.
     """
-    arrays = {rank: node for rank, node in holders.items() if isinstance(node, LocalArray)}
-    declared = {node.declared for node in arrays.values()}
-    if declared & {REPLICATED, SHARDED} and (len(declared) > 1 or len(arrays) < len(holders)):
-        kinds = {r: n.declared if isinstance(n, LocalArray) else type(n).__name__.lower() for r, n in holders.items()}
+    arrays = [h for h in held if isinstance(h.node, LocalArray)]
+    declared = {h.node.declared for h in held if isinstance(h.node, LocalArray)}
+    if declared & {REPLICATED, SHARDED} and (len(declared) > 1 or len(arrays) < len(held)):
+        kinds = {
+            r: n.declared if isinstance(n, LocalArray) else type(n).__name__.lower() for r, n in _by_rank(held).items()
+        }
         raise InvalidInputError(f"{path!r} is declared differently by rank: {kinds}; declare it alike on every worker")
     if declared == {SHARDED}:
-        node = _add_sharded(path, arrays, merged, chunk_bytes)
-        return (Variant(node, _ranks(holders, merged)),)
-    groups: dict[object, list[int]] = {}
-    for rank, holder in holders.items():
-        groups.setdefault(_identity(path, rank, holder, inventories), []).append(rank)
+        node = _add_sharded(path, held, merged, chunk_bytes)
+        return (Variant(node, _ranks(held, merged)),)
+    groups = _groups(held)
     single = len(groups) == 1
     if declared == {REPLICATED} and not single:
-        specs = {rank: (n.spec.dtype, n.spec.shape) for rank, n in arrays.items()}
+        specs = {r: (n.spec.dtype, n.spec.shape) for r, n in _by_rank(held).items() if isinstance(n, LocalArray)}
         raise InvalidInputError(
             f"{path!r} is declared replicated but differs by rank: {specs}; dtype and shape must agree"
         )
     out = []
-    for ranks in groups.values():
-        first = holders[ranks[0]]
-        own = (
-            (first.declared == PER_RANK)
-            if isinstance(first, LocalArray)
-            else isinstance(first, Plain) and first.per_rank
-        )
+    for group in groups:
+        first, ranks = group.node, group.ranks
+        own = _is_own(first)
         # A value that only some ranks have and that nobody else contradicts may go to anybody, if two or more agree on
         # it.
         shared = single and not own and (len(ranks) > 1 or len(ranks) == merged.world_size or declared == {REPLICATED})
-        saved = _saved(path, first, ranks, inventories, merged, chunk_bytes, single)
-        out.append(Variant(saved, None if len(ranks) == merged.world_size else tuple(ranks), shared))
+        saved = _saved(path, group, merged, chunk_bytes, single)
+        out.append(Variant(saved, None if len(ranks) == merged.world_size else ranks, shared))
     return tuple(out)
 
 
-def _identity(path: str, rank: int, node: Node, inventories: Sequence[Inventory]) -> object:
-    """Equal for ranks that have the very same thing at `path`."""
-    if not isinstance(node, LocalArray):
-        return (_frozen(node), rank) if isinstance(node, Plain) and node.per_rank else _frozen(node)
-    return (node, inventories[rank].identities.get(path), rank if node.declared == PER_RANK else None)
+def _groups(held: Sequence[Held]) -> list[Held]:
+    """Puts together what is the very same on several ranks, and takes apart what belongs to its rank."""
+    apart = [Held(h.node, h.identity, h.in_object, (r,)) for h in held if _is_own(h.node) for r in h.ranks]
+    groups: dict[object, list[Held]] = {}
+    for h in held:
+        if not _is_own(h.node):
+            groups.setdefault((_frozen(h.node), h.identity), []).append(h)
+    together = [
+        group[0]
+        if len(group) == 1
+        else Held(
+            group[0].node, group[0].identity, group[0].in_object, tuple(sorted(rank for h in group for rank in h.ranks))
+        )
+        for group in groups.values()
+    ]
+    return sorted(apart + together, key=lambda h: h.ranks[0])
+
+
+def _is_own(node: Node) -> bool:
+    """Whether a node is declared to be its rank's own."""
+    return node.declared == PER_RANK if isinstance(node, LocalArray) else isinstance(node, Plain) and node.per_rank
 
 
 def _frozen(node: Node) -> object:
@@ -140,27 +177,19 @@ def _frozen(node: Node) -> object:
     return (repr(node.value), Plain) if isinstance(node, Plain) else node
 
 
-def _saved(
-    path: str,
-    node: Node,
-    ranks: Sequence[int],
-    inventories: Sequence[Inventory],
-    merged: Merged,
-    chunk_bytes: int,
-    single: bool,
-) -> SavedNode:
+def _saved(path: str, held: Held, merged: Merged, chunk_bytes: int, single: bool) -> SavedNode:
+    node, ranks = held.node, held.ranks
     if not isinstance(node, LocalArray):
         return Plain(node.value) if isinstance(node, Plain) else node
     boxes = chunk_boxes(node, chunk_bytes)
-    known = chunk_digests(inventories[ranks[0]], path, len(boxes))
-    chunks = [
-        MergedChunk(box, box_bytes(node, box), hashed, tuple(ranks)) for box, hashed in zip(boxes, known, strict=True)
-    ]
+    known = chunk_digests(None if held.in_object else held.identity, len(boxes))
+    chunks = [MergedChunk(box, box_bytes(node, box), hashed, ranks) for box, hashed in zip(boxes, known, strict=True)]
     merged.arrays.append(MergedArray(path, node.spec, chunks, None if single else ranks[0]))
     return ArrayRef(len(merged.arrays) - 1)
 
 
-def _add_sharded(path: str, arrays: Mapping[int, LocalArray], merged: Merged, chunk_bytes: int) -> SavedNode:
+def _add_sharded(path: str, held: Sequence[Held], merged: Merged, chunk_bytes: int) -> SavedNode:
+    arrays = {rank: node for rank, node in _by_rank(held).items() if isinstance(node, LocalArray)}
     specs = {rank: (node.spec.kind, node.spec.dtype, node.spec.shape) for rank, node in arrays.items()}
     if len(set(specs.values())) > 1:
         raise InvalidInputError(f"{path!r} is sharded, but kind, dtype or global shape differ by rank: {specs}")
@@ -169,14 +198,15 @@ def _add_sharded(path: str, arrays: Mapping[int, LocalArray], merged: Merged, ch
         boxes.setdefault(node.box, []).append(rank)
     first = next(iter(arrays.values()))
     check_tiling(path, first.spec.shape, list(boxes))
-    chunks = [
-        MergedChunk(box, box_bytes(first, box), b"", tuple(ranks))
-        for ranks in boxes.values()
-        for box in chunk_boxes(arrays[ranks[0]], chunk_bytes)
-    ]
+    chunks = []
+    for found in boxes.values():
+        ranks = tuple(found)
+        pieces = chunk_boxes(arrays[ranks[0]], chunk_bytes)
+        chunks += [MergedChunk(box, box_bytes(first, box), b"", ranks) for box in pieces]
     merged.arrays.append(MergedArray(path, first.spec, chunks))
     return ArrayRef(len(merged.arrays) - 1)
 
 
-def _ranks(holders: Mapping[int, Node], merged: Merged) -> tuple[int, ...] | None:
-    return None if len(holders) == merged.world_size else tuple(holders)
+def _ranks(held: Sequence[Held], merged: Merged) -> tuple[int, ...] | None:
+    ranks = [rank for h in held for rank in h.ranks]
+    return None if len(ranks) == merged.world_size else tuple(sorted(ranks))

@@ -6,18 +6,57 @@ same server for the same chunk first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, groupby
+
+import msgspec
 
 from rl_ckpt.format.manifest import Chunk, Manifest
+from rl_ckpt.plan.shared import Shared
 
 ChunkId = tuple[int, int]
 """Index of the array in the manifest, and of the chunk in the array."""
 
 
+_PART_ARRAYS = 64
+
+
+class NeedsPart(Shared):
+    """A run of the chunks that a rank needs."""
+
+    __slots__ = ("chunks",)
+
+    fields_type = tuple[tuple[ChunkId, ...]]
+
+    def __init__(self, chunks: tuple[ChunkId, ...]) -> None:
+        """In the order in which the rank asks."""
+        self.chunks = chunks
+
+    def fields(self) -> tuple[object, ...]:
+        """See `Shared`."""
+        return (self.chunks,)
+
+
+class Needs(msgspec.Struct, frozen=True):
+    """The chunks that one rank needs, in parts (plan/shared.py) of which many are the same on many ranks."""
+
+    parts: tuple[NeedsPart, ...]
+
+    @staticmethod
+    def of(chunks: Iterable[ChunkId]) -> Needs:
+        """Cuts what a rank needs into parts, by array: what only it needs does not change the parts around."""
+        runs = groupby(chunks, key=lambda chunk: chunk[0] // _PART_ARRAYS)
+        return Needs(tuple(NeedsPart(tuple(run)) for _, run in runs))
+
+    def __iter__(self) -> Iterator[ChunkId]:
+        """The chunks in order."""
+        return chain.from_iterable(part.chunks for part in self.parts)
+
+
 @dataclass(slots=True)
 class ServerFetch:
-    """What one shard server brings in: chunks from the store, and chunks from peers by peer."""
+    """What one shard server brings in: chunks from the store, and chunks from peers by peer. Lists may be shared."""
 
     store: list[ChunkId] = field(default_factory=list)
     peers: dict[str, list[ChunkId]] = field(default_factory=dict)
@@ -35,26 +74,41 @@ def spread(manifest: Manifest, needs: Mapping[str, set[ChunkId]]) -> dict[str, S
         chunks with the fewest takers are dealt first. Equal bytes under several ids (tied across arrays) count as one
         chunk.
     """
-    takers: dict[ChunkId, list[str]] = {}
-    for server in sorted(needs):
-        for chunk in needs[server]:
-            takers.setdefault(chunk, []).append(server)
-    groups: dict[tuple[str, ...], list[ChunkId]] = {}
-    for chunk, servers in takers.items():
-        groups.setdefault(tuple(servers), []).append(chunk)
     out = {server: ServerFetch() for server in needs}
     load = dict.fromkeys(needs, 0)
+    groups = _by_takers(needs)
     for group in sorted(groups, key=lambda servers: (len(servers), servers)):
+        runs: dict[str, list[ChunkId]] = {}
         for fetcher, chunk in _deal_runs(manifest, groups[group], group, load):
-            out[fetcher].store.append(chunk)
+            runs.setdefault(fetcher, []).append(chunk)
+        for fetcher, run in runs.items():
+            run.sort()
             for server in group:
-                if server != fetcher:
-                    out[server].peers.setdefault(fetcher, []).append(chunk)
+                mine = out[server].store if server == fetcher else out[server].peers.get(fetcher, [])
+                # Where this is all that the server takes from there, it shares the list with the others of its group.
+                merged = sorted([*mine, *run]) if mine else run
+                if server == fetcher:
+                    out[server].store = merged
+                else:
+                    out[server].peers[fetcher] = merged
     for i, server in enumerate(sorted(out)):
-        out[server].store.sort()
         order = sorted(out[server].peers)
-        out[server].peers = {peer: sorted(out[server].peers[peer]) for peer in order[i:] + order[:i]}
+        out[server].peers = {peer: out[server].peers[peer] for peer in order[i:] + order[:i]}
     return out
+
+
+def _by_takers(needs: Mapping[str, set[ChunkId]]) -> dict[tuple[str, ...], list[ChunkId]]:
+    """Chunks by the servers that need them."""
+    everybody = tuple(sorted(needs))
+    common = set.intersection(*needs.values()) if len(needs) > 1 else set()  # weights: most chunks on most servers
+    takers: dict[ChunkId, list[str]] = {}
+    for server in everybody:
+        for chunk in needs[server] - common:
+            takers.setdefault(chunk, []).append(server)
+    groups: dict[tuple[str, ...], list[ChunkId]] = {everybody: list(common)} if common else {}
+    for chunk, servers in takers.items():
+        groups.setdefault(tuple(servers), []).append(chunk)
+    return groups
 
 
 def _deal_runs(

@@ -8,18 +8,19 @@ the same arrays are replicas of one another. Pure.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from rl_ckpt.plan.deal import SavePlan
-from rl_ckpt.plan.inventory import Inventory
-from rl_ckpt.plan.merge import Merged, variants
+from rl_ckpt.plan.inventory import Inventory, Part
+from rl_ckpt.plan.merge import Held, Merged, variants
 from rl_ckpt.state.tree import Node, Plain
 
 Plains = dict[str, Plain]
-_Labels = tuple[int, ...]
+_Found = dict[str, dict[int, tuple[Node, bytes]]]
+"""By path and rank: node and identity."""
 
 
 @dataclass(slots=True)
@@ -34,16 +35,12 @@ class Standing:
     """Not settled."""
     _plains: list[bytes]
     """By rank, as they came."""
-    _paths: list[tuple[str, ...]]
-    """By rank: paths of the arrays whose identity decides who has replicas, in the order of the tree."""
-    _sizes: list[tuple[int, ...]]
-    """Bytes of each of these identities."""
-    _kinds: dict[str, dict[int, int]]
-    """Path → rank → the lowest rank that has an equal node there."""
-    _labels: dict[str, _Labels]
-    """Path → for each rank that has it, the lowest rank that has the very same there."""
-    _all_alike: bool
-    """Whether each of these arrays has a replica on every rank: then a glance is enough."""
+    _parts: list[tuple[Part, ...]]
+    """By rank."""
+    _common: frozenset[int]
+    """Which parts (by `id`) all ranks have: every array in them has a replica on every rank."""
+    _labels: dict[str, tuple[int, ...]]
+    """Of arrays in other parts: path → for each rank that has it, the lowest rank that has the very same there."""
 
     @property
     def world_size(self) -> int:
@@ -54,17 +51,22 @@ class Standing:
         """Whether the same arrays are replicas of one another as when the plan was made.
 
         Args:
-            found: Each rank's `identities` of now, by rank.
+            found: By rank, the identities of its undeclared arrays (`Part`), in the order of its tree, joined.
         """
-        if [len(blob) for blob in found] != [sum(sizes) for sizes in self._sizes]:
-            return False
-        if self._all_alike and len(set(found)) == 1:
-            return True
-        split = [
-            dict(zip(paths, _cut(blob, sizes), strict=True))
-            for paths, sizes, blob in zip(self._paths, self._sizes, found, strict=True)
-        ]
-        return _labels(self._kinds, split) == self._labels
+        common: dict[int, bytes] = {}
+        other: _Found = {}
+        for rank, (parts, blob) in enumerate(zip(self._parts, found, strict=True)):
+            at = 0
+            for part in parts:
+                end = at + part.identity_bytes
+                if id(part) not in self._common:
+                    _add(other, part, rank, _cut(part, blob[at:end]))
+                elif common.setdefault(id(part), blob[at:end]) != blob[at:end]:
+                    return False
+                at = end
+            if at != len(blob):
+                return False
+        return _label(other) == self._labels
 
     def renewed(self, plains: Sequence[bytes]) -> SavePlan:
         """The plan with the plain leaves of now.
@@ -75,11 +77,9 @@ class Standing:
         if list(plains) == self._plains:
             return self.plan
         self._plains = list(plains)
-        known: dict[bytes, Plains] = {}  # most ranks have the same ones
-        decoded = [known.get(data) or known.setdefault(data, _decode(data)) for data in plains]
         merged, nodes = self.plan.merged, dict(self.plan.merged.nodes)
-        for path, holders in _by_path(decoded).items():
-            nodes[path] = variants(path, holders, (), Merged(merged.world_size), self.chunk_bytes)
+        for path, held in _held(plains).items():
+            nodes[path] = variants(path, held, Merged(merged.world_size), self.chunk_bytes)
         self.plan = dataclasses.replace(self.plan, merged=dataclasses.replace(merged, nodes=nodes))
         return self.plan
 
@@ -97,29 +97,25 @@ def standing(
         chunk_bytes: As the workers cut their arrays.
 
     Returns:
-        None where it can't stand: one rank has a plain leaf where another has an array.
+        None where it can't stand: one rank has a plain leaf where another has something else.
     """
-    plains = [_plains_of(inventory) for inventory in inventories]
-    some_plain = set[str]().union(*plains)
-    if any(not isinstance(inv.nodes.get(path, Plain(None)), Plain) for inv in inventories for path in some_plain):
+    parts = [inventory.parts for inventory in inventories]
+    distinct = {id(part): part for mine in parts for part in mine}.values()
+    plain = {path for part in distinct for path, node in part.nodes.items() if isinstance(node, Plain)}
+    if any(not isinstance(part.nodes.get(path, Plain(None)), Plain) for part in distinct for path in plain):
         return None
-    kinds: dict[str, dict[int, int]] = {}
-    first: dict[tuple[str, Node], int] = {}
-    for rank, inventory in enumerate(inventories):
-        for path in inventory.identities:
-            kinds.setdefault(path, {})[rank] = first.setdefault((path, inventory.nodes[path]), rank)
-    split = [inventory.identities for inventory in inventories]
-    paths = [tuple(found) for found in split]
-    sizes = [tuple(len(identity) for identity in found.values()) for found in split]
-    labels = _labels(kinds, split)
-    alike = all(len(found) == len(servers) and not any(found) for found in labels.values()) and len(set(paths)) == 1
-    blobs = [encode_plains(found) for found in plains]
-    return Standing(plan_id, tuple(servers), chunk_bytes, plan, blobs, paths, sizes, kinds, labels, alike)
+    common = frozenset(id(part) for part in parts[0]).intersection(*({id(part) for part in mine} for mine in parts[1:]))
+    other: _Found = {}
+    for rank, mine in enumerate(parts):
+        for part in mine:
+            if id(part) not in common:
+                _add(other, part, rank, part.identities.values())
+    blobs = [encode_plains(_plains_of(mine)) for mine in parts]
+    return Standing(plan_id, tuple(servers), chunk_bytes, plan, blobs, parts, common, _label(other))
 
 
-def _plains_of(inventory: Inventory) -> Plains:
-    """A rank's plain leaves."""
-    return {path: node for path, node in inventory.nodes.items() if isinstance(node, Plain)}
+def _plains_of(parts: Iterable[Part]) -> Plains:
+    return {path: node for part in parts for path, node in part.nodes.items() if isinstance(node, Plain)}
 
 
 def encode_plains(plains: Plains) -> bytes:
@@ -127,29 +123,34 @@ def encode_plains(plains: Plains) -> bytes:
     return msgspec.msgpack.encode(plains)
 
 
-def _decode(data: bytes) -> Plains:
-    return msgspec.msgpack.decode(data, type=Plains)
-
-
-def _cut(blob: bytes, sizes: Sequence[int]) -> list[bytes]:
+def _cut(part: Part, blob: bytes) -> list[bytes]:
     out, at = [], 0
-    for size in sizes:
-        out.append(blob[at : at + size])
-        at += size
+    for identity in part.identities.values():
+        out.append(blob[at : at + len(identity)])
+        at += len(identity)
     return out
 
 
-def _labels(kinds: Mapping[str, Mapping[int, int]], split: Sequence[Mapping[str, bytes]]) -> dict[str, _Labels]:
-    out: dict[str, _Labels] = {}
-    for path, ranks in kinds.items():
-        first: dict[tuple[int, bytes], int] = {}
-        out[path] = tuple(first.setdefault((kind, split[rank][path]), rank) for rank, kind in ranks.items())
+def _add(found: _Found, part: Part, rank: int, identities: Iterable[bytes]) -> None:
+    for path, identity in zip(part.identities, identities, strict=True):
+        found.setdefault(path, {})[rank] = (part.nodes[path], identity)
+
+
+def _label(found: _Found) -> dict[str, tuple[int, ...]]:
+    out: dict[str, tuple[int, ...]] = {}
+    for path, ranks in found.items():
+        first: dict[tuple[Node, bytes], int] = {}
+        out[path] = tuple(first.setdefault(have, rank) for rank, have in ranks.items())
     return out
 
 
-def _by_path(plains: Sequence[Plains]) -> dict[str, dict[int, Plain]]:
-    out: dict[str, dict[int, Plain]] = {}
-    for rank, mine in enumerate(plains):
-        for path, node in mine.items():
-            out.setdefault(path, {})[rank] = node
+def _held(plains: Sequence[bytes]) -> Mapping[str, list[Held]]:
+    """By path, what the ranks have there; ranks with the same plain leaves throughout are looked at once."""
+    ranks: dict[bytes, list[int]] = {}
+    for rank, data in enumerate(plains):
+        ranks.setdefault(data, []).append(rank)
+    out: dict[str, list[Held]] = {}
+    for data, same in ranks.items():
+        for path, node in msgspec.msgpack.decode(data, type=Plains).items():
+            out.setdefault(path, []).append(Held(node, None, False, tuple(same)))
     return out

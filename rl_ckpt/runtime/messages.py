@@ -15,7 +15,8 @@ from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.plan.deal import FilePlan, StageItem, Written
 from rl_ckpt.plan.inventory import Inventory
 from rl_ckpt.plan.match import Problems
-from rl_ckpt.plan.spread import ChunkId
+from rl_ckpt.plan.shared import Shared
+from rl_ckpt.plan.spread import Needs
 from rl_ckpt.state.leaves import Json
 
 
@@ -201,7 +202,7 @@ class Matched(msgspec.Struct, frozen=True):
     rank: int
     server: str
     problems: Problems
-    needs: tuple[ChunkId, ...]
+    needs: Needs
 
 
 class Sources(msgspec.Struct, frozen=True, tag="sources"):
@@ -232,7 +233,7 @@ class Apply(msgspec.Struct, frozen=True, tag="apply"):
     bytes_from: dict[str, int]
 
 
-class FetchItem(msgspec.Struct, frozen=True, array_like=True):
+class FetchItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One chunk: where it lies at its source, where it goes in the restore memory, and its digest."""
 
     source_offset: int
@@ -286,7 +287,7 @@ VerifyReply = Apply | TryNext | Failure
 
 def encode(message: msgspec.Struct) -> bytes:
     """A message as bytes."""
-    return msgspec.msgpack.encode(message)
+    return msgspec.msgpack.encode(message, enc_hook=_packed)
 
 
 def decode(data: bytes, kind: Any) -> Any:
@@ -299,4 +300,17 @@ def decode(data: bytes, kind: Any) -> Any:
     Raises:
         msgspec.ValidationError: Not such a message: the two sides run different releases.
     """
-    return msgspec.msgpack.decode(data, type=kind)
+    return msgspec.msgpack.decode(data, type=kind, dec_hook=_unpacked)
+
+
+def _packed(value: Any) -> bytes:
+    if isinstance(value, Shared):
+        return value.encode()
+    raise NotImplementedError(f"no message holds a {type(value).__name__}")
+
+
+def _unpacked(kind: type, value: Any) -> Any:
+    """What many ranks say alike travels as bytes of its own, and is decoded once for all of them."""
+    if issubclass(kind, Shared) and isinstance(value, bytes):
+        return kind.decode(value)
+    raise NotImplementedError(f"no message holds a {kind.__name__}")

@@ -19,7 +19,7 @@ from rl_ckpt.format import records
 from rl_ckpt.format.digest import check
 from rl_ckpt.format.manifest import ArrayRef, Chunk, Manifest
 from rl_ckpt.plan.match import Match, match_all, match_state, view
-from rl_ckpt.plan.spread import ChunkId
+from rl_ckpt.plan.spread import ChunkId, Needs
 from rl_ckpt.runtime import memory
 from rl_ckpt.runtime.links import answer, ask, coordinator, ensure_server
 from rl_ckpt.runtime.messages import (
@@ -93,7 +93,7 @@ def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: An
         refuse_pickles(manifest, match, spec.options.allow_pickle)
         boxes = {path: _wanted_box(path, node.index, flat, manifest) for path, node in _array_fills(match).items()}
         needs = _needs(manifest, match, boxes)
-        matched = Matched(place.key, candidate.token, place.rank, ensure_server(spec), match.problems, tuple(needs))
+        matched = Matched(place.key, candidate.token, place.rank, ensure_server(spec), match.problems, Needs.of(needs))
         asked = link.match.remote(encode(matched))
         # Files that this rank can map are verified while the others say what they need.
         chunks = _Chunks(store, manifest, needs, Sources()) if mapped and not match.problems else None

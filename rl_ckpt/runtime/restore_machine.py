@@ -8,6 +8,7 @@ sends everybody to the next one; a state that doesn't fit ends the restore.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 
 from rl_ckpt.errors import CheckpointError, CorruptionError, InvalidInputError, SaveTimeoutError, WorkerFailuresError
 from rl_ckpt.format.manifest import Manifest
@@ -101,6 +102,7 @@ class Restore:
     fell_back: dict[str, str] = field(default_factory=dict)
     matched: dict[int, Matched] = field(default_factory=dict)
     verified: dict[int, str] = field(default_factory=dict)
+    twins: dict[ChunkId, ChunkId] = field(default_factory=dict)
     offsets: dict[str, dict[ChunkId, int]] = field(default_factory=dict)
     """Where each chunk goes in each server's restore memory."""
     memory: dict[str, str] = field(default_factory=dict)
@@ -205,17 +207,26 @@ class RestoreMachine:
 
     def _files(self, restore: Restore) -> list[Instruction]:
         restore.state = VERIFYING
-        chunks = [chunk for m in restore.matched.values() for chunk in m.needs]
-        restore.bytes_from = {"files": sum(_bytes(restore, chunk) for chunk in chunks)}
+        sizes: dict[int, int] = {}  # by part: many ranks need the same
+        for part in [part for m in restore.matched.values() for part in m.needs.parts]:
+            if id(part) not in sizes:
+                sizes[id(part)] = sum(_bytes(restore, chunk) for chunk in part.chunks)
+        total = sum(sizes[id(part)] for m in restore.matched.values() for part in m.needs.parts)
+        restore.bytes_from = {"files": total}
         answers: list[Instruction] = [Answer(restore.key, rank, Sources()) for rank in restore.matched]
         return [*answers, Arm(restore.token, VERIFYING, self.options.write_timeout_s)]
 
     def _fetch(self, restore: Restore) -> list[Instruction]:
         assert restore.manifest is not None
-        twins = canonical_chunks(restore.manifest)
+        twins = restore.twins = canonical_chunks(restore.manifest)
         needs: dict[str, set[ChunkId]] = {}
+        seen: set[tuple[str, int]] = set()
         for m in restore.matched.values():
-            needs.setdefault(m.server, set()).update(twins[chunk] for chunk in m.needs)
+            mine = needs.setdefault(m.server, set())
+            for part in m.needs.parts:
+                if (m.server, id(part)) not in seen:
+                    seen.add((m.server, id(part)))
+                    mine.update([twins[chunk] for chunk in part.chunks])
         plan = spread(restore.manifest, needs)
         restore.state = FETCHING
         sizes = {server: self._lay_out(restore, server, chunks) for server, chunks in needs.items()}
@@ -278,16 +289,20 @@ class RestoreMachine:
             passes: list[Instruction] = [Fetch(token, to, order) for to, order in restore.passes.items()]
             return [*passes, Arm(token, PASSING, self.options.write_timeout_s)]
         restore.state = VERIFYING
+        known: dict[tuple[str, int], tuple[int, ...]] = {}
         answers: list[Instruction] = [
-            Answer(restore.key, rank, self._sources(restore, m)) for rank, m in restore.matched.items()
+            Answer(restore.key, rank, self._sources(restore, m, known)) for rank, m in restore.matched.items()
         ]
         return [*answers, Arm(token, VERIFYING, self.options.write_timeout_s)]
 
-    def _sources(self, restore: Restore, matched: Matched) -> Sources:
-        assert restore.manifest is not None
-        twins = canonical_chunks(restore.manifest)
-        places = restore.offsets[matched.server]
-        return Sources(restore.memory[matched.server], tuple(places[twins[chunk]] for chunk in matched.needs))
+    def _sources(self, restore: Restore, matched: Matched, known: dict[tuple[str, int], tuple[int, ...]]) -> Sources:
+        """Where a rank finds its chunks; `known` holds the offsets of parts of needs, by server."""
+        server, twins, places = matched.server, restore.twins, restore.offsets[matched.server]
+        for part in matched.needs.parts:
+            if (server, id(part)) not in known:
+                known[server, id(part)] = tuple([places[twins[chunk]] for chunk in part.chunks])
+        offsets = chain.from_iterable(known[server, id(part)] for part in matched.needs.parts)
+        return Sources(restore.memory[server], tuple(offsets))
 
     def verify(self, message: Verified) -> list[Instruction]:
         """A rank has looked at its chunks."""

@@ -14,7 +14,7 @@ import msgspec
 from rl_ckpt.errors import InvalidInputError
 
 
-class Box(msgspec.Struct, frozen=True, array_like=True):
+class Box(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A part of an array: `offset` and `shape` in elements, one entry an axis, in global coordinates."""
 
     offset: tuple[int, ...]
@@ -76,7 +76,7 @@ def cut(box: Box, itemsize: int, chunk_bytes: int) -> list[Box]:
     """
     if not box.size:
         return []
-    if not box.shape:
+    if not box.shape or box.size * itemsize <= chunk_bytes:
         return [box]
     inner = math.prod(box.shape[1:]) * itemsize  # bytes of one row of axis 0
     if inner > chunk_bytes and len(box.shape) > 1:
@@ -113,19 +113,43 @@ def check_tiling(path: str, shape: Sequence[int], boxes: Sequence[Box]) -> None:
                 f"{path!r}: the shard at offset {box.offset} with shape {box.shape} lies outside the global shape "
                 f"{tuple(shape)}; give `offset` and `global_shape` in elements of the global array"
             )
-    ordered = sorted((b for b in boxes if b.size), key=lambda b: b.offset)
-    for i, box in enumerate(ordered):
-        for other in ordered[i + 1 :]:
-            if box.shape and other.offset[0] >= box.offset[0] + box.shape[0]:
-                break  # sorted by the first axis: nothing after this one can touch `box`
-            if overlap(box, other) is not None:
-                raise InvalidInputError(
-                    f"{path!r}: the shards at {box.offset}+{box.shape} and {other.offset}+{other.shape} overlap; "
-                    "shards of one array must not share elements (equal boxes are taken as replicas)"
-                )
-    covered, total = sum(b.size for b in ordered), math.prod(shape)
+    filled = [b for b in boxes if b.size]
+    if not _is_grid(shape, filled):
+        _check_disjoint(path, filled)
+    covered, total = sum(b.size for b in filled), math.prod(shape)
     if covered != total:
         raise InvalidInputError(
             f"{path!r}: the shards cover {covered} of {total} elements of the global shape {tuple(shape)}; "
             "every element must belong to one worker: check offsets and shapes, or that all workers took part"
         )
+
+
+def _is_grid(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
+    """Whether distinct boxes are cells of one grid (as shards mostly are), and so disjoint."""
+    for axis, extent in enumerate(shape if boxes else ()):
+        starts = sorted({b.offset[axis] for b in boxes})
+        cell = dict(zip(starts, [*starts[1:], extent], strict=True))
+        if any(b.offset[axis] + b.shape[axis] != cell[b.offset[axis]] for b in boxes):
+            return False
+    return True
+
+
+def _check_disjoint(path: str, boxes: Sequence[Box]) -> None:
+    """Compares each box with those that begin before it ends, along the axis where that leaves the fewest.
+
+    Raises:
+        InvalidInputError: Two overlap.
+    """
+    axes = range(len(boxes[0].shape)) if boxes else range(0)
+    axis = max(axes, key=lambda a: len({b.offset[a] for b in boxes}), default=0)
+    ordered = sorted(boxes, key=lambda b: (b.offset[axis : axis + 1], b.offset))
+    for i, box in enumerate(ordered):
+        for k in range(i + 1, len(ordered)):
+            other = ordered[k]
+            if box.shape and other.offset[axis] >= box.offset[axis] + box.shape[axis]:
+                break  # sorted by this axis: nothing after this one can touch `box`
+            if overlap(box, other) is not None:
+                raise InvalidInputError(
+                    f"{path!r}: the shards at {box.offset}+{box.shape} and {other.offset}+{other.shape} overlap; "
+                    "shards of one array must not share elements (equal boxes are taken as replicas)"
+                )

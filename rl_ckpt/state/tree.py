@@ -51,7 +51,7 @@ class Tie(msgspec.Struct, frozen=True, tag_field="node", tag="tie"):
     path: str
 
 
-class LocalArray(msgspec.Struct, frozen=True, tag_field="node", tag="array"):
+class LocalArray(msgspec.Struct, frozen=True, tag_field="node", tag="array", gc=False):
     """A worker's array: the spec with its *global* shape, the box the worker holds, and how it was declared."""
 
     spec: ArraySpec

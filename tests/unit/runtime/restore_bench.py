@@ -9,7 +9,7 @@ from rl_ckpt.errors import CheckpointError, CorruptionError
 from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.options import Options
 from rl_ckpt.plan.match import Problems
-from rl_ckpt.plan.spread import ChunkId
+from rl_ckpt.plan.spread import ChunkId, Needs
 from rl_ckpt.runtime import restore_machine as rm
 from rl_ckpt.runtime.messages import (
     Apply,
@@ -96,7 +96,7 @@ class Bench:
         return found[-1].token if found else "none"
 
     def match(self, rank: int, problems: Problems | None = None, key: str = "r") -> None:
-        server, needs = f"server-{rank % 2}", tuple(all_chunks())
+        server, needs = f"server-{rank % 2}", Needs.of(all_chunks())
         matched = Matched(key, self.token(rank, key), rank, server, problems or Problems(), needs)
         self.do(self.machine.match(matched))
 

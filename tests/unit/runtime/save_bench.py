@@ -23,6 +23,8 @@ from rl_ckpt.runtime.messages import (
     SaveOrders,
     SaveReply,
     Staged,
+    decode,
+    encode,
 )
 from rl_ckpt.runtime.save_machine import SaveMachine
 from rl_ckpt.state.tree import Plain, flatten
@@ -40,15 +42,16 @@ def join(rank: int, step: int, world: int = 2, key: str | None = None, state: St
     flat = flatten(shared_and_own(rank, step) if state is None else state)
     inventory = take_inventory(flat, CHUNK_BYTES, world)
     server = f"server-{rank % 2}"
-    return JoinSave(key or f"save-{step}", rank, world, step, {}, None, None, server, CHUNK_BYTES, inventory)
+    message = JoinSave(key or f"save-{step}", rank, world, step, {}, None, None, server, CHUNK_BYTES, inventory)
+    return decode(encode(message), JoinSave)  # as it arrives: what ranks say alike is one object
 
 
 def repeat(rank: int, step: int, plan: str, world: int = 2, state: State | None = None) -> RepeatSave:
     """As a rank that remembers `plan` comes with a state of the same shape."""
     flat = flatten(shared_and_own(rank, step) if state is None else state)
-    inventory = take_inventory(flat, CHUNK_BYTES, world)
-    plains = encode_plains({path: node for path, node in inventory.nodes.items() if isinstance(node, Plain)})
-    joined = b"".join(inventory.identities.values())
+    parts = take_inventory(flat, CHUNK_BYTES, world).parts
+    plains = encode_plains({path: node for path, node in flat.nodes.items() if isinstance(node, Plain)})
+    joined = b"".join(identity for part in parts for identity in part.identities.values())
     return RepeatSave(f"save-{step}", rank, world, step, {}, None, None, plan, plains, joined)
 
 

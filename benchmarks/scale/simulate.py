@@ -1,0 +1,312 @@
+"""One save and one restore with no bytes moved: the real state machines, planners, committer and message codec.
+
+What a coordinator would do for `Job`, on one core: decode every message, feed the machines, carry the instructions out
+by computing what the other side would answer, encode every reply. Time spent on behalf of workers and shard servers
+(making inventories, answering) is not counted, but for two figures that say what one worker pays.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import msgspec
+
+from benchmarks.scale.synthetic import CHUNK_BYTES, Job
+from rl_ckpt.format import manifest as manifests
+from rl_ckpt.format.digest import digest
+from rl_ckpt.format.manifest import ArrayRef, Manifest
+from rl_ckpt.options import Options
+from rl_ckpt.plan.deal import Stored, Written, entries
+from rl_ckpt.plan.match import Problems, match_state, view
+from rl_ckpt.plan.spread import ChunkId, Needs
+from rl_ckpt.runtime import restore_machine as rm
+from rl_ckpt.runtime import save_machine as sm
+from rl_ckpt.runtime.messages import (
+    FetchDone,
+    FetchOrder,
+    JoinSave,
+    Matched,
+    OpenRestore,
+    SaveDone,
+    SaveOrders,
+    Staged,
+    Verified,
+    WriteDone,
+    decode,
+    encode,
+)
+from rl_ckpt.state.boxes import overlap
+from rl_ckpt.state.tree import LocalArray
+from rl_ckpt.store.committer import Committer
+from rl_ckpt.store.run import Run
+
+T = TypeVar("T")
+
+_CANDIDATE_BYTES = 4 << 30  # the same manifest goes to every rank: past this much, the rest is reckoned
+MOST_PASSES = 4_000_000
+"""Chunks times servers that take them from a peer: beyond this, only a restore of mapped files is simulated."""
+
+PLANNED = ("join", "merge", "deal", "orders", "settle", "commit")
+"""The phases that the coordinator goes through for a save; "entries" and "encode" are parts of "commit"."""
+
+
+@dataclass
+class Figures:
+    """What one point cost: seconds by phase, and messages."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    messages: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    manifest_bytes: int = 0
+    chunks: int = 0
+    save_peak_bytes: int = 0
+    peak_bytes: int = 0
+    mapped: bool = False
+    """Whether the restore is one of mapped files."""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time of its body to a phase."""
+        begun = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+
+    @property
+    def save_s(self) -> float:
+        """All that the coordinator did for the save."""
+        return sum(self.seconds.get(name, 0.0) for name in PLANNED)
+
+    @property
+    def restore_s(self) -> float:
+        """All that the coordinator did for the restore."""
+        return sum(seconds for name, seconds in self.seconds.items() if name.startswith("restore"))
+
+
+@dataclass
+class Simulation:
+    """Drives the machines for one job."""
+
+    job: Job
+    options: Options = field(default_factory=lambda: Options(chunk_bytes=CHUNK_BYTES))
+    figures: Figures = field(default_factory=Figures)
+
+    def __post_init__(self) -> None:
+        """A run in this process's memory."""
+        self.run = Run.create(f"memory://scale-{uuid.uuid4().hex}")
+        self.committer = Committer(self.run, (), 0.0)
+        self.saves = sm.SaveMachine(self.options)
+        self.restores = rm.RestoreMachine(self.options)
+
+    def save(self, step: int, version: int = 0) -> Manifest:
+        """A whole save; `version` as for `Job.tree`."""
+        orders = self._staged_orders(step, version)
+        write = self._stage(step, orders)
+        return self._commit(write)
+
+    def _in(self, phase: str, data: bytes, kind: type) -> msgspec.Struct:
+        self.figures.messages += 1
+        self.figures.bytes_in += len(data)
+        with self.figures.phase(phase):
+            found: msgspec.Struct = decode(data, kind)
+        return found
+
+    def _out(self, phase: str, message: msgspec.Struct) -> bytes:
+        with self.figures.phase(phase):
+            data = encode(message)
+        self.figures.messages += 1
+        self.figures.bytes_out += len(data)
+        return data
+
+    def _staged_orders(self, step: int, version: int) -> list[SaveOrders]:
+        instructions: list[sm.Instruction] = []
+        for rank, inventory in enumerate(self.job.inventories(version)):
+            message = JoinSave(
+                f"save-{step}",
+                rank,
+                self.job.workers,
+                step,
+                {},
+                None,
+                None,
+                self.job.server(rank),
+                CHUNK_BYTES,
+                inventory,
+            )
+            begun = time.perf_counter()
+            data = encode(message)
+            if rank == 0:
+                self.figures.seconds["a worker encodes"] = time.perf_counter() - begun
+            join = self._in("join", data, JoinSave)
+            assert isinstance(join, JoinSave)
+            del data, message, inventory
+            with self.figures.phase("merge" if rank == self.job.workers - 1 else "join"):
+                instructions = self.saves.join(join)
+        name = _only(instructions, sm.Name)
+        with self.figures.phase("deal"):
+            checkpoint, stored = self.committer.attempt(name.request)
+            instructions = self._named(name.token, checkpoint, stored)
+        orders: dict[int, SaveOrders] = {}
+        for order in _all(instructions, sm.Order):
+            assert isinstance(order.reply, SaveOrders), order.reply
+            self._out("orders", order.reply)
+            orders[order.rank] = order.reply
+        return [orders[rank] for rank in range(self.job.workers)]
+
+    def _named(self, token: str, checkpoint: str, stored: Stored) -> list[sm.Instruction]:
+        instructions = self.saves.named(token, checkpoint, stored)
+        while asks := _all(instructions, sm.ReserveMemory):
+            for ask in asks:
+                instructions = self.saves.reserved(token, ask.server, f"/dev/shm/{ask.server}")
+        return instructions
+
+    def _stage(self, step: int, orders: list[SaveOrders]) -> list[sm.Instruction]:
+        instructions: list[sm.Instruction] = []
+        for rank, order in enumerate(orders):
+            digests = tuple(i.digest or digest(f"{i.path} {i.box.offset}".encode()) for i in order.items)
+            data = encode(Staged(f"save-{step}", rank, order.checkpoint, digests, 0.1))
+            message = self._in("orders", data, Staged)
+            assert isinstance(message, Staged)
+            with self.figures.phase("settle" if rank == len(orders) - 1 else "orders"):
+                instructions = self.saves.staged(message)
+        return instructions
+
+    def _commit(self, instructions: list[sm.Instruction]) -> Manifest:
+        for write in _all(instructions, sm.Write):
+            self._out("orders", write.order)
+            done = WriteDone(
+                tuple(_written(len(f.columns), sum(c.bytes for c in f.columns)) for f in write.order.files)
+            )
+            reply = self._in("orders", encode(done), WriteDone)
+            assert isinstance(reply, WriteDone)
+            with self.figures.phase("orders"):
+                instructions = self.saves.written(write.token, write.server, reply.written)
+        commit = _only(instructions, sm.Commit)
+        save = commit.save
+        assert save.plan is not None
+        with self.figures.phase("commit"):
+            record = self.committer.commit(save.checkpoint, save.request, save.plan, save.written, save.digests())
+        with self.figures.phase("entries"):
+            entries(save.plan, save.written, save.digests())
+        manifest = self.run.manifest(record)
+        with self.figures.phase("encode"):
+            self.figures.manifest_bytes = len(manifests.encode(manifest))
+        self.saves.committed(commit.token, SaveDone(record, "", (), 0.1, ""))
+        assert not self.saves.busy()
+        self.figures.chunks = sum(len(array.chunks) for array in manifest.arrays)
+        return manifest
+
+    def restore(self, mappable: bool = False) -> list[FetchOrder]:
+        """A whole restore onto as many ranks; `mappable` where workers map the store's files."""
+        f = self.figures
+        f.seconds = {name: seconds for name, seconds in f.seconds.items() if not name.startswith("restore")}
+        token, manifest = self._load(mappable)
+        instructions: list[rm.Instruction] = []
+        for rank, needs in enumerate(self.job.needs(manifest)):
+            data = encode(Matched("restore", token, rank, self.job.server(rank), Problems(), Needs.of(needs)))
+            message = self._in("restore, messages", data, Matched)
+            assert isinstance(message, Matched)
+            with f.phase("restore, plan" if rank == self.job.workers - 1 else "restore, messages"):
+                instructions = self.restores.match(message)
+        orders: list[FetchOrder] = []
+        while fetches := _all(instructions, rm.Fetch):
+            for fetch in fetches:
+                self._out("restore, messages", fetch.order)
+                orders.append(fetch.order)
+                with f.phase("restore, plan"):
+                    instructions = self.restores.fetched(fetch.token, fetch.server, FetchDone(0, memory="/dev/shm/x"))
+        for answer in _all(instructions, rm.Answer):
+            self._out("restore, messages", answer.reply)
+        self._finish_restore(token)
+        return orders
+
+    def _load(self, mappable: bool) -> tuple[str, Manifest]:
+        f = self.figures
+        instructions: list[rm.Instruction] = []
+        for rank in range(self.job.workers):
+            message = self._in(
+                "restore, messages", encode(OpenRestore("restore", rank, self.job.workers, None)), OpenRestore
+            )
+            assert isinstance(message, OpenRestore)
+            with f.phase("restore, messages"):
+                instructions = self.restores.open(message)
+        load = _only(instructions, rm.Load)
+        with f.phase("restore, manifest"):
+            manifest, data = self.run.manifest_file(self.run.find(self.run.log.read(), None))
+        with f.phase("restore, messages"):
+            instructions = self.restores.loaded(load.token, manifest, data, mappable, {})
+        answers = _all(instructions, rm.Answer)
+        encoded = answers[: max(8, _CANDIDATE_BYTES // len(data))]
+        for answer in encoded:
+            self._out("restore, candidates", answer.reply)
+        f.seconds["restore, candidates"] *= len(answers) / len(encoded)
+        f.bytes_out += (len(answers) - len(encoded)) * len(data)
+        self.a_worker_matches(manifest)
+        return load.token, manifest
+
+    def a_worker_matches(self, manifest: Manifest, rank: int = 0) -> list[ChunkId]:
+        """What a rank does to find what it needs; its time is kept."""
+        nodes, _ = self.job.tree(rank)
+        begun = time.perf_counter()
+        match = match_state(view(manifest, rank), nodes, manifest)
+        assert not match.problems, match.problems.lines()[:3]
+        found: list[ChunkId] = []
+        for path, fill in match.fills.items():
+            here = nodes[path]
+            if isinstance(fill, ArrayRef) and isinstance(here, LocalArray):
+                chunks = manifest.arrays[fill.index].chunks
+                found += [(fill.index, c) for c, chunk in enumerate(chunks) if overlap(chunk.box, here.box)]
+        self.figures.seconds["a worker matches"] = time.perf_counter() - begun
+        return found
+
+    def _finish_restore(self, token: str) -> None:
+        for rank in range(self.job.workers):
+            with self.figures.phase("restore, messages"):
+                instructions = self.restores.verify(Verified("restore", token, rank, ""))
+        for answer in _all(instructions, rm.Answer):
+            self._out("restore, messages", answer.reply)
+        with self.figures.phase("restore, messages"):
+            for rank in range(self.job.workers):
+                self.restores.applied("restore", rank)
+        assert not self.restores.states()
+
+
+def _written(columns: int, size_bytes: int) -> Written:
+    return Written(size_bytes + 4096, tuple(4096 + i * CHUNK_BYTES for i in range(columns)))
+
+
+def _all(instructions: Iterable[object], kind: type[T]) -> list[T]:
+    return [i for i in instructions if isinstance(i, kind)]
+
+
+def _only(instructions: Iterable[object], kind: type[T]) -> T:
+    (found,) = _all(instructions, kind)
+    return found
+
+
+def simulate(job: Job) -> Figures:
+    """One save and one restore of a job, in this process."""
+    gc.collect()
+    simulation = Simulation(job)
+    figures = simulation.figures
+    manifest = simulation.save(1)
+    figures.save_peak_bytes = peak_bytes()
+    shared = job.replicated * len(manifest.arrays[0].chunks) if job.replicated else 0
+    figures.mapped = shared * len({job.server(rank) for rank in range(job.workers)}) > MOST_PASSES
+    del manifest
+    simulation.restore(figures.mapped)
+    figures.peak_bytes = peak_bytes()
+    return figures
+
+
+def peak_bytes() -> int:
+    """Largest resident size of this process so far (`VmHWM`, which starts anew in a new program)."""
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith("VmHWM"))
+    return int(line.split()[1]) << 10

@@ -1,0 +1,170 @@
+"""The simulator's saves and restores are whole, and the work that planning does grows with what is planned."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from benchmarks.scale.growth import exponent, table
+from benchmarks.scale.simulate import Simulation, simulate
+from benchmarks.scale.synthetic import SHARES, Job
+from rl_ckpt.plan.deal import Written, deal, entries, settle
+from rl_ckpt.plan.merge import merge
+from rl_ckpt.plan.spread import spread
+from rl_ckpt.runtime.messages import JoinSave, decode, encode
+from rl_ckpt.state import boxes
+from rl_ckpt.state.boxes import Box, check_tiling
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_a_save_and_a_restore_are_whole(kind: str) -> None:
+    job = Job(kind, 20, 400)
+    simulation = Simulation(job)
+    manifest = simulation.save(1)
+    assert simulation.figures.chunks == 400
+    needs = list(job.needs(manifest))
+    for rank in (0, 7, 19):
+        assert simulation.a_worker_matches(manifest, rank) == needs[rank]  # what a worker would ask for
+    orders = simulation.restore()
+    read = Counter(i.source_offset for order in orders for items in order.files.values() for i in items)
+    files = Counter(name for order in orders for name in order.files)
+    assert sum(read.values()) == 400  # each chunk leaves the store once
+    assert set(files) == {file.name for file in manifest.files}
+    assert simulation.figures.save_s > 0 < simulation.figures.restore_s
+
+
+def test_a_second_save_writes_what_changed() -> None:
+    simulation = Simulation(Job("mixed", 8, 160))
+    first, second = simulation.save(1), simulation.save(2, version=1)
+    old = {file.name for file in first.files}
+    again = [c for a in second.arrays for c in a.chunks if second.files[c.file].name in old]
+    assert len(again) == 120  # replicas and shards are as they were; what is a rank's own is new
+    assert len([c for a in second.arrays for c in a.chunks]) == 160
+
+
+def test_figures_become_a_table() -> None:
+    job = Job("mixed", 4, 64)
+    lines = table({job: simulate(job)}).splitlines()
+    assert lines[2].startswith("| mixed | 4 | 64 |")
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+
+
+def test_the_exponent_of_a_power_is_that_power() -> None:
+    assert exponent([(x, 3 * x**1.5) for x in (10.0, 100.0, 1000.0)]) == pytest.approx(1.5)
+
+
+def calls(work: Callable[[], Any]) -> int:
+    """Calls of Python and C functions: a measure of work that no other program disturbs."""
+    count = 0
+
+    def seen(_frame: object, event: str, _arg: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(seen)
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+def planning(kind: str, workers: int, chunks: int) -> int:
+    """Calls from inventories to the manifest's entries, and to the plan of a restore."""
+    job = Job(kind, workers, chunks)
+    joins = [JoinSave("k", r, workers, 1, {}, None, None, "s", 1 << 24, i) for r, i in enumerate(job.inventories())]
+    inventories = [decode(encode(join), JoinSave).inventory for join in joins]
+    servers = [job.server(rank) for rank in range(workers)]
+
+    def work() -> None:
+        plan = deal(merge(inventories, 1 << 24), servers, "1-x", {}, 4, 256 << 20)
+        digests = {
+            (server, column.offset): repr((server, column.offset)).encode()
+            for server, files in plan.files.items()
+            for file in files
+            for column in file.columns
+        }
+        settle(plan, digests, {})
+        written = {
+            server: [Written(1, tuple(range(len(f.columns)))) for f in files] for server, files in plan.files.items()
+        }
+        entries(plan, written, digests)
+
+    return calls(work)
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_planning_grows_no_faster_than_the_chunks(kind: str) -> None:
+    work = [planning(kind, 16, chunks) for chunks in (640, 1280, 2560)]
+    assert all(after < 2.3 * before for before, after in pairwise(work)), work  # twice the chunks; log n is in C
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_planning_grows_no_faster_than_the_workers(kind: str) -> None:
+    work = [planning(kind, workers, 1280) for workers in (32, 64, 128)]
+    assert all(after < 2.3 * before for before, after in pairwise(work)), work
+
+
+def test_more_replicas_of_the_same_cost_next_to_nothing() -> None:
+    few, many = planning("replicated", 16, 2560), planning("replicated", 64, 2560)
+    assert many < 1.6 * few
+
+
+def test_who_holds_an_array_is_said_once_for_all_of_them() -> None:
+    merged = merge(list(Job("replicated", 16, 400).inventories()), 1 << 24)
+    assert len({id(chunk.holders) for array in merged.arrays for chunk in array.chunks}) == 1
+
+
+class _CountedRanks(tuple[int, ...]):
+    """Ranks that count how often they are hashed: with a thousand of them, that is what takes time."""
+
+    hashed = 0
+
+    def __hash__(self) -> int:
+        _CountedRanks.hashed += 1
+        return super().__hash__()
+
+
+def test_the_holders_of_many_chunks_are_not_hashed_for_each() -> None:
+    merged = merge(list(Job("replicated", 16, 400).inventories()), 1 << 24)
+    holders = _CountedRanks(range(16))
+    for array in merged.arrays:
+        for chunk in array.chunks:
+            chunk.holders = holders
+    deal(merged, ["s"] * 16, "1-x", {}, 4, 256 << 20)
+    assert 0 < _CountedRanks.hashed < 10
+
+
+def test_a_restore_of_replicas_is_planned_without_asking_every_server_for_every_chunk() -> None:
+    job = Job("replicated", 64, 800)
+    manifest = Simulation(job).save(1)
+    everything = set(next(job.needs(manifest)))
+
+    def work(servers: int) -> int:
+        return calls(lambda: spread(manifest, {f"s{i:02}": everything for i in range(servers)}))
+
+    assert work(32) < 2 * work(4)
+
+
+def test_shards_along_any_axis_are_checked_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[Box, Box]] = []
+    real = boxes.overlap
+
+    def counted(a: Box, b: Box) -> Box | None:
+        compared.append((a, b))
+        return real(a, b)
+
+    monkeypatch.setattr(boxes, "overlap", counted)
+    grid = [Box((4 * row, 4 * column), (4, 4)) for row in range(20) for column in range(20)]
+    check_tiling("w", (80, 80), grid)
+    assert compared == []
+    # No grid: one column is cut elsewhere.
+    ragged = [b for b in grid if b.offset[1]] + [Box((8 * row, 0), (8, 4)) for row in range(10)]
+    check_tiling("w", (80, 80), ragged)
+    assert 0 < len(compared) < 20 * len(ragged)
