@@ -150,6 +150,16 @@ class TestJoinAgain:
             bench.do(bench.machine.repeat(repeat(rank, 0, plan, state=state)))
         self.again(bench, 0, 0, 1)
 
+    def test_replicas_of_which_everything_was_alike(self) -> None:
+        bench = Bench()
+        bench.join_all(0, state={"w": np.zeros(512)})
+        bench.name()
+        bench.reserve()
+        finish(bench, 0)
+        for rank in range(2):
+            bench.do(bench.machine.repeat(repeat(rank, 1, bench.plan(0), state={"w": np.full(512, float(rank))})))
+        self.again(bench, 1, 0, 1)
+
     def test_arrays_of_single_ranks_that_are_equal_now(self) -> None:
         bench, plan = prepared()
         for rank in range(2):
