@@ -18,14 +18,15 @@ from rl_ckpt.state.leaves import Json
 from rl_ckpt.state.tree import Container, Plain, Tie
 
 
-class ShardFileEntry(msgspec.Struct, frozen=True, array_like=True):
+# `gc=False`: 100,000 of these must not make Python's collector walk the user's heap; none of them can be in a cycle.
+class ShardFileEntry(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A shard file that the checkpoint uses: its name below the run's URL, and its size."""
 
     name: str
     bytes: int
 
 
-class Chunk(msgspec.Struct, frozen=True, array_like=True):
+class Chunk(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Where the values of one box of an array lie: `bytes` bytes at `offset` of `files[file]`, in C order."""
 
     box: Box
@@ -36,14 +37,14 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True):
     """xxh3-128 of those bytes, 32 hex digits."""
 
 
-class ArrayEntry(msgspec.Struct, frozen=True):
+class ArrayEntry(msgspec.Struct, frozen=True, gc=False):
     """A stored array: its spec with the global shape, and chunks that tile it."""
 
     spec: ArraySpec
     chunks: tuple[Chunk, ...]
 
 
-class ArrayRef(msgspec.Struct, frozen=True, tag_field="node", tag="array"):
+class ArrayRef(msgspec.Struct, frozen=True, gc=False, tag_field="node", tag="array"):
     """A leaf that is `arrays[index]`."""
 
     index: int
@@ -52,7 +53,7 @@ class ArrayRef(msgspec.Struct, frozen=True, tag_field="node", tag="array"):
 SavedNode = Container | Plain | Tie | ArrayRef
 
 
-class Variant(msgspec.Struct, frozen=True, omit_defaults=True):
+class Variant(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What stands at a path on some ranks."""
 
     node: SavedNode

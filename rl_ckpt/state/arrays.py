@@ -33,7 +33,7 @@ LONG_PLAIN = (BYTES, STR, PICKLE)
 _TORCH_KINDS = frozenset((TORCH, PARAMETER, FROZEN_PARAMETER, DTENSOR))
 
 
-class ArraySpec(msgspec.Struct, frozen=True):
+class ArraySpec(msgspec.Struct, frozen=True, gc=False):
     """What an array is: the kind of its library, the dtype's name and the shape in elements."""
 
     kind: str

@@ -6,6 +6,7 @@ bytes, files, workers.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ import msgspec
 from rl_ckpt.errors import InvalidInputError
 
 
-class Box(msgspec.Struct, frozen=True, array_like=True):
+class Box(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A part of an array: `offset` and `shape` in elements, one entry an axis, in global coordinates."""
 
     offset: tuple[int, ...]
@@ -28,7 +29,12 @@ class Box(msgspec.Struct, frozen=True, array_like=True):
     @staticmethod
     def whole(shape: Sequence[int]) -> Box:
         """The box that covers an array of `shape`."""
-        return Box((0,) * len(shape), tuple(shape))
+        return _whole(tuple(shape))
+
+
+@functools.lru_cache(4096)
+def _whole(shape: tuple[int, ...]) -> Box:
+    return Box((0,) * len(shape), shape)
 
 
 def overlap(saved: Box, wanted: Box) -> Box | None:

@@ -31,27 +31,28 @@ AUTO, REPLICATED, PER_RANK, SHARDED = "auto", "replicated", "per_rank", "sharded
 _INLINE_BYTES = 1024  # longer bytes, strings and pickles are kept as chunks, shorter ones in the manifest
 
 
-class Container(msgspec.Struct, frozen=True, tag_field="node", tag="container", omit_defaults=True):
+# `gc=False`: 100,000 of these must not make Python's collector walk the user's heap; none of them can be in a cycle.
+class Container(msgspec.Struct, frozen=True, gc=False, tag_field="node", tag="container", omit_defaults=True):
     """An inner node: its type ("dict", "OrderedDict", "list", "tuple") and its keys in order."""
 
     type: str
     keys: tuple[Key, ...] = ()
 
 
-class Plain(msgspec.Struct, frozen=True, tag_field="node", tag="plain", omit_defaults=True):
+class Plain(msgspec.Struct, frozen=True, gc=False, tag_field="node", tag="plain", omit_defaults=True):
     """A leaf of plain data, encoded by state/leaves.py; `per_rank` where it was declared so."""
 
     value: Json
     per_rank: bool = False
 
 
-class Tie(msgspec.Struct, frozen=True, tag_field="node", tag="tie"):
+class Tie(msgspec.Struct, frozen=True, gc=False, tag_field="node", tag="tie"):
     """The very array (the same object or memory) that stands at `path` too."""
 
     path: str
 
 
-class LocalArray(msgspec.Struct, frozen=True, tag_field="node", tag="array"):
+class LocalArray(msgspec.Struct, frozen=True, gc=False, tag_field="node", tag="array"):
     """A worker's array: the spec with its *global* shape, the box the worker holds, and how it was declared."""
 
     spec: ArraySpec
