@@ -1,7 +1,8 @@
 """Deal: which rank stages which chunk, where in its node's staging memory, and which shard files come of it.
 
 Owns: balance (by bytes over ranks, then over nodes), de-duplication by digest (within the save and against the newest
-checkpoint), the layout of a generation of staging memory, and the split into files (many small chunks into packed ones). Moves nothing.
+checkpoint), the layout of a generation of staging memory, and the split into files (packed ones for many small chunks).
+Moves nothing.
 """
 
 from __future__ import annotations
