@@ -79,8 +79,7 @@ class SavePlan:
         return sum(c.bytes for plans in self.files.values() for f in plans for c in f.columns)
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
+class _Source(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     """Either a chunk that this save writes (server, file, column) or one that an older checkpoint holds."""
 
     server: str = ""
@@ -103,8 +102,7 @@ def stored_chunks(manifest: Manifest) -> dict[tuple[bytes, int], tuple[ShardFile
     }
 
 
-@dataclass(slots=True)
-class _Write:
+class _Write(msgspec.Struct, gc=False):
     """A chunk that must be staged: once for all places that have the same bytes."""
 
     array: MergedArray
@@ -289,13 +287,16 @@ def settle(plan: SavePlan, digests: Mapping[tuple[str, int], bytes], stored: Sto
                 elif key in first:
                     moved[here] = first[key]
                 else:
-                    moved[here] = first[key] = _Source(server, len(kept), len(columns))
+                    first[key] = here
+                    if (f, c) != (len(kept), len(columns)):
+                        moved[here] = first[key] = _Source(server, len(kept), len(columns))
                     columns.append(column)
             if columns:
                 kept.append(FilePlan(file.name, tuple(columns), file.packed))
         plan.files[server] = kept
     plan.files = {server: files for server, files in plan.files.items() if files}
-    plan.sources = {place: moved.get(source, source) for place, source in plan.sources.items()}
+    if moved:
+        plan.sources = {place: moved.get(source, source) for place, source in plan.sources.items()}
 
 
 class Written(msgspec.Struct, frozen=True):

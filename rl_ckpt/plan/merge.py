@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.format.manifest import ArrayRef, SavedNode, Variant
 from rl_ckpt.plan.inventory import Inventory, box_bytes, chunk_boxes
@@ -17,8 +19,8 @@ from rl_ckpt.state.boxes import Box, check_tiling
 from rl_ckpt.state.tree import PER_RANK, REPLICATED, SHARDED, LocalArray, Node, Plain
 
 
-@dataclass(slots=True)
-class MergedChunk:
+# `gc=False`: 100,000 of these must not make Python's collector walk the user's heap; none of them can be in a cycle.
+class MergedChunk(msgspec.Struct, gc=False):
     """One chunk of one array, and who could stage it."""
 
     box: Box
@@ -28,8 +30,7 @@ class MergedChunk:
     holders: tuple[int, ...]
 
 
-@dataclass(slots=True)
-class MergedArray:
+class MergedArray(msgspec.Struct, gc=False):
     """One array to be stored."""
 
     path: str

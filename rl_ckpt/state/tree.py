@@ -24,7 +24,7 @@ from rl_ckpt.state.boxes import Box
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
 from rl_ckpt.state.dtypes import dtype_from_name
 from rl_ckpt.state.leaves import Json
-from rl_ckpt.state.paths import Key, join
+from rl_ckpt.state.paths import Key, escape
 
 AUTO, REPLICATED, PER_RANK, SHARDED = "auto", "replicated", "per_rank", "sharded"
 
@@ -98,6 +98,9 @@ def flatten(tree: Any, allow_pickle: bool = False) -> FlatTree:
     return walker.flat
 
 
+_INNER = frozenset((dict, OrderedDict, list, tuple, Replicated, PerRank, Sharded))
+
+
 class _Walker:
     def __init__(self, allow_pickle: bool) -> None:
         self.flat = FlatTree()
@@ -114,7 +117,9 @@ class _Walker:
 
     def _node(self, path: str, value: Any, declared: str) -> None:
         kind = type(value)
-        if kind in (Replicated, PerRank):
+        if kind not in _INNER:
+            self._leaf(path, value, declared)
+        elif kind in (Replicated, PerRank):
             inner = REPLICATED if kind is Replicated else PER_RANK
             if declared not in (AUTO, inner):
                 raise UnsupportedLeafError(f"declared {inner} inside a part that is declared {declared}")
@@ -129,18 +134,17 @@ class _Walker:
             if broken:
                 raise UnsupportedLeafError(f"key {broken[0]!r} holds a lone surrogate; keys must be valid Unicode text")
             self._container(path, value, kind.__name__, dict(value), declared)
-        elif kind in (list, tuple):
-            self._container(path, value, kind.__name__, dict(enumerate(value)), declared)
         else:
-            self._leaf(path, value, declared)
+            self._container(path, value, kind.__name__, dict(enumerate(value)), declared)
 
     def _container(self, path: str, value: Any, name: str, children: Mapping[Key, Any], declared: str) -> None:
         if id(value) in self._above:
             raise UnsupportedLeafError("a container that contains itself")
         self.flat.nodes[path] = Container(name, tuple(children))
         self._above.add(id(value))
+        above = f"{path}/" if path else ""
         for key, child in children.items():
-            self.walk(join(path, key), child, declared)
+            self.walk(above + escape(key), child, declared)
         self._above.discard(id(value))
 
     def _sharded(self, path: str, value: Sharded, declared: str) -> None:
@@ -209,7 +213,7 @@ class _Walker:
         self.flat.nodes[path] = Plain(value, declared == PER_RANK)
 
     def _array(self, path: str, value: Any, spec: ArraySpec, box: Box, declared: str) -> None:
-        key = (*arrays.memory_key(value, spec.kind), declared, box, spec.shape)
+        key = (arrays.memory_key(value, spec.kind), declared, box, spec.shape)
         first = self._seen.setdefault(key, path)
         if first != path:
             self.flat.nodes[path] = Tie(first)
@@ -240,8 +244,13 @@ def _build(path: str, nodes: Mapping[str, Node], values: Mapping[str, Any]) -> A
     node = nodes.get(path)
     if not isinstance(node, Container):
         return values.get(path, _MISSING)
-    children = [(key, _build(join(path, key), nodes, values)) for key in node.keys]
-    kept = [(key, child) for key, child in children if child is not _MISSING]
+    above = f"{path}/" if path else ""
+    kept: list[tuple[Key, Any]] = []
+    for key in node.keys:
+        below = above + escape(key)
+        child = _build(below, nodes, values) if isinstance(nodes.get(below), Container) else values.get(below, _MISSING)
+        if child is not _MISSING:
+            kept.append((key, child))
     if node.keys and not kept:
         return _MISSING
     match node.type:
