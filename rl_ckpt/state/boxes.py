@@ -54,6 +54,8 @@ def overlap(saved: Box, wanted: Box) -> Box | None:
     """
     if len(saved.shape) != len(wanted.shape):
         raise InvalidInputError(f"boxes of different rank: {len(saved.shape)} and {len(wanted.shape)} axes")
+    if saved == wanted and 0 not in saved.shape:
+        return saved
     offset, shape = [], []
     for a, n, b, m in zip(saved.offset, saved.shape, wanted.offset, wanted.shape, strict=True):
         low, high = max(a, b), min(a + n, b + m)
