@@ -164,6 +164,10 @@ def _numpy_dtype(dtype: Any) -> np.dtype[Any] | None:
 
 def flat_bytes(host: Host) -> memoryview:
     """All values as flat bytes in C order: a view where the array is contiguous, else of a copy."""
+    if host.dtype.names and not host.flags.c_contiguous:
+        # numpy copies a structured array field by field, and what lies between the fields would be another byte each
+        # time, with another digest.
+        host = host.view(np.dtype((np.void, host.dtype.itemsize)))
     contiguous = np.ascontiguousarray(host)
     return contiguous.reshape(-1).view(np.uint8).data.cast("B")
 
