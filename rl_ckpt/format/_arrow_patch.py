@@ -15,7 +15,6 @@ import numpy as np
 
 _MAGIC = 8  # "ARROW1" and two bytes of padding
 _PREFIX = 8  # continuation marker and metadata length, both int32
-_BUFFERS_PER_COLUMN = 3  # validity of the list, validity of its values, the values
 _MESSAGE_HEADER, _MESSAGE_BODY_LENGTH = 2, 3  # field numbers in the flatbuffer tables
 _BATCH_BUFFERS = 2
 _FOOTER_BATCHES = 3
@@ -26,49 +25,48 @@ class Layout:
     """A file's parts around the values."""
 
     head: bytes
+    sizes: list[int]
+    """Bytes of each buffer, in the order of the batch's metadata; most are 0 (columns without nulls)."""
     padded: list[int]
     offsets: list[int]
+    """Of each buffer in the file."""
     tail: bytes
 
 
-def align(head: bytes, tail: bytes, sizes: list[int], alignment: int) -> Layout:
-    """Lays the values out anew.
+def align(head: bytes, tail: bytes, alignment: int) -> Layout:
+    """Lays the buffers out anew.
 
     Args:
-        head: The file up to the first value: magic, schema message, batch message.
-        tail: The file after the last value and its padding: end marker, footer, magic.
-        sizes: Bytes of each column's values.
-        alignment: Multiple of 8 at which each column's values shall start.
+        head: The file up to the first buffer: magic, schema message, batch message.
+        tail: The file after the last buffer and its padding: end marker, footer, magic.
+        alignment: Multiple of 8 at which each buffer shall start.
 
     Returns:
-        The new head and tail, each column's padded size and its offset in the file.
+        The new head and tail, and each buffer's size, padded size and offset in the file.
     """
     message = _MAGIC + _PREFIX + struct.unpack_from("<i", head, _MAGIC + 4)[0]
     pad = -len(head) % alignment
     new_head, new_tail = bytearray(head + bytes(pad)), bytearray(tail)
-    lengths = np.asarray(sizes, np.int64)
-    padded = -(-lengths // alignment) * alignment
-    starts = np.cumsum(padded) - padded
-    body = int(padded.sum())
 
-    struct.pack_into("<i", new_head, message + 4, struct.unpack_from("<i", head, message + 4)[0] + pad)
     root = _root(new_head, message + _PREFIX)
-    struct.pack_into("<q", new_head, _field(new_head, root, _MESSAGE_BODY_LENGTH), body)
     batch = _follow(new_head, _field(new_head, root, _MESSAGE_HEADER))
-    buffers, count = _vector(new_head, _field(new_head, batch, _BATCH_BUFFERS))
-    if count != _BUFFERS_PER_COLUMN * len(sizes):
-        raise AssertionError(f"pyarrow wrote {count} buffers for {len(sizes)} columns")
-    table = np.frombuffer(new_head, np.int64, 2 * count, buffers).reshape(len(sizes), _BUFFERS_PER_COLUMN, 2)
-    table[:, :, 0] = starts[:, None]
-    table[:, 2, 1] = lengths
-    del table
+    at, count = _vector(new_head, _field(new_head, batch, _BATCH_BUFFERS))
+    table = np.frombuffer(new_head, np.int64, 2 * count, at).reshape(count, 2)
+    sizes = table[:, 1].copy()
+    padded = -(-sizes // alignment) * alignment
+    starts = np.cumsum(padded) - padded
+    table[:, 0] = starts
+    del table  # it holds the head's memory
+    body = int(padded.sum())
+    struct.pack_into("<i", new_head, message + 4, struct.unpack_from("<i", head, message + 4)[0] + pad)
+    struct.pack_into("<q", new_head, _field(new_head, root, _MESSAGE_BODY_LENGTH), body)
 
     footer = len(tail) - 6 - 4 - struct.unpack_from("<i", tail, len(tail) - 10)[0]
     blocks, _ = _vector(new_tail, _field(new_tail, _root(new_tail, footer), _FOOTER_BATCHES))
     struct.pack_into("<i", new_tail, blocks + 8, len(new_head) - message)
     struct.pack_into("<q", new_tail, blocks + 16, body)
     offsets = (starts + len(new_head)).tolist()
-    return Layout(bytes(new_head), padded.tolist(), offsets, bytes(new_tail))
+    return Layout(bytes(new_head), sizes.tolist(), padded.tolist(), offsets, bytes(new_tail))
 
 
 def body_bytes(head: bytes) -> int:

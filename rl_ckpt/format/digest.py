@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import xxhash
 
 from rl_ckpt.errors import CorruptionError
@@ -10,9 +13,13 @@ ALGORITHM = "xxh3-128"
 DIGEST_BYTES = 16
 
 
-def digest(data: bytes | bytearray | memoryview) -> bytes:
+Buffer = bytes | bytearray | memoryview | np.ndarray[Any, np.dtype[Any]]
+"""What is hashed: contiguous bytes. An array must be in C order: it is taken as the bytes of its values."""
+
+
+def digest(data: Buffer) -> bytes:
     """Digest of a buffer: 16 bytes."""
-    return xxhash.xxh3_128_digest(data)
+    return xxhash.xxh3_128_digest(data)  # type: ignore[arg-type]  # before Python 3.12 no type says that arrays are buffers
 
 
 def hasher() -> xxhash.xxh3_128:

@@ -62,21 +62,48 @@ def compose(columns: Sequence[Column]) -> ShardFile:
     Returns:
         Segments to be written one after the other, and each column's offset in the file, in bytes.
     """
+    written = write_batch(_batch(columns))
+    segments: list[bytes | memoryview] = [written.head]
+    for column, (_, size, padding) in zip(columns, written.buffers, strict=True):
+        assert size == len(column.data), "a column's only buffer is its values"
+        segments.append(column.data)
+        if padding:
+            segments.append(padding)
+    segments.append(written.tail)
+    return ShardFile(segments, [at for at, _, _ in written.buffers], written.size_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenBatch:
+    """A file of one record batch, in parts: what goes between head and tail are its buffers, each with its padding."""
+
+    head: bytes
+    buffers: list[tuple[int, int, bytes]]
+    """Of each buffer that is not empty, in order: offset in the file, bytes, and padding to be written after it."""
+    data: list[pa.Buffer]
+    """The buffers themselves."""
+    tail: bytes
+    size_bytes: int
+
+
+def write_batch(batch: pa.RecordBatch) -> WrittenBatch:
+    """Makes a file of one record batch whose buffers start at multiples of `ALIGNMENT`; copies none of them."""
     sink = _Sink()
-    batch = _batch(columns)
-    # pyarrow writes into a sink that keeps references: its own bytes, and the columns' values, of which none is copied.
+    # pyarrow writes into a sink that keeps references: its own bytes, and the buffers, of which none is copied.
     with pa.PythonFile(sink, mode="w") as file, pa.ipc.new_file(file, batch.schema) as writer:
         writer.write_batch(batch)
-    head = sink.joined(0, sink.first_value)
-    tail = sink.joined(sink.first_value + _arrow_patch.body_bytes(head), sink.position)
-    layout = _arrow_patch.align(head, tail, [len(c.data) for c in columns], ALIGNMENT)
-    segments: list[bytes | memoryview] = [layout.head]
-    for column, size in zip(columns, layout.padded, strict=True):
-        segments.append(column.data)
-        if size != len(column.data):
-            segments.append(_PADDING[: size - len(column.data)])
-    segments.append(layout.tail)
-    return ShardFile(segments, layout.offsets, len(layout.head) + sum(layout.padded) + len(layout.tail))
+    head = sink.joined(0, sink.first_buffer)
+    tail = sink.joined(sink.first_buffer + _arrow_patch.body_bytes(head), sink.position)
+    layout = _arrow_patch.align(head, tail, ALIGNMENT)
+    buffers = [
+        (at, size, _PADDING[: padded - size])
+        for at, size, padded in zip(layout.offsets, layout.sizes, layout.padded, strict=True)
+        if size
+    ]
+    if [size for _, size, _ in buffers] != [len(buffer) for buffer in sink.buffers]:
+        raise AssertionError("pyarrow wrote other buffers than its metadata names")
+    total = len(layout.head) + sum(layout.padded) + len(layout.tail)
+    return WrittenBatch(layout.head, buffers, sink.buffers, layout.tail, total)
 
 
 def _batch(columns: Sequence[Column]) -> pa.RecordBatch:
@@ -111,11 +138,12 @@ def _width(value_type: str) -> int:
 
 
 class _Sink(io.RawIOBase):
-    """Keeps what pyarrow writes: its own pieces as bytes, the columns' values only as a gap."""
+    """Keeps what pyarrow writes: its own pieces as bytes, a batch's buffers as they are."""
 
     def __init__(self) -> None:
         self.position = 0
-        self.first_value = 0
+        self.first_buffer = 0
+        self.buffers: list[pa.Buffer] = []
         self._own: list[tuple[int, bytes]] = []
 
     def writable(self) -> bool:
@@ -126,7 +154,8 @@ class _Sink(io.RawIOBase):
 
     def write(self, piece: bytes | pa.Buffer) -> int:
         if isinstance(piece, pa.Buffer):
-            self.first_value = self.first_value or self.position
+            self.first_buffer = self.first_buffer or self.position
+            self.buffers.append(piece)
             size: int = piece.size
         else:
             self._own.append((self.position, piece))

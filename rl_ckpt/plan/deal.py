@@ -1,9 +1,9 @@
 """Deal: which rank stages which chunk, where in its node's staging memory, and which shard files come of it.
 
 Owns: balance (by bytes over ranks, then over nodes), the layout of a generation of staging memory, the split into
-files, and, once all is staged and its digests are known, de-duplication (within the save and against the checkpoint
-that it continues). A plan depends on shapes and on who has what, not on values: the next save of the same shape can use
-it again. Moves nothing.
+files (packed ones for many small chunks), and, once all is staged and its digests are known, de-duplication (within the
+save and against the checkpoint that it continues). A plan depends on shapes and on who has what, not on values: the
+next save of the same shape can use it again. Moves nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,15 @@ from rl_ckpt.format.manifest import ArrayEntry, Chunk, Manifest, ShardFileEntry,
 from rl_ckpt.format.shard_file import ALIGNMENT
 from rl_ckpt.plan.merge import Merged, MergedArray, MergedChunk
 from rl_ckpt.state.boxes import Box
+from rl_ckpt.state.dtypes import dtype_from_name
+
+PACK_BELOW_BYTES = 64 << 10
+"""A smaller chunk is a row of a packed file, where there are many of them."""
+COLUMNS_BEFORE_PACKING = 1024
+"""So many small chunks a server are columns; with more, all of them are rows."""
 
 
+# `gc=False`: 100,000 of these must not make Python's collector walk the user's heap; none of them can be in a cycle.
 class StageItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One chunk that a rank copies to `offset` of its node's generation of staging memory."""
 
@@ -32,22 +39,26 @@ class StageItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class ColumnPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One chunk that a shard server writes as a column of a shard file."""
+    """One chunk that a shard server writes as a column of a shard file, or as a row of a packed one."""
 
     name: str
+    """Of the column; empty for a row."""
     path: str
     dtype: str
     box: Box
     offset: int
     """Where it is staged, in bytes from the start of the generation."""
     bytes: int
+    rank: int | None = None
+    """The rank it belongs to, for a row."""
 
 
 class FilePlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One shard file; it has a name once the plan is settled."""
+    """One shard file; it has a name once the plan is settled. `columns` are its rows where it is packed."""
 
     name: str
     columns: tuple[ColumnPlan, ...]
+    packed: bool = False
 
 
 @dataclass(slots=True)
@@ -70,7 +81,7 @@ class SavePlan:
         return sum(c.bytes for plans in self.files.values() for f in plans for c in f.columns)
 
 
-class _Source(msgspec.Struct, frozen=True, gc=False):
+class _Source(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     """Either a chunk that this save writes (server, file, column) or one that an older checkpoint holds."""
 
     server: str = ""
@@ -173,22 +184,57 @@ def _lay_out(
 ) -> None:
     total = sum(write.chunk.size_bytes for _, write in dealt)
     target = max(min(-(-total // write_streams), file_bytes), 1 << 20)
-    columns: list[list[ColumnPlan]] = [[]]
-    names: set[str] = set()
-    offset = filled = 0
-    for rank, write in dealt:
-        chunk, array = write.chunk, write.array
-        if filled >= target:
-            columns.append([])
-            filled, names = 0, set()
-        name = _column_name(array, chunk, names)
-        plan.sources[write.place] = _Source(server, len(columns) - 1, len(columns[-1]))
-        columns[-1].append(ColumnPlan(name, array.path, array.spec.dtype, chunk.box, offset, chunk.size_bytes))
-        plan.stage[rank].append(StageItem(array.path, chunk.box, offset, chunk.size_bytes, chunk.digest))
-        filled += chunk.size_bytes
-        offset += -(-chunk.size_bytes // ALIGNMENT) * ALIGNMENT
-    plan.files[server] = [FilePlan("", tuple(group)) for group in columns]
+    rows, columns = _small(dealt)
+    groups = [(group, False) for group in _groups(columns, target)] + [(group, True) for group in _groups(rows, target)]
+    files: list[FilePlan] = []
+    offset = 0
+    for group, packed in groups:
+        names: set[str] = set()
+        planned: list[ColumnPlan] = []
+        for rank, write in group:
+            chunk, array, size = write.chunk, write.array, write.chunk.size_bytes
+            plan.sources[write.place] = _Source(server, len(files), len(planned))
+            name, owner = ("", array.rank) if packed else (_column_name(array, chunk, names), None)
+            planned.append(ColumnPlan(name, array.path, array.spec.dtype, chunk.box, offset, size, owner))
+            plan.stage[rank].append(StageItem(array.path, chunk.box, offset, size, chunk.digest))
+            offset += size if packed else _aligned(size)
+        offset = _aligned(offset)
+        files.append(FilePlan("", tuple(planned), packed))
+    plan.files[server] = files
     plan.staged_bytes[server] = offset
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _small(dealt: list[tuple[int, _Write]]) -> tuple[list[tuple[int, _Write]], list[tuple[int, _Write]]]:
+    """Chunks for packed files, and the others. A few small chunks are columns: those are easier to look at.
+
+    Packed chunks lie one after the other without padding, those of the widest alignment first. As a chunk is a multiple
+    of its dtype's alignment, each begins at a multiple of its own.
+    """
+    small = [item for item in dealt if item[1].chunk.size_bytes < PACK_BELOW_BYTES]
+    if len(small) <= COLUMNS_BEFORE_PACKING:
+        return [], dealt
+    by_alignment: dict[int, list[tuple[int, _Write]]] = {}
+    for item in small:
+        by_alignment.setdefault(dtype_from_name(item[1].array.spec.dtype).alignment, []).append(item)
+    packed = [item for width in sorted(by_alignment, reverse=True) for item in by_alignment[width]]
+    return packed, [item for item in dealt if item[1].chunk.size_bytes >= PACK_BELOW_BYTES]
+
+
+def _groups(dealt: list[tuple[int, _Write]], target: int) -> list[list[tuple[int, _Write]]]:
+    """What goes into one file each: so many chunks that they reach `target` bytes."""
+    out: list[list[tuple[int, _Write]]] = []
+    filled = target
+    for item in dealt:
+        if filled >= target:
+            out.append([])
+            filled = 0
+        out[-1].append(item)
+        filled += item[1].chunk.size_bytes
+    return out
 
 
 def _column_name(array: MergedArray, chunk: MergedChunk, taken: set[str]) -> str:
@@ -231,12 +277,12 @@ def settle(plan: SavePlan, checkpoint: str, digests: Mapping[tuple[str, int], by
                 elif key in first:
                     moved[here] = first[key]
                 else:
-                    first[key] = _Source(server, len(kept), len(columns))
-                    if first[key] != here:
-                        moved[here] = first[key]
+                    first[key] = here
+                    if (f, c) != (len(kept), len(columns)):
+                        moved[here] = first[key] = _Source(server, len(kept), len(columns))
                     columns.append(column)
             if columns:
-                kept.append(FilePlan(shard_file_name(checkpoint, server, len(kept)), tuple(columns)))
+                kept.append(FilePlan(shard_file_name(checkpoint, server, len(kept)), tuple(columns), file.packed))
         if kept:
             settled[server] = kept
     sources = {place: moved.get(source, source) for place, source in plan.sources.items()} if moved else plan.sources

@@ -11,7 +11,7 @@ import msgspec
 
 from rl_ckpt.format.digest import DIGEST_BYTES, digest
 from rl_ckpt.plan.shared import Shared
-from rl_ckpt.state.arrays import flat_bytes, host_part
+from rl_ckpt.state.arrays import Host, flat_bytes, host_part
 from rl_ckpt.state.boxes import Box, cut
 from rl_ckpt.state.dtypes import dtype_from_name
 from rl_ckpt.state.tree import AUTO, FlatTree, LocalArray, Node
@@ -79,7 +79,10 @@ def inventory_of(
 
 def chunk_boxes(array: LocalArray, chunk_bytes: int) -> list[Box]:
     """How a worker's array is cut; the same on every rank that holds the same box."""
-    return cut(array.box, dtype_from_name(array.spec.dtype).itemsize, chunk_bytes)
+    itemsize = dtype_from_name(array.spec.dtype).itemsize
+    if 0 < array.box.size * itemsize <= chunk_bytes:
+        return [array.box]  # as `cut` would
+    return cut(array.box, itemsize, chunk_bytes)
 
 
 def box_bytes(array: LocalArray, box: Box) -> int:
@@ -87,11 +90,22 @@ def box_bytes(array: LocalArray, box: Box) -> int:
     return box.size * dtype_from_name(array.spec.dtype).itemsize
 
 
-def chunk_values(flat: FlatTree, path: str, box: Box) -> memoryview:
-    """The values of one chunk as flat bytes: a view of the worker's own memory where it is contiguous on the host."""
+def chunk_host(flat: FlatTree, path: str, box: Box) -> Host:
+    """The values of one chunk: a view of the worker's own memory where it is on the host."""
     array = flat.nodes[path]
     assert isinstance(array, LocalArray)
-    return flat_bytes(host_part(flat.arrays[path], array.spec.kind, box, array.box))
+    return host_part(flat.arrays[path], array.spec.kind, box, array.box)
+
+
+def chunk_values(flat: FlatTree, path: str, box: Box) -> memoryview:
+    """The values of one chunk as flat bytes: a view of the worker's own memory where it is contiguous on the host."""
+    return flat_bytes(chunk_host(flat, path, box))
+
+
+def chunk_digest(flat: FlatTree, path: str, box: Box) -> bytes:
+    """Digest of the values of one chunk in C order."""
+    host = chunk_host(flat, path, box)
+    return digest(host if host.flags.c_contiguous else flat_bytes(host))
 
 
 def take_inventory(flat: FlatTree, chunk_bytes: int, world_size: int) -> Inventory:
@@ -110,7 +124,7 @@ def identity(flat: FlatTree, path: str, array: LocalArray, chunk_bytes: int) -> 
     """See `Part`."""
     if path in flat.objects:
         return flat.objects[path].identity
-    return b"".join(digest(chunk_values(flat, path, box)) for box in chunk_boxes(array, chunk_bytes))
+    return b"".join(chunk_digest(flat, path, box) for box in chunk_boxes(array, chunk_bytes))
 
 
 def undeclared(flat: FlatTree, world_size: int) -> Iterator[tuple[str, LocalArray]]:

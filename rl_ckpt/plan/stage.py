@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,12 +12,14 @@ import numpy as np
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.format.digest import DIGEST_BYTES, digest, hasher
 from rl_ckpt.plan.deal import StageItem
-from rl_ckpt.plan.inventory import chunk_boxes, chunk_values, undeclared
+from rl_ckpt.plan.inventory import chunk_boxes, chunk_digest, chunk_host, undeclared
+from rl_ckpt.state.arrays import Host, flat_bytes
 from rl_ckpt.state.tree import FlatTree, LocalArray
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 _BLOCK_BYTES = 256 << 10
+_TINY_BYTES = 32 << 10
 
 
 def stage(flat: FlatTree, items: Sequence[StageItem], memory: memoryview) -> list[bytes]:
@@ -37,14 +40,24 @@ def stage(flat: FlatTree, items: Sequence[StageItem], memory: memoryview) -> lis
         InvalidInputError: An array changed since it was hashed; names the paths.
     """
     target = np.frombuffer(memory, np.uint8)
-    digests, changed = [], []
+    digests: list[bytes] = []
+    run = _Run(target, memory)
     for item in items:
-        digests.append(_copy_item(chunk_values(flat, item.path, item.box), item, target))
-        if item.digest and digests[-1] != item.digest:
-            changed.append(item.path)
+        host = chunk_host(flat, item.path, item.box)
+        if item.size_bytes > _TINY_BYTES:
+            digests += run.copied()
+            digests.append(_copy(np.frombuffer(flat_bytes(host), np.uint8), target[item.offset :][: item.size_bytes]))
+            continue
+        if host.dtype.isbuiltin != 1:  # numpy copies others field by field, without the bytes between the fields
+            host = np.frombuffer(flat_bytes(host), np.uint8)
+        if not run.takes(item, host):
+            digests += run.copied()
+        run.add(item, host)
+    digests += run.copied()
+    changed = {i.path for i, found in zip(items, digests, strict=True) if i.digest and i.digest != found}
     if changed:
         raise InvalidInputError(
-            f"the arrays at {sorted(set(changed))} changed while they were being saved; don't train (in another "
+            f"the arrays at {sorted(changed)} changed while they were being saved; don't train (in another "
             "thread, say) until `save` has returned, or let `get_state` return copies"
         )
     return digests
@@ -65,26 +78,16 @@ def stage_repeat(
     Returns:
         Digests of the copies, 16 bytes each, in the order of `items`; and the identities by path.
     """
-    target = np.frombuffer(memory, np.uint8)
-    mine = {(item.path, item.box.offset): item for item in items}
-    copied: dict[tuple[str, tuple[int, ...]], bytes] = {}
+    digests = stage(flat, items, memory)
+    copied = {(item.path, item.box): digest for item, digest in zip(items, digests, strict=True)}
     found: dict[str, bytes] = {}
     for path, array in undeclared(flat, world_size):
         if path in flat.objects:
             found[path] = flat.objects[path].identity
-            continue
-        digests = []
-        for box in chunk_boxes(array, chunk_bytes):
-            key, values = (path, box.offset), chunk_values(flat, path, box)
-            item = mine.get(key)
-            digests.append(digest(values) if item is None else _copy_item(values, item, target))
-            if item is not None:
-                copied[key] = digests[-1]
-        found[path] = b"".join(digests)
-    for key, item in mine.items():
-        if key not in copied:
-            copied[key] = _copy_item(chunk_values(flat, item.path, item.box), item, target)
-    return [copied[item.path, item.box.offset] for item in items], found
+        else:
+            boxes = chunk_boxes(array, chunk_bytes)
+            found[path] = b"".join(copied.get((path, box)) or chunk_digest(flat, path, box) for box in boxes)
+    return digests, found
 
 
 def with_digests(
@@ -109,15 +112,49 @@ def with_digests(
     return out
 
 
-def _copy_item(values: memoryview, item: StageItem, target: Bytes) -> bytes:
-    return _copy(np.frombuffer(values, np.uint8), target[item.offset : item.offset + item.size_bytes])
+class _Run:
+    """Tiny chunks of one dtype that are staged side by side: copied by one call, as the call costs more than the copy.
+
+    They are few enough to stay in the core's cache, so that hashing the copies reads no memory again.
+    """
+
+    def __init__(self, target: Bytes, memory: memoryview) -> None:
+        self._target = target
+        self._memory = memory
+        self._hosts: list[Host] = []
+        self._bounds: list[int] = []
+
+    def takes(self, item: StageItem, host: Host) -> bool:
+        """Whether a chunk continues the run."""
+        if not self._hosts:
+            return True
+        bounds = self._bounds
+        near = item.offset == bounds[-1] and bounds[-1] - bounds[0] < _BLOCK_BYTES
+        return near and host.dtype == self._hosts[0].dtype
+
+    def add(self, item: StageItem, host: Host) -> None:
+        """Puts a chunk at the end."""
+        if not self._bounds:
+            self._bounds.append(item.offset)
+        self._hosts.append(host)
+        self._bounds.append(item.offset + item.size_bytes)
+
+    def copied(self) -> list[bytes]:
+        """Copies what is there, and begins anew.
+
+        Returns:
+            Digests of the copies.
+        """
+        if not self._hosts:
+            return []
+        hosts, bounds, memory = self._hosts, self._bounds, self._memory
+        self._hosts, self._bounds = [], []
+        np.concatenate(hosts, axis=None, out=self._target[bounds[0] : bounds[-1]].view(hosts[0].dtype))
+        return [digest(memory[low:high]) for low, high in itertools.pairwise(bounds)]
 
 
 def _copy(source: Bytes, target: Bytes) -> bytes:
     """Copies in blocks that stay in the core's cache, so that hashing the copy reads no memory again."""
-    if len(source) <= _BLOCK_BYTES:
-        target[:] = source
-        return digest(target.data)
     running = hasher()
     for start in range(0, len(source), _BLOCK_BYTES):
         block = target[start : start + _BLOCK_BYTES]

@@ -100,9 +100,15 @@ def spec_of(leaf: Any, kind: str) -> ArraySpec:
         raise UnsupportedLeafError(
             f"dtype {leaf.dtype} has no fixed-width values; give an array of a numeric, string or structured dtype"
         )
-    return ArraySpec(kind, name, tuple(int(n) for n in leaf.shape))
+    return _spec(kind, name, tuple(leaf.shape))
 
 
+@functools.lru_cache(4096)
+def _spec(kind: str, name: str, shape: tuple[int, ...]) -> ArraySpec:
+    return ArraySpec(kind, name, tuple(int(n) for n in shape))
+
+
+@functools.cache
 def _torch_dtype_name(dtype: Any) -> str | None:
     name = str(dtype).removeprefix("torch.")
     try:
@@ -126,27 +132,42 @@ def host_part(leaf: Any, kind: str, box: Box, have: Box) -> Host:
         box: The part wanted, within `have`. Of a device tensor only this part is copied to the host.
         have: Where `leaf` lies in the global array.
     """
-    index = slices(box, have)
+    index = None if box == have else slices(box, have)
     if kind in _TORCH_KINDS:
-        tensor = (leaf.to_local() if kind == DTENSOR else leaf).detach()[index]
-        tensor = tensor.resolve_conj().resolve_neg()
+        tensor = (leaf.to_local() if kind == DTENSOR else leaf).detach()
+        if index is not None:
+            tensor = tensor[index]
+        if tensor.is_conj() or tensor.is_neg():
+            tensor = tensor.resolve_conj().resolve_neg()
         return _numpy_of(tensor if tensor.device.type == "cpu" else cuda.to_host(tensor))
-    host: Host = np.asarray(leaf)[index] if index else np.asarray(leaf)
-    return host
+    host: Host = np.asarray(leaf)
+    return host if index is None else host[index]
 
 
 def _numpy_of(tensor: Any) -> Host:
     """View of a CPU tensor. torch gives numpy no bfloat16 or float8, so those pass as integers of their width."""
-    dtype = dtype_from_name(str(tensor.dtype).removeprefix("torch."))
-    if dtype.name not in ML_DTYPES:
-        return np.asarray(tensor.numpy())
+    dtype = _numpy_dtype(tensor.dtype)
+    if dtype is None:
+        host: Host = tensor.numpy()
+        return host
     torch = sys.modules["torch"]
     integers: Any = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
     return np.asarray(tensor.view(integers).numpy()).view(dtype)
 
 
+@functools.cache
+def _numpy_dtype(dtype: Any) -> np.dtype[Any] | None:
+    """The numpy dtype of a torch one that `Tensor.numpy` does not take; None for those that it does."""
+    found = dtype_from_name(str(dtype).removeprefix("torch."))
+    return found if found.name in ML_DTYPES else None
+
+
 def flat_bytes(host: Host) -> memoryview:
     """All values as flat bytes in C order: a view where the array is contiguous, else of a copy."""
+    if host.dtype.names and not host.flags.c_contiguous:
+        # numpy copies a structured array field by field, and what lies between the fields would be another byte each
+        # time, with another digest.
+        host = host.view(np.dtype((np.void, host.dtype.itemsize)))
     contiguous = np.ascontiguousarray(host)
     return contiguous.reshape(-1).view(np.uint8).data.cast("B")
 
@@ -205,6 +226,9 @@ def copy_in(target: Host, have: Box, values: Host, box: Box) -> int:
     Returns:
         Bytes copied; 0 where the boxes are disjoint.
     """
+    if box == have:
+        target[...] = values
+        return target.nbytes
     common = overlap(box, have)
     if common is None:
         return 0

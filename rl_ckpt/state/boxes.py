@@ -6,6 +6,7 @@ bytes, files, workers.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -28,7 +29,12 @@ class Box(msgspec.Struct, frozen=True, array_like=True, gc=False):
     @staticmethod
     def whole(shape: Sequence[int]) -> Box:
         """The box that covers an array of `shape`."""
-        return Box((0,) * len(shape), tuple(shape))
+        return _whole(tuple(shape))
+
+
+@functools.lru_cache(4096)
+def _whole(shape: tuple[int, ...]) -> Box:
+    return Box((0,) * len(shape), shape)
 
 
 def overlap(saved: Box, wanted: Box) -> Box | None:
@@ -48,6 +54,8 @@ def overlap(saved: Box, wanted: Box) -> Box | None:
     """
     if len(saved.shape) != len(wanted.shape):
         raise InvalidInputError(f"boxes of different rank: {len(saved.shape)} and {len(wanted.shape)} axes")
+    if saved == wanted and 0 not in saved.shape:
+        return saved
     offset, shape = [], []
     for a, n, b, m in zip(saved.offset, saved.shape, wanted.offset, wanted.shape, strict=True):
         low, high = max(a, b), min(a + n, b + m)

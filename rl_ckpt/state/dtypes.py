@@ -34,6 +34,7 @@ class ArrowStorage(msgspec.Struct, frozen=True):
     per_element: int = 1
 
 
+@functools.lru_cache(4096)  # numpy takes 5 µs to name a dtype; a job has a handful of them and 100,000 arrays
 def dtype_name(dtype: np.dtype[np.generic]) -> str | None:
     """Name of a dtype on storage; None for what can't be stored (object, variable-width strings)."""
     if dtype.hasobject or dtype.kind == "T":

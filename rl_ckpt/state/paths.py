@@ -19,6 +19,8 @@ def escape(key: Key) -> str:
     """One key as a path component."""
     if isinstance(key, int):
         return str(key)
+    if key.isidentifier():  # most are: nothing to escape, and nothing to look for
+        return key
     if not key:
         return "~3"
     text = key.replace("~", "~0").replace("/", "~1")

@@ -24,28 +24,29 @@ from rl_ckpt.state.boxes import Box
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
 from rl_ckpt.state.dtypes import dtype_from_name
 from rl_ckpt.state.leaves import Json
-from rl_ckpt.state.paths import Key, join
+from rl_ckpt.state.paths import Key, escape
 
 AUTO, REPLICATED, PER_RANK, SHARDED = "auto", "replicated", "per_rank", "sharded"
 
 _INLINE_BYTES = 1024  # longer bytes, strings and pickles are kept as chunks, shorter ones in the manifest
 
 
-class Container(msgspec.Struct, frozen=True, tag_field="node", tag="container", omit_defaults=True):
+# `gc=False`: 100,000 of these must not make Python's collector walk the user's heap; none of them can be in a cycle.
+class Container(msgspec.Struct, frozen=True, gc=False, tag_field="node", tag="container", omit_defaults=True):
     """An inner node: its type ("dict", "OrderedDict", "list", "tuple") and its keys in order."""
 
     type: str
     keys: tuple[Key, ...] = ()
 
 
-class Plain(msgspec.Struct, frozen=True, tag_field="node", tag="plain", omit_defaults=True):
+class Plain(msgspec.Struct, frozen=True, gc=False, tag_field="node", tag="plain", omit_defaults=True):
     """A leaf of plain data, encoded by state/leaves.py; `per_rank` where it was declared so."""
 
     value: Json
     per_rank: bool = False
 
 
-class Tie(msgspec.Struct, frozen=True, tag_field="node", tag="tie"):
+class Tie(msgspec.Struct, frozen=True, gc=False, tag_field="node", tag="tie"):
     """The very array (the same object or memory) that stands at `path` too."""
 
     path: str
@@ -121,6 +122,9 @@ def flatten(tree: Any, allow_pickle: bool = False, opener: Opener | None = None)
     return walker.flat
 
 
+_INNER = frozenset((dict, OrderedDict, list, tuple, Replicated, PerRank, Sharded))
+
+
 class _Walker:
     def __init__(self, allow_pickle: bool, opener: Opener | None) -> None:
         self.flat = FlatTree()
@@ -139,7 +143,9 @@ class _Walker:
 
     def _node(self, path: str, value: Any, declared: str) -> None:
         kind = type(value)
-        if kind in (Replicated, PerRank):
+        if kind not in _INNER:
+            self._open_or_leaf(path, value, declared)
+        elif kind in (Replicated, PerRank):
             inner = REPLICATED if kind is Replicated else PER_RANK
             if declared not in (AUTO, inner):
                 raise UnsupportedLeafError(f"declared {inner} inside a part that is declared {declared}")
@@ -154,22 +160,26 @@ class _Walker:
             if broken:
                 raise UnsupportedLeafError(f"key {broken[0]!r} holds a lone surrogate; keys must be valid Unicode text")
             self._container(path, value, kind.__name__, dict(value), declared)
-        elif kind in (list, tuple):
+        else:
             self._container(path, value, kind.__name__, dict(enumerate(value)), declared)
-        elif self._object is None and self._opener is not None and (opened := self._opener(value)) is not None:
+
+    def _open_or_leaf(self, path: str, value: Any, declared: str) -> None:
+        opened = self._opener(value) if self._opener is not None and self._object is None else None
+        if opened is None:
+            self._leaf(path, value, declared)
+        else:
             self._object = (value, opened[0], path)
             self.walk(path, opened[1], declared)
             self._object = None
-        else:
-            self._leaf(path, value, declared)
 
     def _container(self, path: str, value: Any, name: str, children: Mapping[Key, Any], declared: str) -> None:
         if id(value) in self._above:
             raise UnsupportedLeafError("a container that contains itself")
         self.flat.nodes[path] = Container(name, tuple(children))
         self._above.add(id(value))
+        above = f"{path}/" if path else ""
         for key, child in children.items():
-            self.walk(join(path, key), child, declared)
+            self.walk(above + escape(key), child, declared)
         self._above.discard(id(value))
 
     def _sharded(self, path: str, value: Sharded, declared: str) -> None:
@@ -238,7 +248,7 @@ class _Walker:
         self.flat.nodes[path] = Plain(value, declared == PER_RANK)
 
     def _array(self, path: str, value: Any, spec: ArraySpec, box: Box, declared: str) -> None:
-        key = (*arrays.memory_key(value, spec.kind), declared, box, spec.shape)
+        key = (arrays.memory_key(value, spec.kind), declared, box, spec.shape)
         first = self._seen.setdefault(key, path)
         if first != path:
             self.flat.nodes[path] = Tie(first)
@@ -272,8 +282,13 @@ def _build(path: str, nodes: Mapping[str, Node], values: Mapping[str, Any]) -> A
     node = nodes.get(path)
     if not isinstance(node, Container):
         return values.get(path, _MISSING)
-    children = [(key, _build(join(path, key), nodes, values)) for key in node.keys]
-    kept = [(key, child) for key, child in children if child is not _MISSING]
+    above = f"{path}/" if path else ""
+    kept: list[tuple[Key, Any]] = []
+    for key in node.keys:
+        below = above + escape(key)
+        child = _build(below, nodes, values) if isinstance(nodes.get(below), Container) else values.get(below, _MISSING)
+        if child is not _MISSING:
+            kept.append((key, child))
     if node.keys and not kept:
         return _MISSING
     match node.type:

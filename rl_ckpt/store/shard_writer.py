@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from rl_ckpt.format.shard_file import Column, compose
+from rl_ckpt.format import packed_file, shard_file
+from rl_ckpt.format.packed_file import Rows
+from rl_ckpt.format.shard_file import Column, ShardFile
 from rl_ckpt.plan.deal import FilePlan, Written
 from rl_ckpt.store.base import Store
 
@@ -31,7 +33,24 @@ def write_files(store: Store, files: Sequence[FilePlan], staged: memoryview, wri
 
 
 def _write_file(store: Store, file: FilePlan, staged: memoryview) -> Written:
-    columns = [Column(c.name, c.path, c.dtype, c.box, staged[c.offset : c.offset + c.bytes]) for c in file.columns]
-    composed = compose(columns)
+    composed = _packed(file, staged) if file.packed else _columns(file, staged)
     store.put(file.name, composed.segments)
     return Written(composed.size_bytes, tuple(composed.offsets))
+
+
+def _columns(file: FilePlan, staged: memoryview) -> ShardFile:
+    return shard_file.compose(
+        [Column(c.name, c.path, c.dtype, c.box, staged[c.offset : c.offset + c.bytes]) for c in file.columns]
+    )
+
+
+def _packed(file: FilePlan, staged: memoryview) -> ShardFile:
+    rows = Rows(
+        [c.path for c in file.columns],
+        [c.rank for c in file.columns],
+        [c.dtype for c in file.columns],
+        [c.box for c in file.columns],
+        [c.offset for c in file.columns],
+        [c.bytes for c in file.columns],
+    )
+    return packed_file.compose(rows, staged)

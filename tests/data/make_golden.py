@@ -1,6 +1,7 @@
-"""Writes the golden checkpoint of this format version: `python tests/data/make_golden.py`, once a version.
+"""Writes the golden checkpoints of this format version: `python tests/data/make_golden.py run packed`, once a version.
 
-The run under `v<version>/run` stays in git, and `tests/unit/format/test_golden.py` loads it with every release.
+The runs under `v<version>/` stay in git, and `tests/unit/format/test_golden.py` loads them with every release. The
+shard files of `run` have a column a chunk, those of `packed` a row a chunk.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import struct
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from rl_ckpt import Checkpointer
 from rl_ckpt.format.records import FORMAT_VERSION
 from rl_ckpt.state.dtypes import ML_DTYPES, dtype_from_name
 
-FOLDER = Path(__file__).resolve().parent / f"v{FORMAT_VERSION}" / "run"
+FOLDER = Path(__file__).resolve().parent / f"v{FORMAT_VERSION}"
 PLAIN_CODES = "?bhilBHILefdFD"
 
 
@@ -93,13 +95,34 @@ def golden_state(step: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Makes the run anew: step 1, and step 2 that shares its files."""
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    with Checkpointer(str(FOLDER), chunk_bytes=1024) as ckpt:
+def packed_state() -> dict[str, Any]:
+    """What the golden checkpoint with a packed file holds; it is cut into chunks of one element."""
+    return {
+        "bytes": (np.arange(1100) % 256).astype(np.uint8).reshape(-1, 4),
+        "native": {code: _numbers(np.dtype(code))[0] for code in PLAIN_CODES},
+        "odd": [np.array(["ab", "c"]), np.arange(3).astype(">i4"), np.array([1.5, 2], ml_dtypes.bfloat16)],
+    }
+
+
+def make_run(folder: Path) -> None:
+    """Step 1, and step 2 that shares its files."""
+    with Checkpointer(str(folder), chunk_bytes=1024) as ckpt:
         ckpt.save_state(1, golden_state(1), metrics={"return": 12.5, "best": np.float32(2)}).result()
         ckpt.save_state(2, golden_state(2), tag="gold").result()
 
 
+def make_packed(folder: Path) -> None:
+    """Step 1, with more chunks than there may be columns."""
+    with Checkpointer(str(folder), chunk_bytes=1) as ckpt:
+        ckpt.save_state(1, packed_state()).result()
+
+
+def main(names: list[str]) -> None:
+    """Makes the runs that are named anew."""
+    for name in names:
+        shutil.rmtree(FOLDER / name, ignore_errors=True)
+        {"run": make_run, "packed": make_packed}[name](FOLDER / name)
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

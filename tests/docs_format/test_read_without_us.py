@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import pyarrow as pa
 import pytest
 import ray
 import torch
@@ -81,6 +82,16 @@ def test_the_reader_gives_what_load_state_gives(tmp_path: Path, read: Reader) ->
         found = read(tmp_path.as_uri())
         _same(found, ckpt.load_state(as_numpy=True))
     assert found["tied"] is found["weights"]
+
+
+def test_the_reader_reads_packed_files(tmp_path: Path, read: Reader) -> None:
+    state = {f"layer{i}": {"w": np.arange(i % 7 + 1.0) + i, "b": np.arange(3).astype("<i2") - i} for i in range(1000)}
+    state["mixed"] = {"large": np.arange(30_000.0), "bf16": np.arange(5).astype(ml_dtypes.bfloat16)}
+    with rl_ckpt.Checkpointer(str(tmp_path), write_streams=1) as ckpt:
+        ckpt.save_state(1, state).result()
+        _same(read(tmp_path.as_uri()), state)
+    layouts = [pa.ipc.open_file(file).schema.metadata for file in sorted(tmp_path.rglob("*.arrow"))]
+    assert layouts == [None, {b"rl_ckpt.layout": b"packed"}]
 
 
 def test_the_reader_follows_chunks_of_older_checkpoints(tmp_path: Path, read: Reader) -> None:

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from rl_ckpt import Checkpointer
 from rl_ckpt.format.records import FORMAT_VERSION
-from tests.data.make_golden import golden_state
+from tests.data.make_golden import golden_state, packed_state
 from tests.unit.trees import assert_same
 
 DATA = Path(__file__).resolve().parents[2] / "data"
@@ -29,6 +31,15 @@ def test_golden_checkpoints_load(version: str, step: int) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_golden_packed_files_load(version: str) -> None:
+    run = DATA / version / "packed"
+    assert_same(Checkpointer(str(run)).load_state(), packed_state())
+    with pa.memory_map(str(next(run.rglob("*.arrow")))) as source:
+        rows = pa.ipc.open_file(source).read_all()
+    assert rows.filter(pc.field("path") == "bytes").num_rows >= 256  # equal ones are stored once
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_golden_runs_tell_what_they_hold(version: str) -> None:
     first, second = Checkpointer(str(DATA / version / "run")).checkpoints()
     assert (first.step, first.tag, dict(first.metrics)) == (1, None, {"return": 12.5, "best": np.float32(2)})
@@ -39,7 +50,8 @@ def test_golden_runs_tell_what_they_hold(version: str) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_golden_runs_are_small(version: str) -> None:
-    assert sum(f.stat().st_size for f in (DATA / version).rglob("*") if f.is_file()) < 100_000
+    for run in (DATA / version).iterdir():
+        assert sum(f.stat().st_size for f in run.rglob("*") if f.is_file()) < 100_000
 
 
 def test_a_part_without_torch_arrays_loads_without_torch() -> None:
