@@ -1,0 +1,7 @@
+"""placeholder"""
+
+from pathlib import Path
+from benchmarks.results import Results
+
+
+def write(results: Results, docs: Path) -> None: ...

@@ -1,0 +1,81 @@
+"""What the processes of a measurement use: CPU seconds and memory of this process and all its descendants.
+
+Ray's processes are descendants of the driver that started its cluster. Memory is what would have to be there: anonymous
+pages of all processes, and everything in /dev/shm once, whoever maps it. Nothing else may use /dev/shm meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+
+import psutil
+
+_SAMPLE_S = 0.02
+
+
+def _family() -> list[psutil.Process]:
+    me = psutil.Process()
+    return [me, *me.children(recursive=True)]
+
+
+def cpu_seconds() -> float:
+    """Of this process and all its living descendants, user and system, since each began."""
+    total = 0.0
+    for process in _family():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+def memory_bytes() -> int:
+    """Anonymous memory of this process and all its descendants, and /dev/shm."""
+    return sum(_anonymous(process.pid) for process in _family()) + shared_bytes()
+
+
+def shared_bytes() -> int:
+    """In use in /dev/shm."""
+    found = os.statvfs("/dev/shm")
+    return (found.f_blocks - found.f_bfree) * found.f_frsize
+
+
+def _anonymous(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            line = next((line for line in file if line.startswith("RssAnon:")), "RssAnon: 0 kB")
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        return 0
+    return int(line.split()[1]) << 10
+
+
+class Peak:
+    """The most memory that was in use at once, sampled every 20 ms."""
+
+    def __init__(self) -> None:
+        self.before_bytes = memory_bytes()
+        self.bytes = self.before_bytes
+
+    @property
+    def above_bytes(self) -> int:
+        """Above what was in use at the beginning."""
+        return self.bytes - self.before_bytes
+
+    def _watch(self, stop: threading.Event) -> None:
+        while not stop.wait(_SAMPLE_S):
+            self.bytes = max(self.bytes, memory_bytes())
+
+
+@contextlib.contextmanager
+def peak() -> Iterator[Peak]:
+    """Watches for the time of the block."""
+    found, stop = Peak(), threading.Event()
+    thread = threading.Thread(target=found._watch, args=(stop,), daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()
