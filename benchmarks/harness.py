@@ -30,8 +30,7 @@ def cluster(cpus: int, store_bytes: int = 200 << 20) -> Iterator[None]:
         cpus: More than the machine has, so that all actors are placed.
         store_bytes: Of Ray's object store.
     """
-    # The benchmark's own modules are not installed: PYTHONPATH reaches the actors.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    reach_actors()
     ray.init(
         address="local", num_cpus=cpus, include_dashboard=False, object_store_memory=store_bytes, log_to_driver=False
     )
@@ -39,6 +38,11 @@ def cluster(cpus: int, store_bytes: int = 200 << 20) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def reach_actors() -> None:
+    """The benchmark's own modules are not installed: PYTHONPATH brings them to the actors."""
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 @contextmanager

@@ -23,13 +23,15 @@ _RLLIB: Any = RLlibActor
 class Others:
     """Alternatives that are installed here. Made by `others`."""
 
-    def __init__(self, actors: Sequence[Any], folder: Path, skipped: Mapping[str, str], rllib: Any | None) -> None:
+    def __init__(
+        self, actors: Sequence[Any], place: str, here: Sequence[str], skipped: Mapping[str, str], rllib: Any | None
+    ) -> None:
         self._actors = list(actors)
-        self._folder = folder
+        self._where = place
         self._rllib = rllib
         self.skipped = dict(skipped)
         """Name → why it is not run."""
-        self.notes = {name: kind.note for name, kind in ALTERNATIVES.items() if name not in skipped}
+        self.notes = {name: ALTERNATIVES[name].note for name in here}
         """Name → what a reader must know, of those that are run."""
         if rllib is not None:
             self.notes[RLLIB] = _RLLIB_NOTE
@@ -48,12 +50,14 @@ class Others:
         """One series for each, out of what `harness.rounds` returned."""
         return tuple(Series(name, tuple(found[name][measure]), note) for name, note in self.notes.items())
 
-    def _place(self, name: str) -> Path:
-        return self._folder / name.replace(" ", "-")
+    def _place(self, name: str) -> str:
+        return f"{self._where}/{name.replace(' ', '-')}"
 
     def _saving(self, name: str) -> Way:
         def run(_round: int) -> Mapping[str, float]:
-            place = str(empty(self._place(name)))
+            place = self._place(name)
+            if "://" not in place:
+                empty(Path(place))
             begun = time.perf_counter()
             stalls: list[float]
             if name == RLLIB and self._rllib is not None:
@@ -71,7 +75,7 @@ class Others:
 
     def _restoring(self, name: str) -> Way:
         def run(_round: int) -> Mapping[str, float]:
-            place, begun = str(self._place(name)), time.perf_counter()
+            place, begun = self._place(name), time.perf_counter()
             if name == RLLIB and self._rllib is not None:
                 ray.get(self._rllib.restore.remote(place))
             else:
@@ -82,29 +86,33 @@ class Others:
 
 
 @contextmanager
-def others(actors: Sequence[Any], folder: Path, unique_bytes: int, run: bool = True) -> Iterator[Others]:
-    """Sets up all that are installed.
+def others(
+    actors: Sequence[Any],
+    place: str,
+    names: Sequence[str],
+    *,
+    unique_bytes: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> Iterator[Others]:
+    """Sets up those that are installed.
 
     Args:
         actors: `BenchWorker`s with their state.
-        folder: For what they save.
+        place: Folder or url for what they save.
+        names: Which; none at all may be.
         unique_bytes: Of the state of all of them together, replicas once: what RLlib's one process holds.
-        run: False leaves all of them out.
+        options: For fsspec, where `place` is a url.
     """
-    every = (*ALTERNATIVES, RLLIB) if run else ()
-    skipped = {name: why for name in every if (why := missing(name))}
+    skipped = {name: why for name in names if (why := missing(name))}
     address = f"127.0.0.1:{free_port()}"
-    rllib = _RLLIB.remote(unique_bytes) if run and RLLIB not in skipped else None
-    here = [name for name in ALTERNATIVES if run and name not in skipped]
+    here = [name for name in names if name not in skipped and name != RLLIB]
+    rllib = _RLLIB.remote(unique_bytes) if RLLIB in names and RLLIB not in skipped else None
     for name in here:
-        call_all(actors, "attach", name, address)
+        call_all(actors, "attach", name, address, dict(options or {}))
     if rllib is not None:
         ray.get(rllib.ready.remote())
-    found = Others(actors, folder, skipped, rllib)
-    if not run:
-        found.notes = {}
     try:
-        yield found
+        yield Others(actors, place, here, skipped, rllib)
     finally:
         for name in here:
             call_all(actors, "detach", name)

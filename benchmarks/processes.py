@@ -16,9 +16,14 @@ import psutil
 _SAMPLE_S = 0.02
 
 
-def _family() -> list[psutil.Process]:
+def children() -> frozenset[int]:
+    """Ids of all descendants of this process now: a server that was started before is none of ours."""
+    return frozenset(child.pid for child in psutil.Process().children(recursive=True))
+
+
+def _family(but: frozenset[int] = frozenset()) -> list[psutil.Process]:
     me = psutil.Process()
-    return [me, *me.children(recursive=True)]
+    return [me, *(child for child in me.children(recursive=True) if child.pid not in but)]
 
 
 def cpu_seconds() -> float:
@@ -31,9 +36,9 @@ def cpu_seconds() -> float:
     return total
 
 
-def memory_bytes() -> int:
-    """Anonymous memory of this process and all its descendants, and /dev/shm."""
-    return sum(_anonymous(process.pid) for process in _family()) + shared_bytes()
+def memory_bytes(but: frozenset[int] = frozenset()) -> int:
+    """Anonymous memory of this process and all its descendants but those, and /dev/shm."""
+    return sum(_anonymous(process.pid) for process in _family(but)) + shared_bytes()
 
 
 def shared_bytes() -> int:
@@ -54,8 +59,9 @@ def _anonymous(pid: int) -> int:
 class Peak:
     """The most memory that was in use at once, sampled every 20 ms."""
 
-    def __init__(self) -> None:
-        self.before_bytes = memory_bytes()
+    def __init__(self, but: frozenset[int]) -> None:
+        self._but = but
+        self.before_bytes = memory_bytes(but)
         self.bytes = self.before_bytes
 
     @property
@@ -65,13 +71,17 @@ class Peak:
 
     def _watch(self, stop: threading.Event) -> None:
         while not stop.wait(_SAMPLE_S):
-            self.bytes = max(self.bytes, memory_bytes())
+            self.bytes = max(self.bytes, memory_bytes(self._but))
 
 
 @contextlib.contextmanager
-def peak() -> Iterator[Peak]:
-    """Watches for the time of the block."""
-    found, stop = Peak(), threading.Event()
+def peak(but: frozenset[int] = frozenset()) -> Iterator[Peak]:
+    """Watches for the time of the block.
+
+    Args:
+        but: Descendants that don't count, such as a server.
+    """
+    found, stop = Peak(but), threading.Event()
     thread = threading.Thread(target=found._watch, args=(stop,), daemon=True)
     thread.start()
     try:

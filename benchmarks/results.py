@@ -88,8 +88,9 @@ class Row(msgspec.Struct, frozen=True):
     """Alternatives that were not run: name → why."""
 
     def best_alternative(self) -> Series | None:
-        """The one with the least median."""
-        return min(self.alternatives, key=lambda s: s.median, default=None)
+        """The one with the least median; raw ways are shown beside them, and are none."""
+        real = [series for series in self.alternatives if not series.name.startswith("raw ")]
+        return min(real, key=lambda series: series.median, default=None)
 
     def verdicts(self) -> list[Verdict]:
         """One for each goal."""

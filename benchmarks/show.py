@@ -61,7 +61,7 @@ def summary(results: Results) -> list[list[str]]:
     for row in results.rows:
         best = row.best_alternative()
         for verdict in row.verdicts():
-            limit = shown(row.limit.median, row.unit) if row.limit else "–"
+            limit = _limit(row)
             alternative = f"{shown(best.median, row.unit)} ({best.name})" if best else "–"
             lines.append(
                 [
@@ -82,6 +82,12 @@ def summary(results: Results) -> list[list[str]]:
         for failed in results.failed
     ]
     return lines
+
+
+def _limit(row: Row) -> str:
+    if row.limit is None:
+        return "–"
+    return shown(row.limit.median, row.unit) + (f" ({row.limit.note})" if row.limit.note else "")
 
 
 def _ratio(verdict: Verdict) -> str:

@@ -105,28 +105,29 @@ class BenchWorker:
         """Downloads that object into warm memory."""
         raw_s3.client(client, server, at_once).get(f"{key}-{self._rank}", self._target.data[: len(self._staged)])
 
-    def attach(self, name: str, address: str) -> None:
+    def attach(self, name: str, address: str, options: Mapping[str, Any]) -> None:
         """Sets an alternative up over this worker's arrays.
 
         Args:
             name: Of the alternative.
             address: `host:port` where rank 0 may listen for the others.
+            options: For fsspec, where the alternative is to write to S3.
         """
-        self._other[name] = make(name, State(self._arrays, self._kind, self._rank, self._world_size, address))
+        self._other[name] = make(name, State(self._arrays, self._kind, self._rank, self._world_size, address, options))
 
-    def other_save(self, name: str, folder: str) -> float:
+    def other_save(self, name: str, place: str) -> float:
         """Saves by an alternative; seconds until this worker may train on. `other_wait` ends it."""
         begun = time.perf_counter()
-        self._other[name].save(Path(folder))
+        self._other[name].save(place)
         return time.perf_counter() - begun
 
     def other_wait(self, name: str) -> None:
-        """Waits until what `other_save` began is on the disk."""
+        """Waits until what `other_save` began is stored."""
         self._other[name].wait()
 
-    def other_restore(self, name: str, folder: str) -> None:
+    def other_restore(self, name: str, place: str) -> None:
         """Restores this worker by an alternative."""
-        self._other[name].restore(Path(folder))
+        self._other[name].restore(place)
 
     def detach(self, name: str) -> None:
         """Ends an alternative."""

@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,27 +31,29 @@ class State:
     world_size: int
     address: str
     """`host:port` where rank 0 may listen for the others."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """For fsspec, where places are urls of an S3 server; empty where they are folders."""
 
     @property
     def writes(self) -> bool:
         """Whether this rank writes at all: of replicas, rank 0 does."""
         return self.kind == "sharded" or self.rank == 0
 
-    def part(self, folder: Path) -> Path:
+    def part(self, place: str) -> str:
         """Where this rank reads, and writes if it does: a part of its own, or that of rank 0."""
-        return folder / (f"rank-{self.rank}" if self.kind == "sharded" else "rank-0")
+        return f"{place}/rank-{self.rank if self.kind == 'sharded' else 0}"
 
 
 class Rank(Protocol):
     """One rank of an alternative."""
 
-    def save(self, folder: Path) -> None:
+    def save(self, place: str) -> None:
         """Returns as soon as training may change the arrays again."""
 
     def wait(self) -> None:
         """Returns as soon as what `save` began is on the disk."""
 
-    def restore(self, folder: Path) -> None:
+    def restore(self, place: str) -> None:
         """Puts the saved values into the arrays."""
 
     def close(self) -> None:
@@ -80,7 +82,11 @@ ALTERNATIVES: dict[str, Kind] = {
     "orbax async": Kind("orbax_", "orbax.checkpoint", "one checkpointer per rank", "async"),
     "TorchRL": Kind("torchrl_", "torchrl", "memory-mapped directory per rank; fsync added"),
     "pickle + fsspec": Kind("pickle_fsspec", "fsspec", "one file per rank; fsync added"),
+    "pickle + s3fs": Kind("pickle_fsspec", "s3fs", "one object per rank, s3fs by its defaults"),
+    "DCP + s3fs": Kind("torch_dcp", "torch", "gloo ranks, FsspecWriter and FsspecReader", "fsspec"),
 }
+ON_S3 = ("pickle + s3fs", "DCP + s3fs")
+ON_DISK = tuple(name for name in ALTERNATIVES if name not in ON_S3)
 
 
 RLLIB = "RLlib"
@@ -106,8 +112,9 @@ def make(name: str, state: State) -> Rank:
     return rank
 
 
-def sync(path: Path) -> None:
+def sync(place: str) -> None:
     """fsyncs a file, or all files of a folder and the folder."""
+    path = Path(place)
     for each in [*path.rglob("*"), path] if path.is_dir() else [path]:
         fd = os.open(each, os.O_RDONLY)
         try:

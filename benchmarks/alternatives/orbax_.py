@@ -29,12 +29,12 @@ class Orbax:
         self._asynchronous = variant == "async"
         self._checkpointer: Any = library.StandardCheckpointer()
         self._abstract = {name: library.utils.to_shape_dtype_struct(array) for name, array in state.arrays.items()}
-        self._written: Path | None = None
+        self._written: str | None = None
 
-    def save(self, folder: Path) -> None:
+    def save(self, place: str) -> None:
         if self._state.writes:
-            self._written = self._state.part(folder)
-            self._checkpointer.save(self._written, dict(self._state.arrays))
+            self._written = self._state.part(place)
+            self._checkpointer.save(Path(self._written), dict(self._state.arrays))
             if not self._asynchronous:
                 self._checkpointer.wait_until_finished()
 
@@ -43,8 +43,8 @@ class Orbax:
             self._checkpointer.wait_until_finished()
             sync(self._written)
 
-    def restore(self, folder: Path) -> None:
-        loaded = self._checkpointer.restore(self._state.part(folder), self._abstract)
+    def restore(self, place: str) -> None:
+        loaded = self._checkpointer.restore(Path(self._state.part(place)), self._abstract)
         for name, array in self._state.arrays.items():
             np.copyto(array, np.asarray(loaded[name]))
 

@@ -7,7 +7,6 @@ https://docs.python.org/3/library/pickle.html.
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
 
 import fsspec
 import numpy as np
@@ -20,20 +19,20 @@ class PickleFsspec:
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._written: Path | None = None
+        self._written: str | None = None
 
-    def save(self, folder: Path) -> None:
+    def save(self, place: str) -> None:
         if self._state.writes:
-            self._written = self._state.part(folder)
-            with fsspec.open(str(self._written), "wb") as file:
+            self._written = self._state.part(place)
+            with fsspec.open(self._written, "wb", **self._state.options) as file:
                 pickle.dump(dict(self._state.arrays), file, protocol=5)
 
     def wait(self) -> None:
-        if self._written is not None:
+        if self._written is not None and not self._state.options:
             sync(self._written)
 
-    def restore(self, folder: Path) -> None:
-        with fsspec.open(str(self._state.part(folder)), "rb") as file:
+    def restore(self, place: str) -> None:
+        with fsspec.open(self._state.part(place), "rb", **self._state.options) as file:
             loaded = pickle.load(file)
         for name, array in self._state.arrays.items():
             np.copyto(array, loaded[name])

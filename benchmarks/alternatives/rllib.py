@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -43,7 +42,7 @@ class RLlibActor:
             .rl_module(model_config=model)
         )
         self._algorithm: Any = config.build_algo()
-        self._folder = Path()
+        self._folder = ""
 
     def ready(self) -> int:
         """Bytes of the learner's weights, once they are there."""
@@ -53,7 +52,7 @@ class RLlibActor:
     def save(self, folder: str) -> float:
         """Seconds for which training stands still."""
         begun = time.perf_counter()
-        self._folder = Path(folder)
+        self._folder = folder
         self._algorithm.save_to_path(folder)
         return time.perf_counter() - begun
 

@@ -6,7 +6,6 @@ As documented: https://huggingface.co/docs/safetensors/api/torch (`save_file`, `
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,19 +20,19 @@ class Safetensors:
         self._library: Any = importlib.import_module("safetensors.torch")
         self._state = state
         self._tensors = {name: torch.from_numpy(array) for name, array in state.arrays.items()}
-        self._written: Path | None = None
+        self._written: str | None = None
 
-    def save(self, folder: Path) -> None:
+    def save(self, place: str) -> None:
         if self._state.writes:
-            self._written = self._state.part(folder)
+            self._written = self._state.part(place)
             self._library.save_file(self._tensors, self._written)
 
     def wait(self) -> None:
         if self._written is not None:
             sync(self._written)
 
-    def restore(self, folder: Path) -> None:
-        loaded = self._library.load_file(self._state.part(folder))
+    def restore(self, place: str) -> None:
+        loaded = self._library.load_file(self._state.part(place))
         for name, tensor in self._tensors.items():
             tensor.copy_(loaded[name])
 

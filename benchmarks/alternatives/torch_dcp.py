@@ -4,18 +4,20 @@ As documented: https://docs.pytorch.org/tutorials/recipes/distributed_checkpoint
 shards are DTensors, what is plain is taken for replicas, which the planner writes once and balances over ranks) and
 https://docs.pytorch.org/tutorials/recipes/distributed_async_checkpoint_recipe.html (`async_save`; staging memory kept
 between saves: on a machine without CUDA that is a `DefaultStager` of the caller's, without pinned memory).
-`load` fills the tensors in place. `FileSystemWriter` fsyncs by itself.
+`load` fills the tensors in place. `FileSystemWriter` fsyncs by itself. To S3 by `FsspecWriter` and `FsspecReader`:
+https://docs.pytorch.org/docs/stable/distributed.checkpoint.html.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -36,21 +38,27 @@ class TorchDcp:
             tensors = {name: DTensor.from_local(tensor, mesh, [Shard(0)]) for name, tensor in tensors.items()}
         self._tensors = tensors
         self._stager = DefaultStager(StagingOptions(False, False, False, False)) if variant == "async" else None
+        self._options = dict(state.options)
         self._future: Any = None
 
-    def save(self, folder: Path) -> None:
-        if self._stager is None:
-            dcp.save(self._tensors, checkpoint_id=folder)
+    def save(self, place: str) -> None:
+        if self._options:
+            save(self._tensors, storage_writer=FsspecWriter(place, **self._options))
+        elif self._stager is None:
+            save(self._tensors, checkpoint_id=place)
         else:
-            self._future = dcp.async_save(self._tensors, checkpoint_id=folder, async_stager=self._stager)
+            self._future = async_save(self._tensors, checkpoint_id=place, async_stager=self._stager)
 
     def wait(self) -> None:
         if self._future is not None:
             self._future.result()
             self._future = None
 
-    def restore(self, folder: Path) -> None:
-        dcp.load(self._tensors, checkpoint_id=folder)
+    def restore(self, place: str) -> None:
+        if self._options:
+            load(self._tensors, storage_reader=FsspecReader(place, **self._options))
+        else:
+            load(self._tensors, checkpoint_id=place)
 
     def close(self) -> None:
         if self._stager is not None:

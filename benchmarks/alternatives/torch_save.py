@@ -8,8 +8,6 @@ load), and https://docs.pytorch.org/tutorials/recipes/recipes/module_load_state_
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from benchmarks.alternatives import State, sync
@@ -21,19 +19,19 @@ class TorchSave:
     def __init__(self, state: State) -> None:
         self._state = state
         self._tensors = {name: torch.from_numpy(array) for name, array in state.arrays.items()}
-        self._written: Path | None = None
+        self._written: str | None = None
 
-    def save(self, folder: Path) -> None:
+    def save(self, place: str) -> None:
         if self._state.writes:
-            self._written = self._state.part(folder)
+            self._written = self._state.part(place)
             torch.save(self._tensors, self._written)
 
     def wait(self) -> None:
         if self._written is not None:
             sync(self._written)
 
-    def restore(self, folder: Path) -> None:
-        loaded = torch.load(self._state.part(folder), mmap=True, weights_only=True)
+    def restore(self, place: str) -> None:
+        loaded = torch.load(self._state.part(place), mmap=True, weights_only=True)
         for name, tensor in self._tensors.items():
             tensor.copy_(loaded[name])
 

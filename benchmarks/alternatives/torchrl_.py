@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,19 +38,19 @@ class TorchRl:
         policy = _Policy({name: torch.from_numpy(array) for name, array in state.arrays.items()})
         self._checkpoint: Any = library.Checkpoint(policy=policy)
         self._state = state
-        self._written: Path | None = None
+        self._written: str | None = None
 
-    def save(self, folder: Path) -> None:
+    def save(self, place: str) -> None:
         if self._state.writes:
-            self._written = self._state.part(folder)
+            self._written = self._state.part(place)
             self._checkpoint.save(self._written)
 
     def wait(self) -> None:
         if self._written is not None:
             sync(self._written)
 
-    def restore(self, folder: Path) -> None:
-        self._checkpoint.load(self._state.part(folder))
+    def restore(self, place: str) -> None:
+        self._checkpoint.load(self._state.part(place))
 
     def close(self) -> None:
         self._written = None

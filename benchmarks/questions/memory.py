@@ -11,7 +11,7 @@ from typing import Any
 
 import rl_ckpt
 from benchmarks import harness
-from benchmarks.processes import Peak, peak
+from benchmarks.processes import Peak, children, peak
 from benchmarks.results import LIMIT, Goal, Row, Series
 from benchmarks.servers import bucket
 from benchmarks.settings import Settings
@@ -32,10 +32,10 @@ def measure(settings: Settings) -> list[Row]:
 
 
 def _case(settings: Settings, where: str, mib: int, url: str, options: dict[str, Any]) -> list[Row]:
-    size_bytes = mib << 20
+    size_bytes, servers = mib << 20, children()
     with harness.cluster(4 * settings.workers), harness.team(settings.workers, size_bytes, "sharded") as actors:
-        saving = _saves(actors, url, options)
-        restoring = _restore(actors, url, options)
+        saving = _saves(actors, url, options, servers)
+        restoring = _restore(actors, url, options, servers)
     staged = settings.workers * size_bytes
     case = f"{settings.workers} workers × {mib} MiB, sharded, {where}"
     return [
@@ -49,8 +49,8 @@ def _row(case: str, found: Peak, allowed: int) -> Row:
     return Row("memory", case, "bytes", ours, limit, goals=(Goal("at most", 1),))
 
 
-def _saves(actors: list[Any], url: str, options: dict[str, Any]) -> Peak:
-    with peak() as found, rl_ckpt.Checkpointer(url, storage_options=options) as ckpt:
+def _saves(actors: list[Any], url: str, options: dict[str, Any], servers: frozenset[int]) -> Peak:
+    with peak(servers) as found, rl_ckpt.Checkpointer(url, storage_options=options) as ckpt:
         pending = []
         for step in range(_SAVES):
             harness.call_all(actors, "train", step)
@@ -60,10 +60,10 @@ def _saves(actors: list[Any], url: str, options: dict[str, Any]) -> Peak:
     return found
 
 
-def _restore(actors: list[Any], url: str, options: dict[str, Any]) -> Peak:
+def _restore(actors: list[Any], url: str, options: dict[str, Any], servers: frozenset[int]) -> Peak:
     with rl_ckpt.Checkpointer(url, storage_options=options) as ckpt:
         ckpt.restore(actors)
         harness.call_all(actors, "train", 0)
-        with peak() as found:
+        with peak(servers) as found:
             ckpt.restore(actors)
     return found

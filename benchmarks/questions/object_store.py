@@ -10,6 +10,8 @@ from typing import Any
 
 import rl_ckpt
 from benchmarks import harness, raw_s3
+from benchmarks.alternatives import ON_S3
+from benchmarks.others import others
 from benchmarks.results import LIMIT, Goal, Row, Series
 from benchmarks.servers import Bucket, bucket
 from benchmarks.settings import Settings
@@ -22,11 +24,11 @@ def measure(settings: Settings) -> list[Row]:
     """One row for each direction; the limit is the raw client that is faster in that direction."""
     workers, size_bytes = settings.workers, settings.s3_mib << 20
     clients = [name for name in raw_s3.CLIENTS if raw_s3.missing(name) is None]
-    skipped = {name: why for name in raw_s3.CLIENTS if (why := raw_s3.missing(name))}
     with (
         harness.cluster(4 * workers),
         bucket() as place,
         harness.team(workers, size_bytes, "sharded") as actors,
+        others(actors, place.url, ON_S3, options=place.options) as rest,
         rl_ckpt.Checkpointer(
             f"{place.url}/run", storage_options=place.options, keep=[rl_ckpt.LatestN(1)], grace_s=0
         ) as ckpt,
@@ -34,26 +36,30 @@ def measure(settings: Settings) -> list[Row]:
         raw = _Raw(place, actors, max(1, AT_ONCE // workers))
         saving: harness.Ways = {
             "ours": lambda _: harness.save(ckpt, harness.next_step(), actors),
-            **{name: raw.way("raw_put", name) for name in clients},
+            **{f"raw {name}": raw.way("raw_put", name) for name in clients},
+            **rest.saves(),
         }
-        saves = harness.rounds(settings.rounds, saving, lambda number: raw.before(number))
+        saves = harness.rounds(settings.rounds, saving, raw.before)
         saved = harness.call_all(actors, "checksum")
         restoring: harness.Ways = {
-            "ours": lambda _: {"durable": harness.timed(lambda: ckpt.restore(actors))},
-            **{name: raw.way("raw_get", name) for name in clients},
+            "ours": lambda _: {"restore": harness.timed(lambda: ckpt.restore(actors))},
+            **{f"raw {name}": raw.way("raw_get", name) for name in clients},
+            **rest.restores(),
         }
-        restores = harness.rounds(settings.rounds, restoring, lambda number: raw.before(number))
+        restores = harness.rounds(settings.rounds, restoring, raw.before)
         harness.call_all(actors, "train", 0)
         ckpt.restore(actors)
         harness.expect(actors, saved, "the restore")
+    case = f"{workers} workers × {settings.s3_mib} MiB, {place.server.name}"
+    skipped = {f"raw {name}": why for name in raw_s3.CLIENTS if (why := raw_s3.missing(name))} | rest.skipped
     rows = []
-    for direction, found in (("save", saves), ("restore", restores)):
-        ways = [Series(name, tuple(found[name]["durable"])) for name in clients]
-        best = min(ways, key=lambda way: way.median)
-        limit = Series(LIMIT, best.values, f"raw {best.name}")
-        case = f"{direction}, {workers} workers × {settings.s3_mib} MiB, {place.server.name}"
-        ours = Series("ours", tuple(found["ours"]["durable"]))
-        rows.append(Row("s3", case, "s", ours, limit, tuple(ways), (Goal("at least", 0.85),), skipped))
+    for direction, found, measure in (("save", saves, "durable"), ("restore", restores, "restore")):
+        raws = [Series(f"raw {name}", tuple(found[f"raw {name}"][measure])) for name in clients]
+        best = min(raws, key=lambda way: way.median)
+        limit = Series(LIMIT, best.values, best.name)
+        ours = Series("ours", tuple(found["ours"][measure]))
+        ways = (*raws, *rest.series(found, measure))
+        rows.append(Row("s3", f"{direction}, {case}", "s", ours, limit, ways, (Goal("at least", 0.85),), skipped))
     return rows
 
 
@@ -73,4 +79,4 @@ class _Raw:
             key = f"raw-{client}"
             harness.call_all(self._actors, method, client, self._place.raw, key, self._at_once)
 
-        return lambda _: {"durable": harness.timed(transfer)}
+        return lambda _: {"durable" if method == "raw_put" else "restore": harness.timed(transfer)}

@@ -1,4 +1,4 @@
-"""What a restore reads from S3, in bytes, as the shard servers' stores counted it: N → M workers, and a part of the state.
+"""What a restore reads from S3, in bytes, as the shard servers' stores count it: N → M workers, and a part only.
 
 Replicated state is wanted by every worker, sharded state is cut anew; each byte has to leave the store once.
 """
@@ -67,10 +67,8 @@ def store_bytes_read() -> int:
     servers: list[Any] = [ray.get_actor(n, namespace=NAMESPACE) for n in names if n.startswith("rl_ckpt-")]
     if not servers:
         raise RuntimeError("there are no shard servers to ask")
-    return sum(
-        ray.get([server.stats.remote() for server in servers], timeout=30)[i]["store_bytes_read"]
-        for i in range(len(servers))
-    )
+    counts: list[dict[str, int]] = ray.get([server.stats.remote() for server in servers], timeout=30)
+    return sum(count["store_bytes_read"] for count in counts)
 
 
 @ray.remote(num_cpus=1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import rl_ckpt
 from benchmarks import harness
+from benchmarks.alternatives import ON_DISK, RLLIB
 from benchmarks.others import others
 from benchmarks.results import LIMIT, Goal, Row, Series
 from benchmarks.settings import Settings
@@ -22,12 +23,13 @@ def _case(settings: Settings, workers: int, kind: str) -> Row:
     compared = workers == settings.workers
     mib = settings.many_mib if workers > settings.workers else settings.mib
     size_bytes = mib << 20
+    names = (*ON_DISK, RLLIB) if compared else ()
     unique_bytes = size_bytes * workers if kind == "sharded" else size_bytes
     with (
         harness.cluster(4 * workers),
         harness.folder() as folder,
         harness.team(workers, size_bytes, kind) as actors,
-        others(actors, folder, unique_bytes, compared) as rest,
+        others(actors, str(folder), names, unique_bytes=unique_bytes) as rest,
         rl_ckpt.Checkpointer(str(folder / "run")) as ckpt,
     ):
         harness.call_all(actors, "fill_file", str(folder))

@@ -12,6 +12,7 @@ from typing import Any
 
 import rl_ckpt
 from benchmarks import harness
+from benchmarks.alternatives import ON_DISK, RLLIB
 from benchmarks.others import Others, others
 from benchmarks.results import LIMIT, Goal, Row, Series
 from benchmarks.settings import Settings
@@ -32,12 +33,13 @@ def measure(settings: Settings) -> list[Row]:
 
 def _case(settings: Settings, workers: int, mib: int, kind: str, compared: bool) -> list[Row]:
     size_bytes = mib << 20
+    names = (*ON_DISK, RLLIB) if compared else ()
     unique_bytes = size_bytes * workers if kind == "sharded" else size_bytes
     with (
         harness.cluster(4 * workers),
         harness.folder() as folder,
         harness.team(workers, size_bytes, kind) as actors,
-        others(actors, folder, unique_bytes, compared) as rest,
+        others(actors, str(folder), names, unique_bytes=unique_bytes) as rest,
         rl_ckpt.Checkpointer(str(folder / "run"), keep=[rl_ckpt.LatestN(1)], grace_s=0) as ckpt,
     ):
         ways: harness.Ways = {

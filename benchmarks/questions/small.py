@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,11 +53,11 @@ def measure(settings: Settings) -> list[Row]:
         teams = {"ours": [kind.remote(settings.leaves, size_bytes)], LIMIT: [kind.remote(1, size_bytes)]}
         runs = {name: rl_ckpt.Checkpointer(str(folder / name), keep=[rl_ckpt.LatestN(1)], grace_s=0) for name in teams}
 
-        def save(name: str) -> dict[str, float]:
+        def save(name: str, _round: int) -> dict[str, float]:
             harness.call_all(teams[name], "train", harness.next_step())
             return harness.save(runs[name], harness.next_step(), teams[name])
 
-        def restore(name: str) -> dict[str, float]:
+        def restore(name: str, _round: int) -> dict[str, float]:
             saved = harness.call_all(teams[name], "checksum")
             harness.call_all(teams[name], "train", 0)
             took = harness.timed(lambda: runs[name].restore(teams[name]))
@@ -64,8 +65,8 @@ def measure(settings: Settings) -> list[Row]:
             return {"restore": took}
 
         found = {
-            "save": harness.rounds(_ROUNDS, {name: lambda _, name=name: save(name) for name in teams}),
-            "restore": harness.rounds(_ROUNDS, {name: lambda _, name=name: restore(name) for name in teams}),
+            "save": harness.rounds(_ROUNDS, {name: partial(save, name) for name in teams}),
+            "restore": harness.rounds(_ROUNDS, {name: partial(restore, name) for name in teams}),
         }
         for run in runs.values():
             run.close()
