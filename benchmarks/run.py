@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -32,7 +33,8 @@ from benchmarks.results import Failed, Results, Row
 from benchmarks.settings import Settings
 
 _TIMEOUT_S = 600
-_TAIL_LINES = 12
+_TAIL_LINES = 30
+_EXCEPTION = re.compile(r"[\w.]+(Error|Exception|Timeout)\b.*")
 PACKAGES = (
     "ray",
     "pyarrow",
@@ -105,8 +107,14 @@ def _ask(module: str, function: str, settings: Settings) -> list[Row] | str:
         if code is None:
             return f"no answer after {_TIMEOUT_S} s\n{tail}"
         if code != 0:
-            return f"ended with {code}\n{tail}"
+            return f"{_last_words(tail) or f'ended with {code}'}\n{tail}"
         return msgspec.json.decode(out.read_bytes(), type=list[Row])
+
+
+def _last_words(tail: str) -> str:
+    """The exception that ended a process, as far as it said one."""
+    lines = [line for line in tail.splitlines() if _EXCEPTION.match(line)]
+    return lines[-1] if lines else ""
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

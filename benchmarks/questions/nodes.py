@@ -2,15 +2,14 @@
 
 Every node has read its part and takes the rest from all others at once. Ours is the transport of the shard servers
 (authenticated sockets, digests compared as the bytes come in); the limit is the same pattern over plain loopback TCP
-with sendfile into warm memory; beside them Ray's object store. All raylets share this machine: it shows what the software
-costs, not what a network gives.
+with sendfile into warm memory; beside them Ray's object store. All raylets share this machine: it shows what the
+software costs, not what a network gives.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-import struct
 import tempfile
 import threading
 import time
@@ -36,7 +35,6 @@ from rl_ckpt.runtime.transport.wire import Door
 
 _HOST = "127.0.0.1"
 _PIECE_BYTES = 8 << 20
-_RANGE = struct.Struct("!QQ")
 _LIMIT_S = 120.0
 _NAME = "part"
 
@@ -85,7 +83,7 @@ class Node:
         def one(peer: int) -> None:
             view = self._room(peer)
             with socket.create_connection((_HOST, ends[peer][1])) as sock:
-                sock.sendall(_RANGE.pack(0, len(view)))
+                sock.sendall(len(view).to_bytes(8, "big"))
                 filled = 0
                 while filled < len(view):
                     filled += sock.recv_into(view[filled:]) or _broken()
@@ -124,10 +122,9 @@ class Node:
 
     def _send_raw(self, sock: socket.socket) -> None:
         with sock, open(self._path, "rb") as file:
-            offset, size = _RANGE.unpack(sock.recv(_RANGE.size, socket.MSG_WAITALL))
-            while size:
-                sent = os.sendfile(sock.fileno(), file.fileno(), offset, size)
-                offset, size = offset + sent, size - sent
+            size, sent = int.from_bytes(sock.recv(8, socket.MSG_WAITALL), "big"), 0
+            while sent < size:
+                sent += os.sendfile(sock.fileno(), file.fileno(), sent, size - sent)
 
 
 def _broken() -> int:
