@@ -36,7 +36,7 @@ format: $(VENV)/lint.stamp ## rewrite the code as lint wants it, where ruff can
 	$(BIN)/ruff format $(CODE)
 	$(BIN)/ruff check --fix $(CODE)
 
-bench: $(VENV)/test.stamp ## run the benchmarks
+bench: $(VENV)/bench.stamp ## every question beside every alternative, about 20 minutes
 	$(PY) -m benchmarks $(ARGS)
 
 docs: $(VENV)/docs.stamp ## build the documentation into site/, offline

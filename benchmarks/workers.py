@@ -1,11 +1,13 @@
-"""The workers of the benchmarks: they hold state, and know the raw ways to move it."""
+"""The workers of the benchmarks: they hold state, know the raw ways to move it, and host the alternatives.
+
+Alternatives are attached to the same actors and get the same arrays, so that all ways move the same bytes.
+"""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,16 @@ import numpy as np
 import ray
 
 import rl_ckpt
+from benchmarks import raw_s3
+from benchmarks.alternatives import Rank, State, make
 
-_ARRAYS = 16
+ARRAYS = 16
 _PIECE_BYTES = 16 << 20
-_THREADS = 4
+
+F32 = np.ndarray[Any, np.dtype[np.float32]]
 
 
-def _values(seed: int, size_bytes: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _values(seed: int, size_bytes: int) -> F32:
     return np.random.default_rng(seed).standard_normal(size_bytes // 4, np.float32).reshape(-1, 1024)
 
 
@@ -35,10 +40,11 @@ class BenchWorker:
         """Makes the state, and warm memory for the raw ways."""
         self._rank, self._world_size, self._kind = rank, world_size, kind
         seed = 1000 * rank if kind == "sharded" else 0
-        self._arrays = {f"layer{i:02}": _values(seed + i, size_bytes // _ARRAYS) for i in range(_ARRAYS)}
+        self._arrays = {f"layer{i:02}": _values(seed + i, size_bytes // ARRAYS) for i in range(ARRAYS)}
         staged = size_bytes if kind == "sharded" else size_bytes // world_size
         self._source, self._target = np.full(size_bytes, 1, np.uint8), np.full(size_bytes, 2, np.uint8)
         self._staged = self._source.data[:staged]
+        self._other: dict[str, Rank] = {}
 
     def get_state(self) -> Any:
         """The arrays, declared as `kind` says."""
@@ -52,13 +58,15 @@ class BenchWorker:
         }
 
     def set_state(self, tree: dict[str, Any]) -> None:
-        """Takes the arrays."""
-        self._arrays = tree
+        """Takes the arrays; they are those it has, filled in place, which the alternatives share."""
+        for name, array in tree.items():
+            if array is not self._arrays[name]:
+                raise RuntimeError(f"{name} was not restored in place")
 
     def train(self, step: int) -> None:
         """Changes every value, so that nothing is stored already."""
         for array in self._arrays.values():
-            np.add(array, np.float32(step + 1), out=array)
+            np.add(array, np.float32(step % 7 + 1), out=array)
 
     def checksum(self) -> float:
         """Of all values."""
@@ -89,36 +97,41 @@ class BenchWorker:
             while start < len(target):
                 start += file.readinto(target[start : start + _PIECE_BYTES]) or 0
 
-    def raw_put(self, client: Mapping[str, str], bucket: str, key: str) -> None:
-        """Uploads as many bytes as this worker stages by botocore, 16 MiB parts in threads."""
-        s3 = _client(client)
-        upload = s3.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
-        starts = range(0, len(self._staged), _PIECE_BYTES)
+    def raw_put(self, client: str, server: Mapping[str, str], key: str, at_once: int) -> None:
+        """Uploads as many bytes as this worker stages to an object of its own, with `at_once` parts on their way."""
+        raw_s3.client(client, server, at_once).put(f"{key}-{self._rank}", self._staged)
 
-        def part(item: tuple[int, int]) -> dict[str, Any]:
-            number, start = item
-            data = bytes(self._staged[start : start + _PIECE_BYTES])
-            done = s3.upload_part(Bucket=bucket, Key=key, UploadId=upload, PartNumber=number, Body=data)
-            return {"PartNumber": number, "ETag": done["ETag"]}
+    def raw_get(self, client: str, server: Mapping[str, str], key: str, at_once: int) -> None:
+        """Downloads that object into warm memory."""
+        raw_s3.client(client, server, at_once).get(f"{key}-{self._rank}", self._target.data[: len(self._staged)])
 
-        with ThreadPoolExecutor(_THREADS) as pool:
-            parts = list(pool.map(part, enumerate(starts, 1)))
-        s3.complete_multipart_upload(Bucket=bucket, Key=key, UploadId=upload, MultipartUpload={"Parts": parts})
+    def attach(self, name: str, address: str, options: Mapping[str, Any]) -> None:
+        """Sets an alternative up over this worker's arrays.
 
-    def raw_get(self, client: Mapping[str, str], bucket: str, key: str) -> None:
-        """Downloads that object into warm memory, 16 MiB ranges in threads."""
-        s3 = _client(client)
-        target = self._target.data[: len(self._staged)]
+        Args:
+            name: Of the alternative.
+            address: `host:port` where rank 0 may listen for the others.
+            options: For fsspec, where the alternative is to write to S3.
+        """
+        self._other[name] = make(name, State(self._arrays, self._kind, self._rank, self._world_size, address, options))
 
-        def fetch(start: int) -> None:
-            piece = target[start : start + _PIECE_BYTES]
-            body = s3.get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{start + len(piece) - 1}")["Body"]
-            filled = 0
-            while filled < len(piece):
-                filled += body.readinto(piece[filled:])
+    def other_save(self, name: str, place: str) -> float:
+        """Saves by an alternative; seconds until this worker may train on. `other_wait` ends it."""
+        begun = time.perf_counter()
+        self._other[name].save(place)
+        return time.perf_counter() - begun
 
-        with ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(fetch, range(0, len(target), _PIECE_BYTES)))
+    def other_wait(self, name: str) -> None:
+        """Waits until what `other_save` began is stored."""
+        self._other[name].wait()
+
+    def other_restore(self, name: str, place: str) -> None:
+        """Restores this worker by an alternative."""
+        self._other[name].restore(place)
+
+    def detach(self, name: str) -> None:
+        """Ends an alternative."""
+        self._other.pop(name).close()
 
     def ready(self) -> int:
         """Process id, once the state is there."""
@@ -126,16 +139,3 @@ class BenchWorker:
 
     def _file(self, folder: str) -> Path:
         return Path(folder) / f"raw-{self._rank}"
-
-
-def _client(options: Mapping[str, str]) -> Any:
-    import botocore.config
-    import botocore.session
-
-    config = botocore.config.Config(
-        s3={"addressing_style": "path", "payload_signing_enabled": False},
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-        max_pool_connections=_THREADS,
-    )
-    return botocore.session.get_session().create_client("s3", region_name="us-east-1", config=config, **options)
