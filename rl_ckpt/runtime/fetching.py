@@ -25,6 +25,7 @@ from rl_ckpt.store.base import ObjectMissingError, Store
 
 _READ_BYTES = 16 << 20  # of a file at a time: peers get it when it is in
 _READS_AT_ONCE = 16
+_CHECKS_AT_ONCE = 2  # beside the streams: a stream that hashes lets its peer wait
 _PEERS_AT_ONCE = 4  # asked by one server; the order in which it asks them is rotated by the plan
 _PIECE_BYTES = 8 << 20  # of small chunks that lie together, and travel as one
 _PASS_BYTES = 64 << 20  # what one call through Ray brings: pays the call, and stays in the object store
@@ -77,6 +78,7 @@ class Fetch:
         self._by = time.monotonic() + limit_s
         self._reads = ThreadPoolExecutor(_READS_AT_ONCE, "rl_ckpt-read")
         self._pulls = ThreadPoolExecutor(_PEERS_AT_ONCE, "rl_ckpt-pull")
+        self._checks = ThreadPoolExecutor(_CHECKS_AT_ONCE, "rl_ckpt-check")
         self._lock = threading.Lock()
         self._bytes: dict[str, int] = {}
 
@@ -105,8 +107,8 @@ class Fetch:
             raise
         finally:
             # Not waited for: after an error the memory is forgotten, and nobody sees what they still write there.
-            self._pulls.shutdown(wait=False, cancel_futures=True)
-            self._reads.shutdown(wait=False, cancel_futures=True)
+            for pool in (self._pulls, self._checks, self._reads):
+                pool.shutdown(wait=False, cancel_futures=True)
         return dict(self._bytes)
 
     def _read(self, name: str, items: Sequence[FetchItem], source: str) -> None:
@@ -129,21 +131,20 @@ class Fetch:
 
     def _pass(self, peer: str, items: Sequence[PassItem]) -> None:
         """Chunks that a peer reads from the store and passes on."""
-        missing, damaged, why = {item.offset: item for item in items}, list[PassItem](), ""
+        missing, checks, why = {item.offset: item for item in items}, list[Future[list[PassItem]]](), ""
         for way, take in (("peers", self._by_socket), ("peers_ray", self._by_ray)):
             try:
                 for taken in take(peer, list(missing.values())):
                     for item in taken:
                         del missing[item.offset]
-                    good, bad = self._sort(taken)
-                    self._count(way, sum(item.size_bytes for item in good))
-                    damaged += bad
+                    checks.append(self._checks.submit(self._damaged, way, taken))
             except (TransportError, OSError) as error:
                 why = why or f"{type(error).__name__}: {error}"
                 if way == "peers":
                     _log.warning("chunks of %s come through Ray's object store, not over a socket: %s", peer, why)
             if not missing:
                 break
+        damaged = [item for check in checks for item in check.result()]
         again = [*missing.values(), *damaged]
         if again:
             _log.warning(
@@ -175,14 +176,11 @@ class Fetch:
                 self._view(item.offset, item.size_bytes)[:] = part
             yield list(batch)
 
-    def _sort(self, items: Sequence[PassItem]) -> tuple[list[PassItem], list[PassItem]]:
-        """Which of them have come as they were committed, and which have not."""
-        good: list[PassItem] = []
-        bad: list[PassItem] = []
-        for item in items:
-            right = digest(self._view(item.offset, item.size_bytes)) == item.digest
-            (good if right else bad).append(item)
-        return good, bad
+    def _damaged(self, way: str, items: Sequence[PassItem]) -> list[PassItem]:
+        """Which of them have not come as they were committed; the others are counted."""
+        out = [item for item in items if digest(self._view(item.offset, item.size_bytes)) != item.digest]
+        self._count(way, sum(item.size_bytes for item in items) - sum(item.size_bytes for item in out))
+        return out
 
     def _again(self, items: Sequence[PassItem]) -> None:
         files: dict[int, list[FetchItem]] = {}

@@ -71,7 +71,7 @@ def _replies(line: Line, pieces: Sequence[tuple[int, memoryview]], by: float) ->
             _raise(line, reply)
         if reply.index not in missing or reply.size_bytes != pieces[reply.index][1].nbytes:
             raise TransportError(f"the peer sent what was not asked for: {reply}")
-        line.fill(pieces[reply.index][1])
+        line.fill_much(pieces[reply.index][1])
         missing.discard(reply.index)
         yield reply.index
 

@@ -402,6 +402,29 @@ def test_a_listener_that_breaks_the_rules_is_left(reply: Reply) -> None:
         thread.join()
 
 
+@pytest.mark.parametrize("size", [1000, 1 << 20], ids=["little", "much"])
+def test_a_listener_that_stands_still_in_the_middle_is_left_in_time(size: int) -> None:
+    secret, done = os.urandom(32), threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def pretend() -> None:
+            sock, _ = listening.accept()
+            with sock:
+                line = Line(sock, WAIT_S)
+                wire.admit(line, secret, "server-a", time.monotonic() + WAIT_S)
+                line.take_request(WAIT_S, WAIT_S)
+                line.send_reply(Reply(wire.DATA, 0, size), bytes(size // 2))
+                done.wait(WAIT_S)
+
+        thread = threading.Thread(target=pretend)
+        thread.start()
+        door = Door("127.0.0.1", listening.getsockname()[1], "server-a", secret)
+        with pytest.raises(TimeoutError):
+            list(pull(door, "x", [(0, memoryview(bytearray(size)))], by=time.monotonic() + WAIT_S, stall_s=0.2))
+        done.set()
+        thread.join()
+
+
 def test_the_time_for_all_of_it_is_kept(place: Place) -> None:
     place.publish(filled=False)
     with pytest.raises(TimeoutError):
