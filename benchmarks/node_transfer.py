@@ -125,6 +125,8 @@ def _fetch(server: Any, order: FetchOrder) -> dict[str, int]:
 class Plain:
     """An actor with plain sockets: the limit."""
 
+    bench_target: memoryview | None = None
+
     def listen(self, index: int, count: int, size_bytes: int) -> tuple[str, int]:
         """Serves this node's part to whoever connects."""
         self._path = tempfile.NamedTemporaryFile(dir="/dev/shm")  # noqa: SIM115 - lives as long as the actor
@@ -202,20 +204,21 @@ def measure(nodes: int, size_bytes: int, rounds: int) -> dict[str, Any]:
             cluster.add_node(num_cpus=2, object_store_memory=100 << 20, wait=False)
         cluster.wait_for_nodes()
         ray.init(address=cluster.address, log_to_driver=False)
-        return _measure(size_bytes, rounds)
+        out = _measure(size_bytes, rounds)
     finally:
         ray.shutdown()
         cluster.shutdown()
+    return out
 
 
 def _measure(size_bytes: int, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         spec = RunSpec(f"file://{folder}", {}, (), Options(), "get_state", "set_state", service="bench")
         places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes()]
-        start = ray.remote(num_cpus=0)(ensure_server)
+        start: Any = ray.remote(num_cpus=0)(ensure_server)
         names = ray.get([start.options(scheduling_strategy=place).remote(spec) for place in places])
         servers = {name: ray.get_actor(name, namespace=NAMESPACE) for name in names}
-        kind = ray.remote(num_cpus=0)(Plain)
+        kind: Any = ray.remote(num_cpus=0)(Plain)
         others = [kind.options(scheduling_strategy=place).remote() for place in places]
         out: dict[str, Any] = {"nodes": len(names), "bytes": size_bytes}
         try:
@@ -232,7 +235,7 @@ def _measure(size_bytes: int, rounds: int) -> dict[str, Any]:
         finally:
             for server in servers.values():
                 ray.get(server.close.remote())
-                ray.kill(server)
+                server.__ray_terminate__.remote()
         return out
 
 

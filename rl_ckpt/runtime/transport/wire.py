@@ -16,11 +16,13 @@ has no timeouts.
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import os
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import msgspec
@@ -36,7 +38,7 @@ TEXT_BYTES = 4096
 """No error's text is longer."""
 
 DATA, WAIT, REFUSED, FAILED = range(4)
-_STEP_BYTES = 4 << 20  # what one call of recv waits for
+_STEP_BYTES = 4 << 20  # what one call of recv or sendfile waits for
 _MUCH_BYTES = 1 << 16
 _HEAD = struct.Struct(">BIQ")
 _LENGTH = struct.Struct(">I")
@@ -86,7 +88,8 @@ class Line:
         self._stall_s = stall_s
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         timeval = struct.pack("@ll", int(stall_s), int(stall_s % 1 * 1e6))
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)  # for `fill_much`
+        for limit in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # for `fill_much` and `send_file`
+            sock.setsockopt(socket.SOL_SOCKET, limit, timeval)
         sock.settimeout(stall_s)
 
     def fill(self, view: memoryview, by: float | None = None) -> None:
@@ -119,13 +122,39 @@ class Line:
         if view.nbytes < _MUCH_BYTES:
             return self.fill(view)
         got, size = 0, view.nbytes
-        self.sock.settimeout(None)  # the limit is SO_RCVTIMEO: Python's own would return whatever is there
-        try:
+        with self._blocking():
             while got < size:
                 count = self.sock.recv_into(view[got : got + _STEP_BYTES], 0, socket.MSG_WAITALL)
                 if not count:
                     raise TransportError("the peer closed the connection")
                 got += count
+
+    def send_file(self, file: int, offset: int, size_bytes: int) -> None:
+        """Sends a part of a file, which this process never touches; waits in the kernel, as `fill_much` does.
+
+        Args:
+            file: Descriptor of a regular file.
+            offset: Where to begin, in bytes.
+            size_bytes: How much.
+
+        Raises:
+            TransportError: The file is shorter.
+            OSError: The connection broke, or stood still.
+        """
+        end = offset + size_bytes
+        with self._blocking():
+            while offset < end:
+                count = os.sendfile(self.sock.fileno(), file, offset, min(_STEP_BYTES, end - offset))
+                if not count:
+                    raise TransportError(f"a file ends at {offset}, before what was published of it does at {end}")
+                offset += count
+
+    @contextlib.contextmanager
+    def _blocking(self) -> Iterator[None]:
+        """Calls wait in the kernel, by the limits set there: with Python's own they return at every packet."""
+        self.sock.settimeout(None)
+        try:
+            yield
         except BlockingIOError as error:
             raise TimeoutError("the peer stands still") from error
         finally:
