@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -61,7 +62,7 @@ class Coordinator:
         """Ready at once: the store is opened when it is first needed."""
         self._spec = spec
         self._saves = SaveMachine(spec.options)
-        self._restores = rm.RestoreMachine(spec.options)
+        self._restores = rm.RestoreMachine(spec.options, f"{uuid.uuid4().hex[:8]}-")
         self._waiting: dict[tuple[str, int], list[asyncio.Future[bytes]]] = {}
         self._outcomes: OrderedDict[str, asyncio.Future[SaveOutcome]] = OrderedDict()
         self._servers: dict[str, Any] = {}

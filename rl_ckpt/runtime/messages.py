@@ -234,7 +234,7 @@ class Apply(msgspec.Struct, frozen=True, tag="apply"):
 
 
 class FetchItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One chunk: where it lies at its source, where it goes in the restore memory, and its digest."""
+    """One chunk in a file of the store: where it lies there, where it goes in the restore memory, and its digest."""
 
     source_offset: int
     offset: int
@@ -242,19 +242,34 @@ class FetchItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
     digest: bytes
 
 
+class PassItem(msgspec.Struct, frozen=True, array_like=True):
+    """A chunk that a peer passes on: where it lies in the peer's restore memory and, as a last source, in the store."""
+
+    source_offset: int
+    offset: int
+    size_bytes: int
+    digest: bytes
+    file: int
+    """Index in the order's `names`."""
+    file_offset: int
+
+
 class FetchOrder(msgspec.Struct, frozen=True):
-    """A shard server brings chunks into its restore memory: from files of the store, or from a peer's memory."""
+    """A shard server brings chunks into its restore memory: from files of the store, and from peers' memory."""
 
     key: str
     memory_bytes: int
     files: dict[str, tuple[FetchItem, ...]] = {}
-    peers: dict[str, tuple[FetchItem, ...]] = {}
+    peers: dict[str, tuple[PassItem, ...]] = {}
+    names: tuple[str, ...] = ()
+    """Files where chunks that peers pass on lie in the store."""
 
 
 class FetchDone(msgspec.Struct, frozen=True, tag="fetched"):
     """What a shard server brought in; `damaged` says what is wrong, or is empty."""
 
-    bytes: int
+    bytes_from: dict[str, int]
+    """By source; as in `RestoreReport`."""
     damaged: str = ""
     memory: str = ""
     """File of the restore's memory, where workers of the node map it."""

@@ -26,6 +26,7 @@ from rl_ckpt.runtime.messages import (
     MatchReply,
     OpenReply,
     OpenRestore,
+    PassItem,
     Sources,
     TryNext,
     Verified,
@@ -34,8 +35,8 @@ from rl_ckpt.runtime.messages import (
 
 _FAILED_KEPT = 64  # failed restores that some ranks have not heard of yet
 
-OPENING, MATCHING, FETCHING, PASSING, VERIFYING, OVER, FAILED = (
-    "opening", "matching", "fetching", "passing", "verifying", "over", "failed",
+OPENING, MATCHING, FETCHING, VERIFYING, OVER, FAILED = (
+    "opening", "matching", "fetching", "verifying", "over", "failed",
 )  # fmt: skip
 
 
@@ -107,8 +108,6 @@ class Restore:
     """Where each chunk goes in each server's restore memory."""
     memory: dict[str, str] = field(default_factory=dict)
     """File of each server's restore memory."""
-    passes: dict[str, FetchOrder] = field(default_factory=dict)
-    """Second round: what servers take from peers."""
     awaited: set[str] = field(default_factory=set)
     bytes_from: dict[str, int] = field(default_factory=dict)
     told: set[int] = field(default_factory=set)
@@ -118,9 +117,16 @@ class Restore:
 class RestoreMachine:
     """All restores of a run. Every method is an event and returns what is to be done about it."""
 
-    def __init__(self, options: Options) -> None:
-        """No restores yet."""
+    def __init__(self, options: Options, incarnation: str = "") -> None:
+        """No restores yet.
+
+        Args:
+            options: The run's.
+            incarnation: Of the coordinator, so that its tokens are not those of one before it: shard servers never
+                bring in again what they were told to forget.
+        """
         self.options = options
+        self._incarnation = incarnation
         self._begun = 0
         self._restores: dict[str, Restore] = {}
         self._over: dict[str, Restore] = {}
@@ -139,7 +145,7 @@ class RestoreMachine:
 
     def _begin(self, key: str, step: int | None, world_size: int, fell_back: dict[str, str] | None = None) -> Restore:
         self._begun += 1
-        restore = Restore(key, f"{key}#{self._begun}", step, world_size, fell_back=fell_back or {})
+        restore = Restore(key, f"{key}#{self._incarnation}{self._begun}", step, world_size, fell_back=fell_back or {})
         self._restores[key] = restore
         return restore
 
@@ -230,12 +236,7 @@ class RestoreMachine:
         plan = spread(restore.manifest, needs)
         restore.state = FETCHING
         sizes = {server: self._lay_out(restore, server, chunks) for server, chunks in needs.items()}
-        orders = {server: self._store_order(restore, server, plan[server], sizes[server]) for server in plan}
-        restore.passes = {
-            server: FetchOrder(restore.token, sizes[server], peers=self._peer_items(restore, server, plan[server]))
-            for server in plan
-            if plan[server].peers
-        }
+        orders = {server: self._order(restore, server, plan[server], sizes[server]) for server in plan}
         restore.awaited = set(orders)
         restore.bytes_from = {"store": 0, "peers": 0}
         out: list[Instruction] = [Fetch(restore.token, server, order) for server, order in orders.items()]
@@ -249,45 +250,46 @@ class RestoreMachine:
         restore.offsets[server] = places
         return offset
 
-    def _store_order(self, restore: Restore, server: str, fetch: ServerFetch, size: int) -> FetchOrder:
+    def _order(self, restore: Restore, server: str, fetch: ServerFetch, size: int) -> FetchOrder:
         assert restore.manifest is not None
+        places = restore.offsets[server]
         files: dict[str, list[FetchItem]] = {}
         for chunk in fetch.store:
             saved = restore.manifest.arrays[chunk[0]].chunks[chunk[1]]
-            item = FetchItem(saved.offset, restore.offsets[server][chunk], saved.bytes, bytes.fromhex(saved.digest))
+            item = FetchItem(saved.offset, places[chunk], saved.bytes, bytes.fromhex(saved.digest))
             files.setdefault(restore.manifest.files[saved.file].name, []).append(item)
-        return FetchOrder(restore.token, size, files={name: tuple(items) for name, items in files.items()})
-
-    def _peer_items(self, restore: Restore, server: str, fetch: ServerFetch) -> dict[str, tuple[FetchItem, ...]]:
-        assert restore.manifest is not None
-        out = {}
+        peers: dict[str, tuple[PassItem, ...]] = {}
+        numbers: dict[int, int] = {}  # of a file in the manifest → in the order
         for peer, chunks in fetch.peers.items():
-            saved = [(chunk, restore.manifest.arrays[chunk[0]].chunks[chunk[1]]) for chunk in chunks]
-            out[peer] = tuple(
-                FetchItem(
-                    restore.offsets[peer][chunk], restore.offsets[server][chunk], s.bytes, bytes.fromhex(s.digest)
+            there = restore.offsets[peer]
+            saved_there = [(chunk, restore.manifest.arrays[chunk[0]].chunks[chunk[1]]) for chunk in chunks]
+            peers[peer] = tuple(
+                PassItem(
+                    there[chunk],
+                    places[chunk],
+                    s.bytes,
+                    bytes.fromhex(s.digest),
+                    numbers.setdefault(s.file, len(numbers)),
+                    s.offset,
                 )
-                for chunk, s in saved
+                for chunk, s in saved_there
             )
-        return out
+        names = tuple(restore.manifest.files[file].name for file in numbers)
+        return FetchOrder(restore.token, size, {name: tuple(items) for name, items in files.items()}, peers, names)
 
     def fetched(self, token: str, server: str, done: FetchDone) -> list[Instruction]:
         """A server has brought in what it was told to."""
         restore = self._current(token)
-        if restore is None or restore.state not in (FETCHING, PASSING) or server not in restore.awaited:
+        if restore is None or restore.state != FETCHING or server not in restore.awaited:
             return []
         if done.damaged:
             return self._next(restore, done.damaged)
         restore.awaited.discard(server)
         restore.memory[server] = done.memory
-        source = "store" if restore.state == FETCHING else "peers"
-        restore.bytes_from[source] += done.bytes
+        for source, size in done.bytes_from.items():
+            restore.bytes_from[source] = restore.bytes_from.get(source, 0) + size
         if restore.awaited:
             return []
-        if restore.state == FETCHING and restore.passes:
-            restore.state, restore.awaited = PASSING, set(restore.passes)
-            passes: list[Instruction] = [Fetch(token, to, order) for to, order in restore.passes.items()]
-            return [*passes, Arm(token, PASSING, self.options.write_timeout_s)]
         restore.state = VERIFYING
         known: dict[tuple[str, int], tuple[int, ...]] = {}
         answers: list[Instruction] = [
@@ -377,7 +379,7 @@ class RestoreMachine:
         restore = self._current(token)
         if restore is None or restore.state != state:
             return []
-        if state in (FETCHING, PASSING):
+        if state == FETCHING:
             text = f"restore: {sorted(restore.awaited)} did not bring their chunks in in time; raise `write_timeout_s`"
         elif state == OPENING and len(restore.joined) == restore.world_size:
             text = "restore: the store did not give the manifest in time; look at the store, or raise `join_timeout_s`"

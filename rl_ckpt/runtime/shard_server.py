@@ -7,21 +7,20 @@ going on.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import ray
 
 from rl_ckpt.errors import CheckpointError, CorruptionError
-from rl_ckpt.format.digest import digest
 from rl_ckpt.runtime import memory
+from rl_ckpt.runtime.fetching import Fetch
 from rl_ckpt.runtime.messages import (
     Failure,
     FetchDone,
-    FetchItem,
     FetchOrder,
     Lost,
     Ok,
@@ -36,12 +35,16 @@ from rl_ckpt.runtime.messages import (
 )
 from rl_ckpt.runtime.objects import stage_objects
 from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
-from rl_ckpt.store.base import ObjectMissingError
+from rl_ckpt.runtime.transport.listener import Listener
+from rl_ckpt.runtime.transport.shelf import Range, Shelf
+from rl_ckpt.runtime.transport.wire import Door, TransportError
 from rl_ckpt.store.shard_writer import write_files
 from rl_ckpt.store.urls import open_store
 
 CONCURRENCY_GROUPS = {"control": 4, "io": 4, "network": 8}
-_PASS_BYTES = 64 << 20  # what one call to a peer brings: pays the call, and stays in the object store
+_CALL_S = 30.0  # for a call of a peer that has nothing to wait for
+
+_log = logging.getLogger("rl_ckpt")
 
 
 class ShardServer:
@@ -53,7 +56,9 @@ class ShardServer:
         self._name = name
         self._store = open_store(spec.url, spec.storage_options)
         self._memory = memory.ServerMemory(name)
-        self._counts = {"bytes_staged": 0, "bytes_from_peers": 0, "bytes_served": 0}
+        self._shelf = Shelf()
+        self._listener = _listen(name, self._shelf)
+        self._counts = {"bytes_staged": 0, "bytes_from_peers": 0, "bytes_served_by_ray": 0}
 
     @ray.method(concurrency_group="control")
     def ready(self) -> str:
@@ -103,62 +108,53 @@ class ShardServer:
 
     @ray.method(concurrency_group="io")
     def fetch(self, data: bytes) -> bytes:
-        """Brings chunks into the restore's memory and verifies them."""
+        """Brings chunks into the restore's memory, verifies them, and passes them on as they come in."""
         order = decode(data, FetchOrder)
+        name = _restore_name(order.key)
         try:
-            target = self._restore_memory(order)
-            count = self._from_store(order, target) + self._from_peers(order, target)
+            target = self._restore_memory(name, order.memory_bytes)
+            limit_s = self._spec.options.write_timeout_s
+            done = Fetch(order, name, target, self._store, self._shelf, _RayPeer, limit_s).run()
         except CorruptionError as error:
-            return encode(FetchDone(0, str(error)))
+            return encode(FetchDone({}, str(error)))
         except CheckpointError as error:
             return encode(Failure.of(error))
-        return encode(FetchDone(count, memory=self._memory.path(_restore_name(order.key))))
+        self._counts["bytes_from_peers"] += done.get("peers", 0) + done.get("peers_ray", 0)
+        return encode(FetchDone(done, memory=self._memory.path(name)))
 
-    def _restore_memory(self, order: FetchOrder) -> memoryview:
-        path = self._memory.path(_restore_name(order.key))
+    def _restore_memory(self, name: str, size_bytes: int) -> memoryview:
+        path = self._memory.path(name)
         if not os.path.exists(path):
-            self._memory.make(_restore_name(order.key), order.memory_bytes)
+            self._memory.make(name, size_bytes)
+        try:
+            self._shelf.publish(name, path, size_bytes)
+        except CheckpointError:  # `forget` overtook this call: nobody else would remove the file
+            self._memory.remove(name)
+            raise
         return memory.mapped(path)
 
-    def _from_store(self, order: FetchOrder, target: memoryview) -> int:
-        with ThreadPoolExecutor(self._spec.options.write_streams, "rl_ckpt-fetch") as pool:
-            return sum(pool.map(lambda name: self._from_file(name, order.files[name], target), order.files))
-
-    def _from_file(self, name: str, items: Sequence[FetchItem], target: memoryview) -> int:
-        url = self._store.object_url(name)
-        try:
-            self._store.read_into(name, [(i.source_offset, target[i.offset : i.offset + i.size_bytes]) for i in items])
-        except ObjectMissingError as error:
-            raise CorruptionError(f"{url} is missing, though the checkpoint names it") from error
-        return sum(_check(item, target, f"chunk at {item.source_offset} of {url}") for item in items)
-
-    def _from_peers(self, order: FetchOrder, target: memoryview) -> int:
-        count = 0
-        for peer, items in order.peers.items():
-            server: Any = ray.get_actor(peer, namespace=NAMESPACE)
-            for batch in _batches(items):
-                ranges = [(item.source_offset, item.size_bytes) for item in batch]
-                parts: list[Any] = ray.get(
-                    server.serve.remote(order.key, ranges), timeout=self._spec.options.write_timeout_s
-                )
-                for item, part in zip(batch, parts, strict=True):
-                    target[item.offset : item.offset + item.size_bytes] = part.data
-                    count += _check(item, target, f"chunk at {item.source_offset} of {peer}'s memory")
-        self._counts["bytes_from_peers"] += count
-        return count
+    @ray.method(concurrency_group="control")
+    def door(self) -> Door | None:
+        """How a peer gets to this server's listener, its secret with it; None where it has none."""
+        return self._listener.door if self._listener is not None else None
 
     @ray.method(concurrency_group="network")
-    def serve(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
-        """Ranges of this server's restore memory, for a peer; they travel through Ray's object store."""
-        source = np.frombuffer(memory.mapped(self._memory.path(_restore_name(key))), np.uint8)
-        self._counts["bytes_served"] += sum(size for _, size in ranges)
+    def serve(self, name: str, ranges: list[Range], wait_s: float) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
+        """Ranges of what is on the shelf, when they are filled, for a peer that can't reach the listener.
+
+        They travel through Ray's object store.
+        """
+        source = np.frombuffer(memory.mapped(self._shelf.await_all(name, ranges, wait_s)), np.uint8)
+        self._counts["bytes_served_by_ray"] += sum(size for _, size in ranges)
         return [source[offset : offset + size] for offset, size in ranges]
 
     @ray.method(concurrency_group="control")
     def forget(self, key: str) -> bytes:
-        """Gives a restore's memory back."""
-        memory.forget(self._memory.path(_restore_name(key)))
-        self._memory.remove(_restore_name(key))
+        """Gives a restore's memory back; a `fetch` for it that comes later makes none."""
+        name = _restore_name(key)
+        self._shelf.withdraw(name)
+        memory.forget(self._memory.path(name))
+        self._memory.remove(name)
         return encode(Ok())
 
     @ray.method(concurrency_group="control")
@@ -171,8 +167,10 @@ class ShardServer:
     def stats(self) -> dict[str, int]:
         """Bytes moved so far, for tests and metrics."""
         traffic = self._store.stats.snapshot()
+        listened = self._listener.counts() if self._listener is not None else {"bytes_served": 0}
         return {
             **self._counts,
+            **listened,
             "store_reads": traffic.reads,
             "store_bytes_read": traffic.bytes_read,
             "store_bytes_written": traffic.bytes_written,
@@ -181,6 +179,8 @@ class ShardServer:
     @ray.method(concurrency_group="control")
     def close(self) -> bytes:
         """Gives all memory back; the actor is ended next."""
+        if self._listener is not None:
+            self._listener.close()
         self._memory.close()
         return encode(Ok())
 
@@ -189,20 +189,39 @@ def _restore_name(key: str) -> str:
     return f"restore-{key.replace('/', '_')}"
 
 
-def _check(item: FetchItem, target: memoryview, what: str) -> int:
-    found = digest(target[item.offset : item.offset + item.size_bytes])
-    if found != item.digest:
-        raise CorruptionError(f"{what} is damaged: {item.digest.hex()} was committed, {found.hex()} was read")
-    return item.size_bytes
+def _listen(name: str, shelf: Shelf) -> Listener | None:
+    host = ray.util.get_node_ip_address()
+    try:
+        return Listener(host, name, shelf)
+    except OSError as error:
+        _log.warning("no listener on %s (%s): chunks for peers go through Ray's object store", host, error)
+        return None
 
 
-def _batches(items: Sequence[FetchItem]) -> list[list[FetchItem]]:
-    out: list[list[FetchItem]] = [[]]
-    filled = 0
-    for item in items:
-        if filled >= _PASS_BYTES:
-            out.append([])
-            filled = 0
-        out[-1].append(item)
-        filled += item.size_bytes
-    return out
+class _RayPeer:
+    """Another shard server; see `fetching.Peer`."""
+
+    def __init__(self, name: str) -> None:
+        try:
+            self._actor: Any = ray.get_actor(name, namespace=NAMESPACE)
+        except ValueError as error:
+            raise TransportError(f"{name} is gone") from error
+
+    def door(self) -> Door | None:
+        door: Door | None = _ask(self._actor.door.remote(), _CALL_S)
+        return door
+
+    def serve(self, name: str, ranges: list[Range], wait_s: float) -> Sequence[memoryview]:
+        parts: Any = _ask(self._actor.serve.remote(name, ranges, wait_s), wait_s + _CALL_S)
+        return [part.data for part in parts]
+
+
+def _ask(asked: Any, timeout_s: float) -> Any:
+    try:
+        return ray.get(asked, timeout=timeout_s)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, CheckpointError | TransportError):
+            raise error.cause from error
+        raise
+    except ray.exceptions.RayError as error:
+        raise TransportError(f"a shard server could not be reached: {error}") from error

@@ -102,15 +102,15 @@ class Bench:
 
     def fetch(self, ask: rm.Fetch, damaged: str = "") -> None:
         self.fetches.remove(ask)
-        count = (
-            0
-            if damaged
-            else sum(i.size_bytes for items in [*ask.order.files.values(), *ask.order.peers.values()] for i in items)
+        order = ask.order
+        store, peers = (
+            sum(i.size_bytes for items in part.values() for i in items) for part in (order.files, order.peers)
         )
+        found = {} if damaged else {"store": store, "peers": peers}
         if (ask.token, ask.server) in self.memory:
-            self.memory[ask.token, ask.server] += count
+            self.memory[ask.token, ask.server] += sum(found.values())
         self.do(
-            self.machine.fetched(ask.token, ask.server, FetchDone(count, damaged, f"/shm/{ask.server}/{ask.token}"))
+            self.machine.fetched(ask.token, ask.server, FetchDone(found, damaged, f"/shm/{ask.server}/{ask.token}"))
         )
 
     def fetch_all(self) -> None:

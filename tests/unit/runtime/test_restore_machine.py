@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from rl_ckpt.errors import CorruptionError, StorageError, WorkerFailuresError
+from rl_ckpt.options import Options
 from rl_ckpt.plan.match import Problems
 from rl_ckpt.runtime import restore_machine as rm
-from rl_ckpt.runtime.messages import Apply, Candidate, Failure, Sources, TryNext
+from rl_ckpt.runtime.messages import Apply, Candidate, Failure, FetchDone, OpenRestore, Sources, TryNext
 from tests.unit.runtime.restore_bench import Bench, all_chunks, manifest
 
 DEAD = WorkerFailuresError("rank 1 died", {1: "rank 1 died"})
@@ -50,15 +51,42 @@ def test_each_chunk_is_fetched_from_the_store_once_and_passed_on_by_peers() -> N
     assert set(bench.memory.values()) == {TOTAL}
 
 
-def test_peers_pass_on_only_what_every_server_has_fetched() -> None:
+def test_what_peers_pass_on_is_found_in_their_memory_and_in_the_store() -> None:
     bench = Bench()
     bench.to_fetching()
-    first = bench.fetches[0]
-    bench.fetch(first)
-    assert all(not ask.order.peers for ask in bench.fetches)
-    bench.fetch(bench.fetches[0])
-    assert all(ask.order.peers for ask in bench.fetches)
-    assert len(bench.fetches) == 2
+    orders = {ask.server: ask.order for ask in bench.fetches}
+    assert set(orders) == {"server-0", "server-1"}
+    for server, order in orders.items():
+        (peer,) = order.peers
+        there = {(name, i.source_offset): i for name, items in orders[peer].files.items() for i in items}
+        assert peer != server
+        assert len(order.peers[peer]) == len(there)
+        for item in order.peers[peer]:
+            source = there[order.names[item.file], item.file_offset]
+            assert item.source_offset == source.offset
+            assert (item.size_bytes, item.digest) == (source.size_bytes, source.digest)
+
+
+def test_bytes_by_other_ways_are_reported_too() -> None:
+    bench = Bench()
+    bench.to_fetching()
+    for ask in bench.fetches:
+        done = FetchDone({"store": 1, "peers_ray": 2}, memory="/shm/x")
+        bench.do(bench.machine.fetched(ask.token, ask.server, done))
+    for rank in (0, 1):
+        bench.verify(rank)
+    reply = bench.reply(0)
+    assert isinstance(reply, Apply)
+    assert reply.bytes_from == {"store": 2, "peers": 0, "peers_ray": 4}
+
+
+def test_tokens_of_one_coordinator_are_not_those_of_the_next() -> None:
+    tokens = set()
+    for incarnation in ("a-", "b-"):
+        machine = rm.RestoreMachine(Options(), incarnation)
+        machine.open(OpenRestore("r", 0, 2, None))
+        tokens |= set(machine.states())
+    assert len(tokens) == 2
 
 
 def test_sources_name_the_memory_of_the_ranks_own_server() -> None:
@@ -118,14 +146,6 @@ def fail_in_fetching(bench: Bench) -> None:
     bench.fetch_all()  # the other server's answer comes late
 
 
-def fail_in_passing(bench: Bench) -> None:
-    bench.to_fetching()
-    bench.fetch(bench.fetches[0])
-    bench.fetch(bench.fetches[0])
-    bench.do(bench.machine.failed(bench.fetches.pop(0).token, StorageError("gone")))
-    bench.fetch_all()
-
-
 def fail_in_verifying(bench: Bench) -> None:
     bench.to_verifying()
     bench.verify(0)
@@ -145,7 +165,6 @@ FAILURES: list[Callable[[Bench], None]] = [
     fail_in_matching_before_the_other_asks,
     fail_in_problems,
     fail_in_fetching,
-    fail_in_passing,
     fail_in_verifying,
     fail_in_verifying_before_the_other_asks,
 ]
@@ -212,7 +231,7 @@ def test_a_late_fetch_of_a_damaged_checkpoint_does_not_count_for_the_next_one() 
     bench.to_fetching()
     bench.fetch(late)
     bench.fetch(next(ask for ask in bench.fetches if ask.server != late.server))
-    assert all(not ask.order.peers for ask in bench.fetches), "peers would pass on memory that is still being filled"
+    assert not any(isinstance(bench.reply(rank), Sources) for rank in (0, 1)), "one server is still at it"
     bench.fetch_all()
     for (token, _), size in bench.memory.items():
         assert token != late.token
@@ -247,15 +266,11 @@ def test_timeouts_name_the_ranks_that_are_missing(state: str, names: str) -> Non
     assert f"ranks {names}" in bench.failure(0).message
 
 
-@pytest.mark.parametrize("state", [rm.FETCHING, rm.PASSING])
-def test_timeouts_of_fetching_name_the_servers(state: str) -> None:
+def test_timeouts_of_fetching_name_the_servers() -> None:
     bench = Bench()
     bench.to_fetching()
     bench.fetch(next(ask for ask in bench.fetches if ask.server == "server-0"))
-    if state == rm.PASSING:
-        bench.fetch(bench.fetches[0])
-        bench.fetch(next(ask for ask in bench.fetches if ask.server == "server-0"))
-    bench.time_out(state)
+    bench.time_out(rm.FETCHING)
     for rank in (0, 1):
         assert "server-1" in bench.failure(rank).message
         assert "server-0" not in bench.failure(rank).message
