@@ -19,6 +19,9 @@ _BUFFERS_PER_COLUMN = 3  # validity of the list, validity of its values, the val
 _MESSAGE_HEADER, _MESSAGE_BODY_LENGTH = 2, 3  # field numbers in the flatbuffer tables
 _BATCH_BUFFERS = 2
 _FOOTER_BATCHES = 3
+PAGE_BYTES = 4096
+"""Boundary of the first value of a large file."""
+_LARGE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +41,14 @@ def align(head: bytes, tail: bytes, sizes: list[int], alignment: int) -> Layout:
         head: The file up to the first value: magic, schema message, batch message.
         tail: The file after the last value and its padding: end marker, footer, magic.
         sizes: Bytes of each column's values.
-        alignment: Multiple of 8 at which each column's values shall start.
+        alignment: Multiple of 8 at which each column's values shall start. In a large file the first one starts at a
+            page: from memory that is laid out alike, a disk can then take the values without a copy.
 
     Returns:
         The new head and tail, each column's padded size and its offset in the file.
     """
     message = _MAGIC + _PREFIX + struct.unpack_from("<i", head, _MAGIC + 4)[0]
-    pad = -len(head) % alignment
+    pad = -len(head) % (PAGE_BYTES if body_bytes(head) >= _LARGE_BYTES else alignment)
     new_head, new_tail = bytearray(head + bytes(pad)), bytearray(tail)
     lengths = np.asarray(sizes, np.int64)
     padded = -(-lengths // alignment) * alignment

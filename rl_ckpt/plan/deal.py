@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from rl_ckpt.format.manifest import ArrayEntry, Chunk, Manifest, ShardFileEntry, shard_file_name
-from rl_ckpt.format.shard_file import ALIGNMENT
+from rl_ckpt.format.shard_file import ALIGNMENT, PAGE_BYTES
 from rl_ckpt.plan.merge import Merged, MergedArray, MergedChunk
 from rl_ckpt.state.boxes import Box
 
@@ -192,6 +192,7 @@ def _lay_out(
         if filled >= target:
             columns.append([])
             filled, names = 0, set()
+            offset = -(-offset // PAGE_BYTES) * PAGE_BYTES  # as in the file: written without a copy (see file_writer)
         name = _column_name(array, chunk, names)
         source = _Source(server, len(columns) - 1, len(columns[-1]))
         for place in write.places:

@@ -1,4 +1,4 @@
-"""Huge pages for staging memory: files in shared memory made of 2 MiB pages, and mapped so that processes get them as such.
+"""Huge pages: staging memory made of 2 MiB pages, and mapped so that processes get them as such.
 
 Owns: filling a new file with huge pages, and mapping a file where the kernel can use them. Promises nothing: where the
 kernel (before 6.1), the file system or the free memory does not allow huge pages, everything works with small ones.

@@ -71,6 +71,8 @@ class ServerMemory:
         path, making = self._folder / name, self._folder / f"{_MAKING}{name}"
         path.unlink(missing_ok=True)
         making.unlink(missing_ok=True)
+        if size_bytes > shutil.disk_usage(self._folder).free:
+            raise self._too_small(size_bytes)  # before other processes find the memory taken
         with open(making, "x+b") as file:
             try:
                 huge_pages.fill(file.fileno(), max(size_bytes, 1))
@@ -79,11 +81,7 @@ class ServerMemory:
                 making.unlink()
                 if error.errno != errno.ENOSPC:
                     raise
-                free = shutil.disk_usage(self._folder).free
-                raise StorageError(
-                    f"{size_bytes} bytes of staging memory don't fit into {self._folder.parent.parent} ({free} free); "
-                    "give the node or container more shared memory (docker: --shm-size), or save less per node"
-                ) from error
+                raise self._too_small(size_bytes) from error
         os.rename(making, path)  # it has its full size from the start: only whole may it be found by its name
         return str(path)
 
@@ -102,6 +100,13 @@ class ServerMemory:
         for old in self._folder.glob(f"{prefix}*"):
             old.unlink(missing_ok=True)
         return self.make(name, size_bytes)
+
+    def _too_small(self, size_bytes: int) -> StorageError:
+        free = shutil.disk_usage(self._folder).free
+        return StorageError(
+            f"{size_bytes} bytes of staging memory don't fit into {self._folder.parent.parent} ({free} free); "
+            "give the node or container more shared memory (docker: --shm-size), or save less per node"
+        )
 
     def path(self, name: str) -> str:
         """Path of a file that was made."""

@@ -29,7 +29,7 @@ _WRITE_BYTES = 16 << 20
 """Largest single write. 8 MiB or one write for all are as fast; early writeback and fallocate gain nothing."""
 _BLOCK_BYTES = 4096
 """Addresses, offsets and sizes of direct writes are multiples of it: no file system asks for more."""
-_BOUNCE_BYTES = 4 << 20
+_BOUNCE_BYTES = 1 << 20
 _IOV_MAX = 1024
 
 
