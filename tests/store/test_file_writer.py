@@ -57,9 +57,13 @@ def test_any_segments_come_out_in_order(tmp_path_factory: pytest.TempPathFactory
     assert written(path, segments) == b"".join(s.tobytes() for s in segments)
 
 
-def test_what_lies_as_the_disk_needs_it_is_not_copied(direct_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    room = np.zeros(BIG + PAGE, np.uint8)
-    values = room[-room.ctypes.data % PAGE :][: BIG + 100]
+@pytest.mark.parametrize("head_bytes", [PAGE, 100])
+def test_what_lies_as_the_disk_needs_it_is_not_copied(
+    direct_disk: Path, monkeypatch: pytest.MonkeyPatch, head_bytes: int
+) -> None:
+    room = np.zeros(BIG + 3 * PAGE, np.uint8)
+    begin = -room.ctypes.data % PAGE + head_bytes  # at the same place in its page as in the file's
+    values = room[begin : begin + BIG + 2 * PAGE - head_bytes + 100]
     sent: list[tuple[int, int, bool]] = []
 
     def spy(fd: int, data: memoryview) -> int:
@@ -68,11 +72,11 @@ def test_what_lies_as_the_disk_needs_it_is_not_copied(direct_disk: Path, monkeyp
 
     real = os.write
     monkeypatch.setattr(os, "write", spy)
-    head = POOL[:PAGE]
+    head = POOL[:head_bytes]
     assert written(direct_disk / "a", [head, values]) == head.tobytes() + values.tobytes()
-    straight = [(at, size) for at, size, direct in sent if direct and at >= values.ctypes.data]
-    assert sum(size for at, size in straight if at < values.ctypes.data + len(values)) == BIG
-    assert [(size, direct) for _, size, direct in sent][-1] == (100, False)  # the end is no whole block
+    first, last = values.ctypes.data, values.ctypes.data + len(values)
+    assert sum(size for at, size, direct in sent if direct and first <= at < last) >= BIG
+    assert [direct for _, size, direct in sent if size == 100] == [False]  # the end, no whole block
 
 
 def test_small_files_stay_in_the_page_cache(direct_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,12 +128,16 @@ def test_a_disk_that_takes_part_of_a_block(direct_disk: Path, monkeypatch: pytes
 
 
 def test_other_errors_are_not_hidden(direct_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[int] = []
+
     def full(fd: int, data: memoryview) -> int:
+        tries.append(fd)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(OSError, match="No space"):
         written(direct_disk / "a", [POOL[:BIG]])
+    assert len(tries) == 1
 
 
 def test_a_file_system_without_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
