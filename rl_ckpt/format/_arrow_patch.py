@@ -18,6 +18,9 @@ _PREFIX = 8  # continuation marker and metadata length, both int32
 _MESSAGE_HEADER, _MESSAGE_BODY_LENGTH = 2, 3  # field numbers in the flatbuffer tables
 _BATCH_BUFFERS = 2
 _FOOTER_BATCHES = 3
+PAGE_BYTES = 4096
+"""Boundary of the first value of a large file."""
+_LARGE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +42,14 @@ def align(head: bytes, tail: bytes, alignment: int) -> Layout:
     Args:
         head: The file up to the first buffer: magic, schema message, batch message.
         tail: The file after the last buffer and its padding: end marker, footer, magic.
-        alignment: Multiple of 8 at which each buffer shall start.
+        alignment: Multiple of 8 at which each buffer shall start. In a large file the first one starts at a page: from
+            memory that is laid out alike, a disk can then take the values without a copy.
 
     Returns:
         The new head and tail, and each buffer's size, padded size and offset in the file.
     """
     message = _MAGIC + _PREFIX + struct.unpack_from("<i", head, _MAGIC + 4)[0]
-    pad = -len(head) % alignment
+    pad = -len(head) % (PAGE_BYTES if body_bytes(head) >= _LARGE_BYTES else alignment)
     new_head, new_tail = bytearray(head + bytes(pad)), bytearray(tail)
 
     root = _root(new_head, message + _PREFIX)

@@ -25,6 +25,8 @@ from rl_ckpt.state.boxes import Box
 from rl_ckpt.state.dtypes import arrow_storage
 
 ALIGNMENT = 64
+PAGE_BYTES = _arrow_patch.PAGE_BYTES
+"""The first value of a file of 4 MiB or more starts at a multiple of it, as its staging memory should."""
 _PADDING = bytes(ALIGNMENT)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from rl_ckpt.format.manifest import ArrayEntry, Chunk, Manifest, ShardFileEntry, shard_file_name
-from rl_ckpt.format.shard_file import ALIGNMENT
+from rl_ckpt.format.shard_file import ALIGNMENT, PAGE_BYTES
 from rl_ckpt.plan.merge import Merged, MergedArray, MergedChunk
 from rl_ckpt.state.boxes import Box
 from rl_ckpt.state.dtypes import dtype_from_name
@@ -198,7 +198,8 @@ def _lay_out(
             planned.append(ColumnPlan(name, array.path, array.spec.dtype, chunk.box, offset, size, owner))
             plan.stage[rank].append(StageItem(array.path, chunk.box, offset, size, chunk.digest))
             offset += size if packed else _aligned(size)
-        offset = _aligned(offset)
+        # The next file begins at a page, as its values do in it: they are written without a copy (file_writer.py).
+        offset = -(-offset // PAGE_BYTES) * PAGE_BYTES
         files.append(FilePlan("", tuple(planned), packed))
     plan.files[server] = files
     plan.staged_bytes[server] = offset

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
 import shutil
 import tempfile
@@ -20,8 +19,10 @@ import msgspec
 import psutil
 
 from rl_ckpt.errors import StorageError
+from rl_ckpt.runtime import huge_pages
 
 _OWNER = "owner.json"
+_MAKING = "making-"
 
 
 class _Owner(msgspec.Struct, frozen=True):
@@ -54,6 +55,8 @@ class ServerMemory:
         parent = psutil.Process(os.getppid())
         owner = _Owner(parent.pid, parent.create_time(), _pid_namespace())
         (self._folder / _OWNER).write_bytes(msgspec.json.encode(owner))
+        for half in self._folder.glob(f"{_MAKING}*"):
+            half.unlink(missing_ok=True)  # this server was killed while it made them
         remove_orphans()
 
     def make(self, name: str, size_bytes: int) -> str:
@@ -65,20 +68,21 @@ class ServerMemory:
         Raises:
             StorageError: The shared memory is too small.
         """
-        path = self._folder / name
+        path, making = self._folder / name, self._folder / f"{_MAKING}{name}"
         path.unlink(missing_ok=True)
-        with open(path, "xb") as file:
+        making.unlink(missing_ok=True)
+        if size_bytes > shutil.disk_usage(self._folder).free:
+            raise self._too_small(size_bytes)  # before other processes find the memory taken
+        with open(making, "x+b") as file:
             try:
-                os.posix_fallocate(file.fileno(), 0, max(size_bytes, 1))
+                huge_pages.fill(file.fileno(), max(size_bytes, 1))
+                os.posix_fallocate(file.fileno(), 0, max(size_bytes, 1))  # all that got no huge pages
             except OSError as error:
-                path.unlink()
+                making.unlink()
                 if error.errno != errno.ENOSPC:
                     raise
-                free = shutil.disk_usage(self._folder).free
-                raise StorageError(
-                    f"{size_bytes} bytes of staging memory don't fit into {self._folder.parent.parent} ({free} free); "
-                    "give the node or container more shared memory (docker: --shm-size), or save less per node"
-                ) from error
+                raise self._too_small(size_bytes) from error
+        os.rename(making, path)  # it has its full size from the start: only whole may it be found by its name
         return str(path)
 
     def renew(self, prefix: str, name: str, size_bytes: int) -> str:
@@ -96,6 +100,13 @@ class ServerMemory:
         for old in self._folder.glob(f"{prefix}*"):
             old.unlink(missing_ok=True)
         return self.make(name, size_bytes)
+
+    def _too_small(self, size_bytes: int) -> StorageError:
+        free = shutil.disk_usage(self._folder).free
+        return StorageError(
+            f"{size_bytes} bytes of staging memory don't fit into {self._folder.parent.parent} ({free} free); "
+            "give the node or container more shared memory (docker: --shm-size), or save less per node"
+        )
 
     def path(self, name: str) -> str:
         """Path of a file that was made."""
@@ -158,9 +169,18 @@ def mapped(path: str) -> memoryview:
         for stale in [p for p in _maps if not os.path.exists(p)]:
             del _maps[stale]
         with open(path, "r+b") as file:
-            view = memoryview(mmap.mmap(file.fileno(), found.st_size))
+            view = huge_pages.map_file(file.fileno(), found.st_size)
         _maps[path] = (found.st_ino, found.st_size, view)
         return view
+
+
+def prefault(path: str) -> None:
+    """Maps a file of staging memory before it is needed, and has its pages ready in this process.
+
+    Raises:
+        StorageError: The file is gone: its server was ended.
+    """
+    huge_pages.populate(mapped(path))
 
 
 def forget(path: str) -> None:

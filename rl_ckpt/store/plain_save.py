@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from rl_ckpt.errors import CheckpointError, SaveSkippedError
+from rl_ckpt.format.shard_file import PAGE_BYTES
 from rl_ckpt.info import CheckpointInfo
 from rl_ckpt.options import Options
 from rl_ckpt.plan.deal import SavePlan, deal, settle
@@ -87,7 +88,7 @@ class PlainSaver:
             plan = deal(merged, [_SERVER], self._options.write_streams, self._options.file_bytes)
             size = plan.staged_bytes.get(_SERVER, 0)
             if len(buffer) < size:
-                buffer = np.empty(size, np.uint8)
+                buffer = _pages(size)
             memory = buffer[:size].data.cast("B") if size else memoryview(bytearray())
             found = stage(flat, plan.stage[0], memory)
             digests = {(_SERVER, item.offset): d for item, d in zip(plan.stage[0], found, strict=True)}
@@ -136,3 +137,10 @@ class PlainSaver:
     def close(self) -> None:
         """Waits until everything staged is committed or has failed."""
         self._writer.shutdown(wait=True)
+
+
+def _pages(size_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """New memory that starts at a page, as in the shard files that are written from it."""
+    room = np.empty(size_bytes + PAGE_BYTES, np.uint8)
+    skip = -room.ctypes.data % PAGE_BYTES
+    return room[skip : skip + size_bytes]

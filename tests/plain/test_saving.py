@@ -110,7 +110,7 @@ def test_memory_is_bounded_at_two_generations(tmp_path: Path, monkeypatch: pytes
             ckpt.save_state(step, {"w": np.full(5000, step, np.int64), "v": np.full(300, step, np.int16)})
     big = [size for size in made if size >= 40_000]
     assert 1 <= len(big) <= 2
-    assert max(big) <= 41_000
+    assert max(big) <= 41_000 + 4096  # and room to start at a page
 
 
 def test_a_failure_in_the_background_reaches_the_next_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
