@@ -22,6 +22,7 @@ import psutil
 from rl_ckpt.errors import StorageError
 
 _OWNER = "owner.json"
+_MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it
 
 
 class _Owner(msgspec.Struct, frozen=True):
@@ -161,6 +162,17 @@ def mapped(path: str) -> memoryview:
             view = memoryview(mmap.mmap(file.fileno(), found.st_size))
         _maps[path] = (found.st_ino, found.st_size, view)
         return view
+
+
+def populate(view: memoryview) -> None:
+    """Maps all pages of a mapped file in one call, where the system can.
+
+    A write to a file whose source is not mapped yet fills the page cache 4 KiB at a time, instead of in large pieces
+    (Linux 6.18, ext4): reading that file back out of the cache then takes three times as long, measured.
+    """
+    if isinstance(view.obj, mmap.mmap):
+        with contextlib.suppress(OSError):  # an older kernel: slower reads, no harm
+            view.obj.madvise(_MADV_POPULATE_READ)
 
 
 def forget(path: str) -> None:

@@ -72,6 +72,7 @@ class ShardServer:
         order = decode(data, WriteOrder)
         try:
             staged = memory.mapped(order.memory)
+            memory.populate(staged)
             self._counts["bytes_staged"] += sum(c.bytes for file in order.files for c in file.columns)
             written = write_files(self._store, order.files, staged, self._spec.options.write_streams)
         except CheckpointError as error:
