@@ -6,7 +6,7 @@ same server for the same chunk first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rl_ckpt.format.manifest import Chunk, Manifest
@@ -55,6 +55,24 @@ def spread(manifest: Manifest, needs: Mapping[str, set[ChunkId]]) -> dict[str, S
         order = sorted(out[server].peers)
         out[server].peers = {peer: sorted(out[server].peers[peer]) for peer in order[i:] + order[:i]}
     return out
+
+
+def share(manifest: Manifest, needs: Mapping[int, Sequence[ChunkId]]) -> dict[int, set[ChunkId]]:
+    """Deals out the verifying of chunks of mapped files over the ranks of one node, which share their pages.
+
+    Args:
+        manifest: For the chunks' sizes.
+        needs: Chunks that each rank wants.
+
+    Returns:
+        By rank, out of its needs: what it verifies. Every chunk (by its place in a file) is one rank's.
+    """
+    if len(needs) == 1:
+        return {rank: set(chunks) for rank, chunks in needs.items()}
+    twins = canonical_chunks(manifest)
+    wanted = {f"{rank:09}": {twins[chunk] for chunk in needs[rank]} for rank in needs}
+    dealt = {server: set(fetch.store) for server, fetch in spread(manifest, wanted).items()}
+    return {rank: {chunk for chunk in needs[rank] if twins[chunk] in dealt[f"{rank:09}"]} for rank in needs}
 
 
 def _deal_runs(

@@ -6,7 +6,6 @@ what is wanted of it. Promises: no byte is handed out whose chunk does not have 
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import threading
@@ -27,8 +26,7 @@ from rl_ckpt.state.dtypes import dtype_from_name
 from rl_ckpt.state.tree import Plain
 from rl_ckpt.store.base import ObjectMissingError, Store
 
-_MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it
-_POPULATE_FROM_BYTES = 64 << 10
+_LET_GO_FROM_BYTES = 64 << 10
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -52,8 +50,14 @@ class MappedFiles:
             whole = self._maps[path]
         if offset + size_bytes > len(whole):
             raise CorruptionError(f"{path} has {len(whole)} bytes; the checkpoint names {size_bytes} at {offset}")
-        _populate(whole, offset, size_bytes)
         return whole[offset : offset + size_bytes]
+
+    def let_go(self, path: str, offset: int, size_bytes: int) -> None:
+        """Takes the pages of a range that was used out of this process's memory; they stay in the system's cache."""
+        whole = self._maps[path]
+        if size_bytes >= _LET_GO_FROM_BYTES and isinstance(whole.obj, mmap.mmap):
+            start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+            whole.obj.madvise(mmap.MADV_DONTNEED, start, offset + size_bytes - start)
 
 
 def _map(path: str) -> memoryview:
@@ -64,14 +68,6 @@ def _map(path: str) -> memoryview:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except FileNotFoundError as error:
         raise CorruptionError(f"{path} is missing, though a checkpoint names it") from error
-
-
-def _populate(whole: memoryview, offset: int, size_bytes: int) -> None:
-    """Maps a range in one call, where the system can: a fault a page costs more than the copy itself."""
-    start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-    if size_bytes >= _POPULATE_FROM_BYTES and isinstance(whole.obj, mmap.mmap):
-        with contextlib.suppress(OSError):  # an older kernel: pages then come one by one
-            whole.obj.madvise(_MADV_POPULATE_READ, start, offset + size_bytes - start)
 
 
 def chunk_name(manifest: Manifest, chunk: Chunk, store: Store) -> str:
