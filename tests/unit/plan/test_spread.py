@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -73,8 +74,9 @@ def test_neighbours_verify_every_chunk_once_and_only_what_they_need(wanted: dict
     assert Counter(c for chunks in dealt.values() for c in chunks) == Counter(set().union(*wanted.values()))
 
 
-def test_tied_chunks_that_different_ranks_name_differently_are_verified_once() -> None:
+@pytest.mark.parametrize("named", [[(0, 0), (1, 0)], [(1, 0), (0, 0)], [(1, 0), (1, 0)]])
+def test_chunks_that_are_the_same_bytes_are_verified_once_by_whatever_name(named: list[ChunkId]) -> None:
     value = np.arange(8.0)
     manifest = save([{"a": value, "b": value.copy()}], ["s"]).manifest
-    dealt = share(manifest, {0: [(0, 0)], 1: [(1, 0)]})
+    dealt = share(manifest, {rank: [chunk] for rank, chunk in enumerate(named)})
     assert sorted(map(len, dealt.values())) == [0, 1]
