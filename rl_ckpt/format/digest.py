@@ -33,8 +33,17 @@ def check(name: str, data: bytes | bytearray | memoryview, expected: bytes) -> N
     Raises:
         CorruptionError: They differ.
     """
-    found = digest(data)
+    compare(name, digest(data), expected, len(data))
+
+
+def compare(name: str, found: bytes, expected: bytes, size_bytes: int) -> None:
+    """As `check`, for who has hashed already.
+
+    Raises:
+        CorruptionError: They differ.
+    """
     if found != expected:
         raise CorruptionError(
-            f"{name} is damaged: {ALGORITHM} {expected.hex()} was committed, {found.hex()} was read ({len(data)} bytes)"
+            f"{name} is damaged: {ALGORITHM} {expected.hex()} was committed, {found.hex()} was read "
+            f"({size_bytes} bytes)"
         )

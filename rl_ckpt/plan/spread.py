@@ -111,6 +111,24 @@ def _by_takers(needs: Mapping[str, set[ChunkId]]) -> dict[tuple[str, ...], list[
     return groups
 
 
+def share(manifest: Manifest, needs: Mapping[int, Iterable[ChunkId]]) -> dict[int, set[ChunkId]]:
+    """Deals out the verifying of chunks of mapped files over the ranks of one node, which share their pages.
+
+    Args:
+        manifest: For the chunks' sizes.
+        needs: Chunks that each rank wants.
+
+    Returns:
+        By rank, out of its needs: what it verifies. Every chunk (by its place in a file) is one rank's.
+    """
+    if len(needs) == 1:
+        return {rank: set(chunks) for rank, chunks in needs.items()}
+    twins = canonical_chunks(manifest)
+    wanted = {f"{rank:09}": {twins[chunk] for chunk in needs[rank]} for rank in needs}
+    dealt = {server: set(fetch.store) for server, fetch in spread(manifest, wanted).items()}
+    return {rank: {chunk for chunk in needs[rank] if twins[chunk] in dealt[f"{rank:09}"]} for rank in needs}
+
+
 def _deal_runs(
     manifest: Manifest, chunks: list[ChunkId], servers: tuple[str, ...], load: dict[str, int]
 ) -> Iterator[tuple[str, ChunkId]]:

@@ -115,16 +115,33 @@ def ask(method: Any, message: msgspec.Struct, kind: Any) -> Any:
     Raises:
         ToldError: It answered with a failure.
     """
-    return answer(method.remote(encode(message)), kind)
+    return Asked(method.remote(encode(message)), kind).get()
 
 
-def answer(asked: Any, kind: Any) -> Any:
-    """Waits for the coordinator's answer to what was asked, given as Ray's reference.
+class Asked:
+    """A question to the coordinator whose answer is not there yet."""
 
-    Raises:
-        ToldError: It answered with a failure.
-    """
-    reply = decode(ray.get(asked), kind | Failure)
-    if isinstance(reply, Failure):
-        raise ToldError(reply.error())
-    return reply
+    def __init__(self, ref: Any, kind: Any) -> None:
+        """What was asked, as Ray's reference, and which replies there may be, beside `Failure`."""
+        self._ref = ref
+        self._kind = kind
+
+    def if_there(self) -> Any:
+        """The answer, or None where it is not there yet.
+
+        Raises:
+            ToldError: It is a failure.
+        """
+        ready, _ = ray.wait([self._ref], timeout=0)
+        return self.get() if ready else None
+
+    def get(self) -> Any:
+        """Waits for the answer.
+
+        Raises:
+            ToldError: It is a failure.
+        """
+        reply = decode(ray.get(self._ref), self._kind | Failure)
+        if isinstance(reply, Failure):
+            raise ToldError(reply.error())
+        return reply

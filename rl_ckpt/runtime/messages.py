@@ -182,6 +182,8 @@ class OpenRestore(msgspec.Struct, frozen=True):
     rank: int
     world_size: int
     step: int | None
+    server: str
+    """Of the rank's node."""
 
 
 class Candidate(msgspec.Struct, frozen=True, tag="candidate"):
@@ -192,6 +194,10 @@ class Candidate(msgspec.Struct, frozen=True, tag="candidate"):
     manifest: bytes
     """The manifest's JSON, verified."""
     fell_back: dict[str, str]
+    neighbour: int
+    """Which of the ranks on its node the rank is, from 0."""
+    neighbours: int
+    """How many there are."""
 
 
 class Matched(msgspec.Struct, frozen=True):
@@ -212,6 +218,8 @@ class Sources(msgspec.Struct, frozen=True, tag="sources"):
     """File in shared memory; empty: the rank maps the store's files itself."""
     offsets: tuple[int, ...] = ()
     """Of each chunk that the rank needs, in the order in which it asked."""
+    others: tuple[int, ...] = ()
+    """Which of those chunks, in mapped files, another rank of the node verifies."""
 
 
 class TryNext(msgspec.Struct, frozen=True, tag="next"):

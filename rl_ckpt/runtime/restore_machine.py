@@ -1,12 +1,14 @@
 """The coordinator's brain for restores: a pure state machine, events in, instructions out. No Ray, no I/O, no clock.
 
 For one candidate checkpoint after the other, the newest first: every rank matches it with its own state, servers fetch
-what can't be mapped, every rank verifies, and only when all have done so does any rank set a value. A damaged candidate
-sends everybody to the next one; a state that doesn't fit ends the restore.
+what can't be mapped, all chunks are verified, and only when all are good does any rank set a value. A mapped chunk that
+several ranks of a node need is verified by one of them: they read the same pages. A damaged candidate sends everybody
+to the next one; a state that doesn't fit ends the restore.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -14,7 +16,7 @@ from rl_ckpt.errors import CheckpointError, CorruptionError, InvalidInputError, 
 from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.format.shard_file import ALIGNMENT
 from rl_ckpt.options import Options
-from rl_ckpt.plan.spread import ChunkId, ServerFetch, canonical_chunks, spread
+from rl_ckpt.plan.spread import ChunkId, ServerFetch, canonical_chunks, share, spread
 from rl_ckpt.runtime.messages import (
     Apply,
     Candidate,
@@ -98,6 +100,8 @@ class Restore:
     world_size: int
     state: str = OPENING
     joined: set[int] = field(default_factory=set)
+    servers: dict[int, str] = field(default_factory=dict)
+    """Of each rank that joined: who is whose neighbour."""
     manifest: Manifest | None = None
     mappable: bool = False
     fell_back: dict[str, str] = field(default_factory=dict)
@@ -172,6 +176,7 @@ class RestoreMachine:
             text = f"rank {message.rank} began the restore anew while it was under way; start it again on all workers"
             return self._fail(restore, WorkerFailuresError(text, {message.rank: text}), also=message.rank)
         restore.joined.add(message.rank)
+        restore.servers[message.rank] = message.server
         if len(restore.joined) < restore.world_size:
             return out
         return [*out, Load(restore.token, restore.step, tuple(restore.fell_back))]
@@ -185,8 +190,11 @@ class RestoreMachine:
             return []
         restore.manifest, restore.mappable, restore.state = manifest, mappable, MATCHING
         restore.fell_back |= damaged
-        candidate = Candidate(token, data, restore.fell_back)
-        answers: list[Instruction] = [Answer(restore.key, rank, candidate) for rank in range(restore.world_size)]
+        answers: list[Instruction] = []
+        for ranks in _neighbours(restore.servers).values():
+            for i, rank in enumerate(ranks):
+                candidate = Candidate(token, data, restore.fell_back, i, len(ranks))
+                answers.append(Answer(restore.key, rank, candidate))
         return [*answers, Arm(token, MATCHING, self.options.join_timeout_s)]
 
     def match(self, message: Matched) -> list[Instruction]:
@@ -213,13 +221,19 @@ class RestoreMachine:
 
     def _files(self, restore: Restore) -> list[Instruction]:
         restore.state = VERIFYING
+        assert restore.manifest is not None
         sizes: dict[int, int] = {}  # by part: many ranks need the same
         for part in [part for m in restore.matched.values() for part in m.needs.parts]:
             if id(part) not in sizes:
                 sizes[id(part)] = sum(_bytes(restore, chunk) for chunk in part.chunks)
         total = sum(sizes[id(part)] for m in restore.matched.values() for part in m.needs.parts)
         restore.bytes_from = {"files": total}
-        answers: list[Instruction] = [Answer(restore.key, rank, Sources()) for rank in restore.matched]
+        answers: list[Instruction] = []
+        for ranks in _neighbours(restore.servers).values():
+            mine = share(restore.manifest, {rank: list(restore.matched[rank].needs) for rank in ranks})
+            for rank in ranks:
+                others = tuple(i for i, chunk in enumerate(restore.matched[rank].needs) if chunk not in mine[rank])
+                answers.append(Answer(restore.key, rank, Sources(others=others)))
         return [*answers, Arm(restore.token, VERIFYING, self.options.write_timeout_s)]
 
     def _fetch(self, restore: Restore) -> list[Instruction]:
@@ -415,6 +429,14 @@ class RestoreMachine:
     def _end(self, restore: Restore) -> list[Instruction]:
         del self._over[restore.token]
         return self._forget(restore)
+
+
+def _neighbours(servers: Mapping[int, str]) -> dict[str, list[int]]:
+    """Ranks by server."""
+    out: dict[str, list[int]] = {}
+    for rank in sorted(servers):
+        out.setdefault(servers[rank], []).append(rank)
+    return out
 
 
 def _bytes(restore: Restore, chunk: ChunkId) -> int:

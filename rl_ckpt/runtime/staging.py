@@ -20,7 +20,7 @@ from rl_ckpt.plan.inventory import identity, take_inventory, undeclared
 from rl_ckpt.plan.stage import stage, stage_repeat, with_digests
 from rl_ckpt.plan.standing import encode_plains
 from rl_ckpt.runtime import memory
-from rl_ckpt.runtime.links import answer, ask, coordinator, ensure_server, server
+from rl_ckpt.runtime.links import Asked, ask, coordinator, ensure_server, server
 from rl_ckpt.runtime.messages import (
     JoinAgain,
     JoinSave,
@@ -83,7 +83,7 @@ def prepare_rank(spec: RunSpec, place: Place, state: Any) -> None:
     flat = flatten(state, spec.options.allow_pickle, open_object)
     orders = _orders(spec, place, SaveRequest(0), flat, prepare=True)
     for path in {orders.memory, orders.next_memory} - {""}:
-        memory.mapped(path)
+        memory.prefault(path)
 
 
 def _join(spec: RunSpec, place: Place, request: SaveRequest, flat: FlatTree) -> tuple[str, list[bytes]]:
@@ -144,25 +144,22 @@ def _repeat(spec: RunSpec, place: Place, request: SaveRequest, flat: FlatTree) -
         digests, found = stage_repeat(flat, own, ahead, chunk_bytes, place.world_size)
     else:
         found = {path: identity(flat, path, array, chunk_bytes) for path, array in undeclared(flat, place.world_size)}
-    asked = coordinator(spec).repeat_save.remote(
-        encode(
-            RepeatSave(
-                place.key,
-                place.rank,
-                place.world_size,
-                request.step,
-                dict(request.metrics),
-                request.tag,
-                request.parent,
-                last.plan,
-                plains,
-                b"".join(found.values()),
-            )
-        )
+    message = RepeatSave(
+        place.key,
+        place.rank,
+        place.world_size,
+        request.step,
+        dict(request.metrics),
+        request.tag,
+        request.parent,
+        last.plan,
+        plains,
+        b"".join(found.values()),
     )
+    asked = Asked(coordinator(spec).repeat_save.remote(encode(message)), RepeatOrders | JoinAgain)
     if ahead is not None and not hashed:  # while the coordinator hears from the others
         digests = stage(flat, own, ahead)
-    reply = answer(asked, RepeatOrders | JoinAgain)
+    reply = asked.get()
     if isinstance(reply, JoinAgain):
         return None
     there, last.promised = last.promised, reply.next_memory

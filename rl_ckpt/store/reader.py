@@ -1,23 +1,23 @@
 """Reading values: chunks of a checkpoint into arrays, verified.
 
-Owns: getting a chunk's bytes (mapped where the file is local, else by ranged reads), checking its digest, and copying
-what is wanted of it. Promises: no byte is handed out whose chunk does not have the digest that was committed.
+Owns: getting a chunk's bytes (small ones of local files from a map, all others by ranged reads), checking its digest,
+and copying what is wanted of it. Promises: no byte is handed out whose chunk does not have the digest that was
+committed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from rl_ckpt.errors import CorruptionError
-from rl_ckpt.format.digest import check, digest
+from rl_ckpt.format.digest import compare, digest, hasher
 from rl_ckpt.format.manifest import ArrayEntry, ArrayRef, Chunk, Manifest
 from rl_ckpt.plan.match import Match
 from rl_ckpt.state import arrays, leaves
@@ -26,11 +26,11 @@ from rl_ckpt.state.boxes import Box, slices
 from rl_ckpt.state.dtypes import dtype_from_name
 from rl_ckpt.state.tree import Plain
 from rl_ckpt.store.base import ObjectMissingError, Store
+from rl_ckpt.store.parallel import run_all, spare_threads
 
-_MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it
-_POPULATE_FROM_BYTES = 64 << 10
-_JOB_BYTES = 1 << 20
-_THREADS = min(8, os.cpu_count() or 1)
+_LET_GO_FROM_BYTES = 64 << 10
+_PIECE_BYTES = 512 << 10  # fits a core's second cache
+_JOB_BYTES = 1 << 20  # of small chunks: so many that they pay a job
 
 
 class MappedFiles:
@@ -53,8 +53,14 @@ class MappedFiles:
             whole = self._maps[path]
         if offset + size_bytes > len(whole):
             raise CorruptionError(f"{path} has {len(whole)} bytes; the checkpoint names {size_bytes} at {offset}")
-        _populate(whole, offset, size_bytes)
         return whole[offset : offset + size_bytes]
+
+    def let_go(self, path: str, offset: int, size_bytes: int) -> None:
+        """Takes the pages of a range that was used out of this process's memory; they stay in the system's cache."""
+        whole = self._maps[path]
+        if size_bytes >= _LET_GO_FROM_BYTES and isinstance(whole.obj, mmap.mmap):
+            start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+            whole.obj.madvise(mmap.MADV_DONTNEED, start, offset + size_bytes - start)
 
 
 def _map(path: str) -> memoryview:
@@ -65,14 +71,6 @@ def _map(path: str) -> memoryview:
             return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except FileNotFoundError as error:
         raise CorruptionError(f"{path} is missing, though a checkpoint names it") from error
-
-
-def _populate(whole: memoryview, offset: int, size_bytes: int) -> None:
-    """Maps a range in one call, where the system can: a fault a page costs more than the copy itself."""
-    start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-    if size_bytes >= _POPULATE_FROM_BYTES and isinstance(whole.obj, mmap.mmap):
-        with contextlib.suppress(OSError):  # an older kernel: pages then come one by one
-            whole.obj.madvise(_MADV_POPULATE_READ, start, offset + size_bytes - start)
 
 
 def chunk_name(manifest: Manifest, chunk: Chunk, store: Store) -> str:
@@ -109,24 +107,22 @@ def load_arrays(store: Store, manifest: Manifest, wanted: Iterable[int]) -> dict
         for chunk in manifest.arrays[index].chunks:
             by_file.setdefault(chunk.file, []).append((index, chunk))
     mapped = MappedFiles()
-    with ThreadPoolExecutor(_THREADS, "rl_ckpt-read") as pool:
-        jobs: list[Callable[[], None]] = []
-        for file, chunks in by_file.items():
-            path = store.local_path(manifest.files[file].name)
-            if path is None:
-                jobs.append(lambda f=file, c=chunks: _fetch(store, manifest, f, c, out))  # type: ignore[misc]
-            else:
-                jobs.extend(
-                    lambda p=path, b=batch: _copy_mapped(store, manifest, mapped, p, b, out)  # type: ignore[misc]
-                    for batch in _batches(chunks)
-                )
-        for done in [pool.submit(job) for job in jobs]:
-            done.result()
+    jobs: list[Callable[[], None]] = []
+    for file, chunks in by_file.items():
+        path = store.local_path(manifest.files[file].name)
+        if path is None:
+            jobs.append(partial(_fetch, store, manifest, file, chunks, out))
+            continue
+        large = [(index, chunk) for index, chunk in chunks if chunk.bytes >= _PIECE_BYTES]
+        jobs += [partial(_read_piecewise, store, manifest, index, chunk, out) for index, chunk in large]
+        small = [(index, chunk) for index, chunk in chunks if chunk.bytes < _PIECE_BYTES]
+        jobs += [partial(_copy_mapped, store, manifest, mapped, path, batch, out) for batch in _batches(small)]
+    run_all(jobs, spare_threads())
     return out
 
 
 def _batches(chunks: Sequence[tuple[int, Chunk]]) -> Iterator[Sequence[tuple[int, Chunk]]]:
-    """Chunks for one job each: a large one, or so many small ones that they pay the job."""
+    """Small chunks for one job each."""
     start = filled = 0
     for i, (_, chunk) in enumerate(chunks):
         filled += chunk.bytes
@@ -135,6 +131,28 @@ def _batches(chunks: Sequence[tuple[int, Chunk]]) -> Iterator[Sequence[tuple[int
             start, filled = i + 1, 0
     if start < len(chunks):
         yield chunks[start:]
+
+
+def _read_piecewise(store: Store, manifest: Manifest, index: int, chunk: Chunk, out: Mapping[int, Host]) -> None:
+    """Reads a chunk to its place, and hashes each piece while it is in the core's cache: memory is read once less."""
+    name, found = manifest.files[chunk.file].name, hasher()
+    place, direct = _destination(manifest, index, chunk, out)
+    for start in range(0, chunk.bytes, _PIECE_BYTES):
+        piece = place[start : start + _PIECE_BYTES]
+        try:
+            store.read_into(name, [(chunk.offset + start, piece)])
+        except ObjectMissingError as error:
+            raise CorruptionError(_missing(store, manifest, name)) from error
+        found.update(piece)
+    _compare(store, manifest, chunk, found.digest())
+    if not direct:
+        _place(manifest, index, chunk, place, out)
+
+
+def _compare(store: Store, manifest: Manifest, chunk: Chunk, found: bytes) -> None:
+    expected = bytes.fromhex(chunk.digest)
+    if found != expected:
+        compare(chunk_name(manifest, chunk, store), found, expected, chunk.bytes)
 
 
 def _copy_mapped(
@@ -147,9 +165,13 @@ def _copy_mapped(
 ) -> None:
     for index, chunk in chunks:
         data = mapped.view(path, chunk.offset, chunk.bytes)
-        if digest(data) != bytes.fromhex(chunk.digest):
-            check(chunk_name(manifest, chunk, store), data, bytes.fromhex(chunk.digest))
+        store.stats.count_read(chunk.bytes)
+        _compare(store, manifest, chunk, digest(data))
         _place(manifest, index, chunk, data, out)
+
+
+def _missing(store: Store, manifest: Manifest, name: str) -> str:
+    return f"{store.object_url(name)} is missing, though checkpoint {manifest.id} names it"
 
 
 def _place(manifest: Manifest, index: int, chunk: Chunk, data: memoryview, out: Mapping[int, Host]) -> None:
@@ -166,11 +188,9 @@ def _fetch(
     try:
         store.read_into(name, [(chunk.offset, place) for (_, chunk), (place, _) in zip(chunks, places, strict=True)])
     except ObjectMissingError as error:
-        raise CorruptionError(
-            f"{store.object_url(name)} is missing, though checkpoint {manifest.id} names it"
-        ) from error
+        raise CorruptionError(_missing(store, manifest, name)) from error
     for (index, chunk), (place, direct) in zip(chunks, places, strict=True):
-        check(chunk_name(manifest, chunk, store), place, bytes.fromhex(chunk.digest))
+        _compare(store, manifest, chunk, digest(place))
         if not direct:
             _place(manifest, index, chunk, place, out)
 

@@ -93,6 +93,25 @@ def test_onto_another_number_of_workers_on_other_nodes(s3_server: S3Server, work
         assert unique <= read <= 1.05 * unique
 
 
+def test_one_policy_out_of_many_costs_its_bytes(moto_server: S3Server, workers: list[Any]) -> None:
+    size, three = 200 << 10, workers[:3]
+
+    def policies(seed: int) -> dict[str, Any]:
+        return {f"p{i}": np.random.default_rng(seed + i).random(size // 8) for i in range(100)}
+
+    first = open_run(moto_server)
+    give(three, [policies(0) for _ in range(3)])
+    first.save(0, three).result(WAIT_S)
+    with again(first, moto_server) as ckpt:
+        give(three, [policies(500) for _ in range(3)])
+        report = ckpt.restore(three, select="p42")
+        stats = server_stats(ckpt)
+        assert report.bytes_from == {"store": size, "peers": 2 * size}
+        assert size <= total(stats, "store_bytes_read") <= 1.1 * size
+        for found in states_of(three):
+            same(found, policies(500) | {"p42": policies(0)["p42"]})
+
+
 def damage(server: S3Server, ckpt: Checkpointer, checkpoint: str) -> None:
     """Flips a bit in the middle of a checkpoint's largest shard object."""
     client = server.client()

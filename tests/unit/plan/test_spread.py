@@ -6,10 +6,11 @@ import itertools
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl_ckpt.plan.spread import ChunkId, canonical_chunks, spread
+from rl_ckpt.plan.spread import ChunkId, canonical_chunks, share, spread
 from tests.unit.plan.model import save
 
 SAVED = save([{str(i): np.random.default_rng(i).random(7 * (i + 1)) for i in range(4)}], ["s"])
@@ -61,3 +62,21 @@ def test_twins_are_one_chunk_to_fetch() -> None:
     twins = canonical_chunks(saved.manifest)
     assert twins[1, 0] == twins[0, 0] == (0, 0)
     assert twins[2, 0] == (2, 0)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.integers(0, 12), st.lists(st.sampled_from(CHUNKS), unique=True), min_size=1))
+def test_neighbours_verify_every_chunk_once_and_only_what_they_need(wanted: dict[int, list[ChunkId]]) -> None:
+    dealt = share(SAVED.manifest, wanted)
+    assert set(dealt) == set(wanted)
+    for rank, chunks in dealt.items():
+        assert chunks <= set(wanted[rank])
+    assert Counter(c for chunks in dealt.values() for c in chunks) == Counter(set().union(*wanted.values()))
+
+
+@pytest.mark.parametrize("named", [[(0, 0), (1, 0)], [(1, 0), (0, 0)], [(1, 0), (1, 0)]])
+def test_chunks_that_are_the_same_bytes_are_verified_once_by_whatever_name(named: list[ChunkId]) -> None:
+    value = np.arange(8.0)
+    manifest = save([{"a": value, "b": value.copy()}], ["s"]).manifest
+    dealt = share(manifest, {rank: [chunk] for rank, chunk in enumerate(named)})
+    assert sorted(map(len, dealt.values())) == [0, 1]

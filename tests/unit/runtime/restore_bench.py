@@ -79,7 +79,7 @@ class Bench:
         return reply
 
     def open(self, rank: int, *, world: int = 2, step: int | None = None, key: str = "r") -> None:
-        self.do(self.machine.open(OpenRestore(key, rank, world, step)))
+        self.do(self.machine.open(OpenRestore(key, rank, world, step, f"server-{rank % 2}")))
 
     def load(self) -> None:
         """Answers the oldest Load as the coordinator does."""

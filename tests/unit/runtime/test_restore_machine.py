@@ -84,7 +84,7 @@ def test_tokens_of_one_coordinator_are_not_those_of_the_next() -> None:
     tokens = set()
     for incarnation in ("a-", "b-"):
         machine = rm.RestoreMachine(Options(), incarnation)
-        machine.open(OpenRestore("r", 0, 2, None))
+        machine.open(OpenRestore("r", 0, 2, None, "s0"))
         tokens |= set(machine.states())
     assert len(tokens) == 2
 
@@ -103,12 +103,32 @@ def test_files_that_workers_can_map_are_not_fetched() -> None:
     bench = Bench(mappable=True)
     bench.to_fetching()
     assert bench.fetches == []
-    assert bench.reply(0) == Sources()
+    assert bench.reply(0) == Sources(), "alone on its node: it verifies all"
     for rank in (0, 1):
         bench.verify(rank)
     reply = bench.reply(0)
     assert isinstance(reply, Apply)
     assert reply.bytes_from == {"files": 2 * TOTAL}
+
+
+def test_ranks_of_one_node_share_the_verifying_of_mapped_files_and_others_do_not() -> None:
+    bench = Bench(mappable=True)
+    for rank in range(3):
+        bench.open(rank, world=3)
+    bench.load()
+    for rank, place in enumerate([(0, 2), (0, 1), (1, 2)]):  # ranks 0 and 2 are on one node
+        candidate = bench.reply(rank)
+        assert isinstance(candidate, Candidate)
+        assert (candidate.neighbour, candidate.neighbours) == place
+    for rank in range(3):
+        bench.match(rank)
+    replies = [bench.reply(rank) for rank in range(3)]
+    left = [set(r.others) for r in replies if isinstance(r, Sources)]
+    everything = set(range(len(all_chunks())))
+    assert left[1] == set()
+    assert left[0] | left[2] == everything
+    assert left[0] & left[2] == set(), "nothing is left out by both"
+    assert left[0], "rank 2 takes a part"
 
 
 def fail_in_opening(bench: Bench) -> None:
