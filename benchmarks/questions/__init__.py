@@ -53,7 +53,7 @@ QUESTIONS: dict[str, Question] = {
     "restore": Question("Restore, local disk, cached", _READ, "restoring"),
     "reads": Question("Bytes read from S3 per unique byte, N → M workers", "each byte once", "reading", "resharding"),
     "policy": Question("Restore of one policy out of 100", "its bytes", "reading", "one_policy"),
-    "nodes": Question("Shards from node to node", "one stream over loopback TCP", "nodes"),
+    "nodes": Question("Shards from node to node", "plain loopback TCP and sendfile, same bytes, same streams", "nodes"),
     "cpu": Question("CPU time", "memcpy + write + fsync; read of the page cache", "cpu"),
     "small": Question("Many small arrays", "one array of the same bytes", "small"),
     "memory": Question("Peak memory beside the state", "two staged generations; one window of chunks", "memory"),
