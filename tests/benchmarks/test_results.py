@@ -80,7 +80,7 @@ def test_what_failed_or_was_not_run_is_no_figure() -> None:
 
 
 def test_an_unmet_goal_carries_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    reasons = (("a case, b", "wrong one"), ("a case", "the disk is slow"))
+    reasons = (("a case", "RLlib", "wrong goal"), ("case b", "", "wrong case"), ("case", "", "the disk is slow"))
     monkeypatch.setitem(QUESTIONS, "stall", Question("Stall", "memcpy", "saving", reasons=reasons))
     unmet, met = row(9.0, 1.0, Goal("at most", 1.2)), row(1.0, 1.0, Goal("at most", 1.2))
     assert [line[-2:] for line in show.summary(results_of(unmet, met))] == [["NO", "the disk is slow"], ["yes", ""]]
