@@ -171,6 +171,8 @@ def series(name: str, values: Sequence[float], warm_up: int = 0, note: str = "")
 def shown(value: float, unit: str) -> str:
     """A quantity for people: three digits and a fitting unit."""
     steps = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)) if unit == "s" else (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    if value == 0:
+        return "0 s" if unit == "s" else "0 B"
     name, size = next(((name, size) for name, size in steps if abs(value) >= size), steps[-1])
     scaled = value / size
     digits = 0 if abs(scaled) >= 100 else 1 if abs(scaled) >= 10 else 2

@@ -37,6 +37,6 @@ class Settings:
 
 
 QUICK = Settings(
-    workers=2, many_workers=3, mib=1, many_mib=1, s3_mib=1, rounds=2, frozen_mib=2, leaves=200, small_mib=1, starts=1
+    workers=2, many_workers=2, mib=1, many_mib=1, s3_mib=1, rounds=2, frozen_mib=2, leaves=200, small_mib=1, starts=1
 )
 """Tiny: shows that everything runs, measures nothing."""

@@ -104,7 +104,7 @@ def _quartiles(verdict: Verdict) -> str:
 def _reason(row: Row, verdict: Verdict) -> str:
     if verdict.met is None:
         return f"{verdict.goal.against}: {row.skipped.get(verdict.goal.against, 'not measured')}"
-    return "" if verdict.met else QUESTIONS[row.question].reason(row.case)
+    return "" if verdict.met else QUESTIONS[row.question].reason(row.case, verdict.goal.against)
 
 
 def run(results: Results) -> None:

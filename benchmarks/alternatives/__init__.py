@@ -76,6 +76,7 @@ class Kind:
 ALTERNATIVES: dict[str, Kind] = {
     "torch.save": Kind("torch_save", "torch", "one file per rank; fsync added"),
     "torch DCP": Kind("torch_dcp", "torch", "gloo ranks, FileSystemWriter", "sync"),
+    "DCP async, defaults": Kind("torch_dcp", "torch", "gloo ranks, staging memory new at each save", "defaults"),
     "DCP async": Kind("torch_dcp", "torch", "gloo ranks, staging memory kept between saves", "async"),
     "safetensors": Kind("safetensors_", "safetensors", "one file per rank; fsync added"),
     "orbax": Kind("orbax_", "orbax.checkpoint", "one checkpointer per rank; waited for", "sync"),

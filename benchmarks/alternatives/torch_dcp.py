@@ -2,8 +2,9 @@
 
 As documented: https://docs.pytorch.org/tutorials/recipes/distributed_checkpoint_recipe.html (all ranks call `save`;
 shards are DTensors, what is plain is taken for replicas, which the planner writes once and balances over ranks) and
-https://docs.pytorch.org/tutorials/recipes/distributed_async_checkpoint_recipe.html (`async_save`; staging memory kept
-between saves: on a machine without CUDA that is a `DefaultStager` of the caller's, without pinned memory).
+https://docs.pytorch.org/tutorials/recipes/distributed_async_checkpoint_recipe.html (`async_save`: by its
+defaults, and with staging memory that is kept between saves, which without CUDA is a `DefaultStager` of the caller's
+without pinned memory).
 `load` fills the tensors in place. `FileSystemWriter` fsyncs by itself. To S3 by `FsspecWriter` and `FsspecReader`:
 https://docs.pytorch.org/docs/stable/distributed.checkpoint.html.
 """
@@ -37,6 +38,7 @@ class TorchDcp:
             mesh = init_device_mesh("cpu", (state.world_size,))
             tensors = {name: DTensor.from_local(tensor, mesh, [Shard(0)]) for name, tensor in tensors.items()}
         self._tensors = tensors
+        self._variant = variant
         self._stager = DefaultStager(StagingOptions(False, False, False, False)) if variant == "async" else None
         self._options = dict(state.options)
         self._future: Any = None
@@ -44,7 +46,7 @@ class TorchDcp:
     def save(self, place: str) -> None:
         if self._options:
             save(self._tensors, storage_writer=FsspecWriter(place, **self._options))
-        elif self._stager is None:
+        elif self._variant == "sync":
             save(self._tensors, checkpoint_id=place)
         else:
             self._future = async_save(self._tensors, checkpoint_id=place, async_stager=self._stager)

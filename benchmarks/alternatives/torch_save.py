@@ -2,8 +2,8 @@
 
 As documented: https://docs.pytorch.org/tutorials/beginner/saving_loading_models.html (state dicts),
 https://docs.pytorch.org/tutorials/intermediate/ddp_tutorial.html ("save and load checkpoints": one process saves, all
-load), and https://docs.pytorch.org/tutorials/recipes/recipes/module_load_state_dict_tips.html (`mmap=True`, so that
-`load_state_dict` copies straight out of the file's pages).
+load), and https://docs.pytorch.org/docs/stable/generated/torch.load.html (`mmap=True`, so that the values are copied
+straight out of the file's pages).
 """
 
 from __future__ import annotations

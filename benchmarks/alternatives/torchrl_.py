@@ -1,8 +1,8 @@
 """TorchRL: its `Checkpoint` coordinator over a component with a state dict, in the default directory format.
 
-As documented: https://docs.pytorch.org/rl/stable/reference/index.html (`torchrl.checkpoint.Checkpoint`: named
-components, `save`, `load`), which writes tensordict's memory-mapped layout, and
-https://docs.pytorch.org/tensordict/stable/saving.html. Each rank its own folder; of replicas, rank 0 writes, all read.
+As documented: https://docs.pytorch.org/rl/stable/reference/checkpoint.html (named components, `save`, `load`), which
+writes tensordict's memory-mapped layout, https://docs.pytorch.org/tensordict/stable/saving.html. Each rank its own
+folder; of replicas, rank 0 writes, all read.
 """
 
 from __future__ import annotations

@@ -151,25 +151,31 @@ def _case(settings: Settings, nodes: int) -> Row:
             )
             for index, node in enumerate(ids)
         ]
-        ends = harness.call_all(actors, "ends")
-
-        def by_ray(_round: int) -> dict[str, float]:
-            begun = time.perf_counter()
-            parts = harness.call_all(actors, "put")
-            harness.call_all(actors, "take_objects", parts)
-            return {"took": time.perf_counter() - begun}
-
-        ways: harness.Ways = {
-            "ours": lambda _: {"took": harness.timed(lambda: harness.call_all(actors, "take", ends))},
-            LIMIT: lambda _: {"took": harness.timed(lambda: harness.call_all(actors, "take_raw", ends))},
-            "Ray object store": by_ray,
-        }
-        found = harness.rounds(settings.rounds, ways)
-        harness.call_all(actors, "close")
-    ours, limit, store = (Series(name, tuple(found[name]["took"])) for name in ways)
+        try:
+            found = harness.rounds(settings.rounds, _ways(actors))
+        finally:
+            harness.call_all(actors, "close")  # else their files stay in /dev/shm
+    ours, limit, store = (Series(name, tuple(each["took"])) for name, each in found.items())
     moved = part_bytes * nodes * (nodes - 1) / 1e6
     case = f"{nodes} raylets, {moved:.0f} MB in all"
     return Row("nodes", case, "s", ours, limit, (store,), (Goal("at least", 0.7),))
+
+
+def _ways(actors: list[Any]) -> harness.Ways:
+    """Ours, plain TCP, Ray's object store."""
+    ends = harness.call_all(actors, "ends")
+
+    def by_ray(_round: int) -> dict[str, float]:
+        begun = time.perf_counter()
+        parts = harness.call_all(actors, "put")
+        harness.call_all(actors, "take_objects", parts)
+        return {"took": time.perf_counter() - begun}
+
+    return {
+        "ours": lambda _: {"took": harness.timed(lambda: harness.call_all(actors, "take", ends))},
+        LIMIT: lambda _: {"took": harness.timed(lambda: harness.call_all(actors, "take_raw", ends))},
+        "Ray object store": by_ray,
+    }
 
 
 @contextmanager

@@ -24,7 +24,7 @@ _AGAINST_OTHERS = (Goal("at least", 20, "RLlib"), Goal("at least", 3, "DCP async
 def measure(settings: Settings) -> list[Row]:
     """Rows of both questions."""
     rows = []
-    for workers, mib in ((settings.workers, settings.mib), (settings.many_workers, settings.many_mib)):
+    for workers, mib in {settings.workers: settings.mib, settings.many_workers: settings.many_mib}.items():
         for kind in ("sharded", "declared", "replicated"):
             compared = workers == settings.workers and kind in _WITH_OTHERS
             rows += _case(settings, workers, mib, kind, compared)
