@@ -165,6 +165,7 @@ def test_a_damaged_chunk_of_the_store_is_never_passed_on(taker: Server, source: 
     with pytest.raises(CorruptionError, match=r"a\.arrow is damaged"):
         taker.fetch([source])
     assert taker.has() == []
+    assert source.listener.counts()["bytes_served"] == 0
 
 
 def test_a_missing_file_is_named(taker: Server, store: Store) -> None:
