@@ -46,12 +46,12 @@ class Place:
     def publish(self, name: str = "x", *, filled: bool = True) -> None:
         self.shelf.publish(name, str(self.path), SIZE, filled=filled)
 
-    def pull(self, ranges: list[tuple[int, int]], name: str = "x", **changed: object) -> list[bytes]:
+    def pull(self, ranges: list[tuple[int, int]], what: str = "x", **changed: object) -> list[bytes]:
         """The bytes of some ranges."""
         buffers = [bytearray(size) for _, size in ranges]
         pieces = [(offset, memoryview(b)) for (offset, _), b in zip(ranges, buffers, strict=True)]
         door = dataclasses.replace(self.door, **changed)  # type: ignore[arg-type]
-        done = list(pull(door, name, pieces, by=time.monotonic() + WAIT_S, stall_s=2.0))
+        done = list(pull(door, what, pieces, by=time.monotonic() + WAIT_S, stall_s=2.0))
         assert sorted(done) == list(range(len(ranges)))
         return [bytes(b) for b in buffers]
 
