@@ -129,9 +129,9 @@ class Plain:
 
     def listen(self, index: int, count: int, size_bytes: int) -> tuple[str, int]:
         """Serves this node's part to whoever connects."""
-        self._path = tempfile.NamedTemporaryFile(dir="/dev/shm")  # noqa: SIM115 - lives as long as the actor
-        self._path.write(np.random.default_rng(index).bytes(size_bytes // count))
-        self._path.flush()
+        self._file = tempfile.TemporaryFile(dir="/dev/shm")  # noqa: SIM115 - without a name: goes with the actor
+        self._file.write(np.random.default_rng(index).bytes(size_bytes // count))
+        self._file.flush()
         self._part = size_bytes // count
         self._socket = socket.create_server((ray.util.get_node_ip_address(), 0))
         threading.Thread(target=self._accept, daemon=True).start()
@@ -147,7 +147,7 @@ class Plain:
         with sock:
             sent = 0
             while sent < self._part:
-                sent += os.sendfile(sock.fileno(), self._path.fileno(), sent, self._part - sent)
+                sent += os.sendfile(sock.fileno(), self._file.fileno(), sent, self._part - sent)
 
     def receive(self, addresses: list[tuple[str, int]], size_bytes: int) -> None:
         """Reads every peer's part, a thread for each."""

@@ -51,7 +51,10 @@ class RestoreReport:
     bytes: int
     """Put into workers' arrays, all ranks together."""
     bytes_from: Mapping[str, int]
-    """Bytes of chunks by source: "files" (mapped by the workers), "store" (fetched by shard servers), "peers"."""
+    """Bytes of chunks by source: "files" (mapped by the workers); or "store" (fetched by shard servers, once per
+    cluster) and "peers" (passed on between nodes over sockets), and where it came to that, "peers_ray" (passed on
+    through Ray's object store, as a socket failed) and "store_again" (read once more, as a peer's were damaged or not
+    to be had)."""
     seconds: float
     """From the call to the last worker's state being set."""
     kept: Mapping[int, tuple[str, ...]] = field(default_factory=dict)

@@ -161,5 +161,5 @@ class Listener:
         with open(path, "rb") as file:  # given up meanwhile: FileNotFoundError ends the connection
             for number, (offset, size) in ranges.items():
                 line.send_reply(Reply(DATA, number, size))
+                self._count("bytes_served", size)  # before: whoever has the bytes finds them counted
                 line.send_file(file.fileno(), offset, size)
-                self._count("bytes_served", size)

@@ -162,9 +162,12 @@ def test_a_damaged_chunk_of_the_store_is_never_passed_on(taker: Server, source: 
     source.takes = [7]
     with pytest.raises(CorruptionError, match=r"a\.arrow is damaged"):
         source.fetch([])
+    read = store.stats.snapshot().reads
     with pytest.raises(CorruptionError, match=r"a\.arrow is damaged"):
         taker.fetch([source])
+    assert store.stats.snapshot().reads == read, "the peer has told why: nothing is read once more"
     assert taker.has() == []
+    assert source.listener.counts()["bytes_served"] == 0
 
 
 def test_a_missing_file_is_named(taker: Server, store: Store) -> None:

@@ -10,7 +10,7 @@ from rl_ckpt.errors import CorruptionError, StorageError, WorkerFailuresError
 from rl_ckpt.options import Options
 from rl_ckpt.plan.match import Problems
 from rl_ckpt.runtime import restore_machine as rm
-from rl_ckpt.runtime.messages import Apply, Candidate, Failure, FetchDone, OpenRestore, Sources, TryNext
+from rl_ckpt.runtime.messages import Apply, Candidate, Failure, FetchDone, Matched, OpenRestore, Sources, TryNext
 from tests.unit.runtime.restore_bench import Bench, all_chunks, manifest
 
 DEAD = WorkerFailuresError("rank 1 died", {1: "rank 1 died"})
@@ -65,6 +65,27 @@ def test_what_peers_pass_on_is_found_in_their_memory_and_in_the_store() -> None:
             source = there[order.names[item.file], item.file_offset]
             assert item.source_offset == source.offset
             assert (item.size_bytes, item.digest) == (source.size_bytes, source.digest)
+
+
+def test_peers_that_need_different_chunks_have_them_at_different_places() -> None:
+    bench = Bench()
+    bench.to_matching()
+    for rank, needs in enumerate([all_chunks(), all_chunks()[1:]]):
+        matched = Matched("r", bench.token(rank, "r"), rank, f"server-{rank}", Problems(), tuple(needs))
+        bench.do(bench.machine.match(matched))
+    orders = {ask.server: ask.order for ask in bench.fetches}
+    assert orders["server-0"].memory_bytes > orders["server-1"].memory_bytes
+    moved = 0
+    for server, order in orders.items():
+        for peer, items in order.peers.items():
+            there = {i.digest: i.offset for file in orders[peer].files.values() for i in file}
+            here = {i.digest for file in order.files.values() for i in file}
+            for item in items:
+                assert item.source_offset == there[item.digest]
+                assert item.digest not in here
+                moved += item.source_offset != item.offset
+        assert server not in order.peers
+    assert moved, "else this test shows nothing"
 
 
 def test_bytes_by_other_ways_are_reported_too() -> None:

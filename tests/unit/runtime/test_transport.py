@@ -46,12 +46,12 @@ class Place:
     def publish(self, name: str = "x", *, filled: bool = True) -> None:
         self.shelf.publish(name, str(self.path), SIZE, filled=filled)
 
-    def pull(self, ranges: list[tuple[int, int]], name: str = "x", **changed: object) -> list[bytes]:
+    def pull(self, ranges: list[tuple[int, int]], what: str = "x", **changed: object) -> list[bytes]:
         """The bytes of some ranges."""
         buffers = [bytearray(size) for _, size in ranges]
         pieces = [(offset, memoryview(b)) for (offset, _), b in zip(ranges, buffers, strict=True)]
         door = dataclasses.replace(self.door, **changed)  # type: ignore[arg-type]
-        done = list(pull(door, name, pieces, by=time.monotonic() + WAIT_S, stall_s=2.0))
+        done = list(pull(door, what, pieces, by=time.monotonic() + WAIT_S, stall_s=2.0))
         assert sorted(done) == list(range(len(ranges)))
         return [bytes(b) for b in buffers]
 
@@ -196,6 +196,7 @@ def test_a_client_with_a_wrong_secret_is_refused(place: Place) -> None:
 
 
 def test_a_listener_of_another_name_is_found_out(place: Place) -> None:
+    place.publish()
     with pytest.raises((TransportError, ConnectionError)):
         place.pull([(0, 1)], name="server-b")
     place.refused()
@@ -335,6 +336,10 @@ def test_connections_past_the_limit_are_closed_and_places_come_free_again(place:
         place.pull([(0, 1)])
     for line in held:
         line.sock.close()
+    deadline = time.monotonic() + WAIT_S
+    while place.listener._connections:
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.005)
     place.refused()
 
 
@@ -437,14 +442,18 @@ def test_the_secret_is_not_shown(place: Place) -> None:
     assert client.CONNECT_S < client.STALL_S
 
 
-@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 12)), max_size=30), st.integers(0, 72), st.integers(1, 12))
-def test_filled_ranges_are_known_exactly(filled: list[tuple[int, int]], offset: int, size: int) -> None:
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 8)), max_size=12))
+def test_filled_ranges_are_known_exactly(filled: list[tuple[int, int]]) -> None:
     shelf = Shelf()
     shelf.publish("x", "/path", 100)
-    shelf.fill("x", filled)
+    for one in filled:
+        shelf.fill("x", [one])
     there = {byte for start, count in filled for byte in range(start, start + count)}
-    expected = [0] if set(range(offset, offset + size)) <= there else []
-    assert shelf.ready("x", {0: (offset, size)}, 0) == ("/path", expected)
+    ranges = {100 * offset + size: (offset, size) for offset in range(40) for size in range(1, 12)}
+    expected = {n for n, (offset, size) in ranges.items() if set(range(offset, offset + size)) <= there}
+    path, found = shelf.ready("x", ranges, 0)
+    assert path == "/path"
+    assert set(found) == expected
 
 
 def test_all_ranges_are_waited_for_on_the_way_through_ray() -> None:
