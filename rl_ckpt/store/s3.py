@@ -28,9 +28,10 @@ from rl_ckpt.store.base import (
     flat_segments,
 )
 from rl_ckpt.store.local import short_message
-from rl_ckpt.store.ranges import Span, SpanWriter, plan_spans
+from rl_ckpt.store.ranges import Span, plan_spans
 from rl_ckpt.store.retry import RetryPolicy, Tries
-from rl_ckpt.store.s3_client import Body, S3Connection, cut
+from rl_ckpt.store.s3_body import Body, cut
+from rl_ckpt.store.s3_client import S3Connection, receive
 
 T = TypeVar("T")
 
@@ -232,9 +233,7 @@ class S3Store(Store):
             ) from error
         async with answer["Body"] as body:
             self._check_range(name, span, answer)
-            writer = SpanWriter(span)
-            async for chunk in body.raw_stream.content.iter_any():
-                writer.write(chunk)
+            await receive(body.raw_stream, span)
 
     def _check_range(self, name: str, span: Span, answer: dict[str, Any]) -> None:
         if answer["ContentLength"] == span.size_bytes and "ContentRange" in answer:
