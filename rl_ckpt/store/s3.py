@@ -86,7 +86,7 @@ class S3Store(Store):
         async def attempt() -> bytes:
             answer = await self._connection.call("get_object", Bucket=self._bucket, Key=key)
             async with answer["Body"] as body:
-                data: bytes = await body.read()
+                data: bytes = await body.raw_stream.read()
             return data
 
         data = self._run(self._request("GetObject", name, attempt))
@@ -94,7 +94,7 @@ class S3Store(Store):
         return data
 
     def read_into(self, name: str, reads: Sequence[tuple[int, memoryview]]) -> None:
-        """Fetch ranges of at most 16 MiB, 16 at once, each chunk copied from the socket's buffer to its place."""
+        """Fetch ranges of at most 16 MiB, 16 at once, each received in its place."""
         key = self._key(name)
         spans = plan_spans(reads, span_bytes=_SPAN_BYTES, gap_bytes=_GAP_BYTES)
         if spans:

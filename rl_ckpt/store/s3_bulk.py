@@ -1,10 +1,10 @@
 """Bulk bytes between the caller's memory and an S3 server, over blocking sockets in threads.
 
 s3fs's client finds the credentials, signs every request and understands every answer; this room only replaces how the
-bytes of large requests reach the socket: parts are sent straight from the caller's buffers, and bodies of ranged reads
-are received straight into them, each in a thread that holds no lock meanwhile. On an event loop all of them share one
-core, and are copied once more. Other requests, and whatever needs more than a plain connection (a proxy, a redirect,
-the caller's own connector), take aiohttp's way.
+bytes of parts and of reads pass the socket: parts are sent straight from the caller's buffers, and bodies of ranged
+reads are received straight into them, each in a thread that holds no lock meanwhile. On an event loop all of them share
+one core, and are copied once more. Other requests, and whatever needs more than a plain connection (a proxy, a
+redirect, the caller's own connector), take aiohttp's way.
 
 Promises that when a request has ended, by an answer, a failure or cancellation, no thread uses its buffers any more.
 Does not retry, and tells failures in botocore's words, as aiohttp's way does.
@@ -63,15 +63,16 @@ class BulkSession(AIOHTTPSession):  # type: ignore[misc]  # aiobotocore has no t
 
     async def send(self, request: Any) -> Any:
         """Send one signed request; of a range of an object that was found, the body is left for `BulkAnswer`."""
-        ranged = request.method == "GET" and "Range" in request.headers
-        bulk = ranged or (isinstance(request.body, Body) and len(request.body) >= _FROM_BYTES)
-        if not bulk or self._own_connector or self._proxies.proxy_url_for(request.url):
+        get = request.method == "GET"
+        ours = get or (isinstance(request.body, Body) and len(request.body) >= _FROM_BYTES)
+        if not ours or self._own_connector or self._proxies.proxy_url_for(request.url):
             return await super().send(request)
         body = request.body.views if isinstance(request.body, Body) else ()
         exchange = Exchange(self._wires, request.method, request.url, request.headers, body)
         raw = BulkAnswer(self._threads, exchange)
-        with_body = partial(exchange.run, lambda status: not ranged or status >= 300)
-        status, headers, raw.data = await raw.in_thread(with_body)
+        ranged = get and "Range" in request.headers
+        run = partial(exchange.run, lambda status: not ranged or status >= 300)
+        status, headers, raw.data = await raw.in_thread(run)
         if 300 <= status < 400:  # to the bucket's own region
             return await super().send(request)
         return AioAWSResponse(request.url, status, headers, raw)

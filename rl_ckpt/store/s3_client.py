@@ -3,7 +3,8 @@
 s3fs finds endpoint, credentials and region as every AWS tool does, and takes the same storage options as ever; its
 client runs on fsspec's event loop thread, which all threads of the process share. What is tuned, and why (1 GiB,
 loopback): payload signing and the default checksums cost half of the speed and our digests cover the bytes end to end;
-botocore's own retries are off as they cannot be counted; listings and instances are not cached.
+botocore's own retries are off as they cannot be counted; listings and instances are not cached; the bytes of parts and
+reads go over `s3_bulk`'s sockets unless the caller names another `http_session_cls`.
 """
 
 from __future__ import annotations

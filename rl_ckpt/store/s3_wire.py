@@ -11,6 +11,7 @@ import select
 import socket
 import ssl
 import struct
+import sys
 import threading
 import time
 import weakref
@@ -156,6 +157,16 @@ def set_send_timeout(sock: socket.socket, timeout_s: float | None) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(whole), int(part * 1e6)))
 
 
+def acknowledge_at_once(sock: socket.socket) -> None:
+    """Don't delay the acknowledgements of what comes next.
+
+    A server that sends an answer in two pieces and has Nagle's algorithm on, as Ceph's has by default, holds the second
+    piece until the first is acknowledged, which the system may put off for 40 ms. It forgets this setting by itself.
+    """
+    if sys.platform == "linux":
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+
+
 def _readable(sock: socket.socket) -> bool:
     """Whether an idle connection has something to say: that it is closed, or nothing that was asked for."""
     poll = select.poll()
@@ -219,6 +230,7 @@ class Exchange:
             for view in self._body:
                 sock.sendall(view)
             sock.settimeout(self._pool.settings.read_timeout_s)
+            acknowledge_at_once(sock)
         except (BrokenPipeError, ConnectionResetError):
             # A server that refuses a request may answer and hang up before it has read all of it: hear it out.
             answer.begin()

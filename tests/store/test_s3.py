@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from aiobotocore.httpsession import AIOHTTPSession
 
 from rl_ckpt.errors import CheckpointError, InvalidInputError, StorageError
 from rl_ckpt.store.base import ObjectExistsError, Store
@@ -24,9 +25,15 @@ def bucket(s3_server: S3Server) -> str:
     return s3_server.new_bucket()
 
 
+@pytest.fixture(params=["sockets", "aiohttp"])
+def client_options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Parts and reads over our own sockets, and over aiohttp, which is what a proxy or another connector gets."""
+    return {} if request.param == "sockets" else {"config_kwargs": {"http_session_cls": AIOHTTPSession}}
+
+
 @pytest.fixture
-def store(s3_server: S3Server, bucket: str) -> Store:
-    return open_store(f"s3://{bucket}/{uuid.uuid4().hex}/run", s3_server.storage_options())
+def store(s3_server: S3Server, bucket: str, client_options: dict[str, Any]) -> Store:
+    return open_store(f"s3://{bucket}/{uuid.uuid4().hex}/run", s3_server.storage_options(**client_options))
 
 
 class TestS3Store(StoreContract):
