@@ -15,6 +15,7 @@ from rl_ckpt.errors import CheckpointError, InvalidInputError, StorageError
 from rl_ckpt.store.base import ObjectExistsError, Store
 from rl_ckpt.store.s3 import part_bytes
 from rl_ckpt.store.s3_client import S3Connection
+from rl_ckpt.store.s3_wire import Exchange
 from rl_ckpt.store.urls import open_store
 from tests.s3_servers import S3Server, free_port
 from tests.store.contract import StoreContract, some_bytes
@@ -130,6 +131,38 @@ def test_large_put_is_in_parts_and_counted(store: Store):
     store.put("large", [some_bytes(40_000_000)])
     traffic = store.stats.snapshot()
     assert (traffic.writes, traffic.bytes_written) == (3, 40_000_000)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, ["PUT", "PUT", "PUT", "GET", "GET", "GET"]),
+        ({"http_session_cls": AIOHTTPSession}, []),
+        ({"connector_args": {"use_dns_cache": False}}, []),
+        ({"proxies": {}}, []),
+    ],
+    ids=["sockets", "aiohttp", "own connector", "proxy"],
+)
+def test_parts_and_reads_take_the_sockets_unless_more_is_asked_of_a_connection(
+    moto_server: S3Server, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], expected: list[str]
+):
+    seen: list[str] = []
+    real = Exchange.__init__
+
+    def spy(self: Exchange, pool: Any, method: str, *rest: Any) -> None:
+        seen.append(method)
+        real(self, pool, method, *rest)
+
+    monkeypatch.setattr(Exchange, "__init__", spy)
+    if "proxies" in config:  # the server takes requests as a proxy gets them
+        config = {"proxies": {"http": moto_server.endpoint_url}}
+    store = open_store(f"s3://{moto_server.new_bucket()}/x", moto_server.storage_options(config_kwargs=config))
+    store.put("a", [bytes(40_000_000)])
+    store.create("b", b"small")
+    back = bytearray(20_000_000)
+    store.read_into("a", [(0, memoryview(back))])
+    assert store.get("b") == b"small"
+    assert seen == expected
 
 
 def test_unfinished_uploads_are_cleaned(s3_server: S3Server, store: Store):
