@@ -28,9 +28,10 @@ from rl_ckpt.store.base import (
     flat_segments,
 )
 from rl_ckpt.store.local import short_message
-from rl_ckpt.store.ranges import Span, SpanWriter, plan_spans
+from rl_ckpt.store.ranges import Span, plan_spans
 from rl_ckpt.store.retry import RetryPolicy, Tries
-from rl_ckpt.store.s3_client import Body, S3Connection, cut
+from rl_ckpt.store.s3_body import Body, cut
+from rl_ckpt.store.s3_client import S3Connection, receive
 
 T = TypeVar("T")
 
@@ -85,7 +86,7 @@ class S3Store(Store):
         async def attempt() -> bytes:
             answer = await self._connection.call("get_object", Bucket=self._bucket, Key=key)
             async with answer["Body"] as body:
-                data: bytes = await body.read()
+                data: bytes = await body.raw_stream.read()
             return data
 
         data = self._run(self._request("GetObject", name, attempt))
@@ -93,7 +94,7 @@ class S3Store(Store):
         return data
 
     def read_into(self, name: str, reads: Sequence[tuple[int, memoryview]]) -> None:
-        """Fetch ranges of at most 16 MiB, 16 at once, each chunk copied from the socket's buffer to its place."""
+        """Fetch ranges of at most 16 MiB, 16 at once, each received in its place."""
         key = self._key(name)
         spans = plan_spans(reads, span_bytes=_SPAN_BYTES, gap_bytes=_GAP_BYTES)
         if spans:
@@ -232,9 +233,7 @@ class S3Store(Store):
             ) from error
         async with answer["Body"] as body:
             self._check_range(name, span, answer)
-            writer = SpanWriter(span)
-            async for chunk in body.raw_stream.content.iter_any():
-                writer.write(chunk)
+            await receive(body.raw_stream, span)
 
     def _check_range(self, name: str, span: Span, answer: dict[str, Any]) -> None:
         if answer["ContentLength"] == span.size_bytes and "ContentRange" in answer:

@@ -3,7 +3,8 @@
 s3fs finds endpoint, credentials and region as every AWS tool does, and takes the same storage options as ever; its
 client runs on fsspec's event loop thread, which all threads of the process share. What is tuned, and why (1 GiB,
 loopback): payload signing and the default checksums cost half of the speed and our digests cover the bytes end to end;
-botocore's own retries are off as they cannot be counted; listings and instances are not cached.
+botocore's own retries are off as they cannot be counted; listings and instances are not cached; the bytes of parts and
+reads go over `s3_bulk`'s sockets unless the caller names another `http_session_cls`.
 """
 
 from __future__ import annotations
@@ -11,20 +12,21 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
 from botocore.exceptions import ClientError
 from s3fs import S3FileSystem
 
 from rl_ckpt.errors import InvalidInputError
+from rl_ckpt.store.ranges import Span, SpanWriter
+from rl_ckpt.store.s3_bulk import BulkAnswer, BulkSession
 
 T = TypeVar("T")
 
 _CONNECT_TIMEOUT_S = 4
 _READ_TIMEOUT_S = 60
 _POOL_CONNECTIONS = 64
-_SEND_BYTES = 256 << 10
 
 _LEFT_BY_FORK: list[S3FileSystem] = []
 """Clients of the parent process: closing one here would wait for a loop thread that does not exist in this process."""
@@ -119,6 +121,7 @@ def _tuned(options: Mapping[str, Any]) -> dict[str, Any]:
         "connect_timeout": _CONNECT_TIMEOUT_S,
         "read_timeout": _READ_TIMEOUT_S,
         "max_pool_connections": _POOL_CONNECTIONS,
+        "http_session_cls": BulkSession,
         "retries": {"total_max_attempts": 1, "mode": "standard"},
         "request_checksum_calculation": "when_required",
         "response_checksum_validation": "when_required",
@@ -132,77 +135,16 @@ def _drop_expect(request: Any, **_: Any) -> None:
     del request.headers["Expect"]
 
 
-class Body:
-    """A part's bytes, sent from the caller's buffers without being joined first.
-
-    aiohttp sends what it iterates asynchronously, botocore wants `read`, `seek`, `tell` and a length (it reads only
-    where payload signing was asked for). Sending again starts from the beginning.
+async def receive(raw: Any, span: Span) -> None:
+    """Spread the body of an answer over the pieces of a span.
 
     Args:
-        views: Flat byte views; the body is their concatenation.
+        raw: The answer's raw stream, of `BulkSession` or of another of aiobotocore's sessions.
+        span: Of the body's size.
     """
-
-    def __init__(self, views: Sequence[memoryview]) -> None:
-        self._views = views
-        self._size = sum(view.nbytes for view in views)
-        self._position = 0
-
-    def __len__(self) -> int:
-        return self._size
-
-    async def __aiter__(self) -> AsyncIterator[bytes | memoryview]:
-        for block in blocks(self._views, _SEND_BYTES):
-            yield block
-
-    def read(self, size: int = -1) -> bytes:
-        """Copy of the next `size` bytes, of all that is left when negative."""
-        begin, left = self._position, self._size - self._position if size < 0 else size
-        taken = list(take(self._views, begin, begin + left))
-        self._position += sum(view.nbytes for view in taken)
-        return b"".join(taken)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move to an offset in bytes, from the beginning or (`os.SEEK_END`) the end."""
-        self._position = offset + (self._size if whence == os.SEEK_END else 0)
-        return self._position
-
-    def tell(self) -> int:
-        """Offset of the next byte that `read` gives."""
-        return self._position
-
-
-def take(views: Sequence[memoryview], begin: int, end: int) -> list[memoryview]:
-    """The bytes `begin` to `end` of the concatenation of views, as views."""
-    taken = []
-    position = 0
-    for view in views:
-        low, high = max(begin - position, 0), min(end - position, view.nbytes)
-        if low < high:
-            taken.append(view[low:high])
-        position += view.nbytes
-        if position >= end:
-            break
-    return taken
-
-
-def cut(views: Sequence[memoryview], size_bytes: int) -> list[list[memoryview]]:
-    """Cut the concatenation of views into runs of `size_bytes` each, the last one shorter; nothing is copied."""
-    runs: list[list[memoryview]] = []
-    room = 0
-    for view in views:
-        begin = 0
-        while begin < view.nbytes:
-            if not room:
-                runs.append([])
-                room = size_bytes
-            piece = view[begin : begin + room]
-            runs[-1].append(piece)
-            begin += piece.nbytes
-            room -= piece.nbytes
-    return runs
-
-
-def blocks(views: Sequence[memoryview], size_bytes: int) -> list[bytes | memoryview]:
-    """Pieces fit for one write to a socket: slices of large views, many small views joined."""
-    runs = cut(views, size_bytes)
-    return [run[0] if len(run) == 1 else b"".join(run) for run in runs]
+    if isinstance(raw, BulkAnswer):
+        await raw.read_span(span)
+        return
+    writer = SpanWriter(span)
+    async for chunk in raw.content.iter_any():
+        writer.write(chunk)

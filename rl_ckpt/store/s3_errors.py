@@ -138,7 +138,7 @@ def _explain_answer(what: str, code: str, status: int, message: str, told: str) 
         )
     if code == "InvalidBucketName":
         return InvalidInputError(f"{what}: the server says {said}. Correct the bucket's name in the url")
-    if status in (401, 403):
+    if status in (401, 403) or code in _DENIED:  # AWS says ExpiredToken with 400
         hint = _DENIED.get(
             code,
             "These credentials may not do this: allow s3:GetObject, s3:PutObject, s3:DeleteObject, s3:ListBucket and "

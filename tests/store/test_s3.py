@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from aiobotocore.httpsession import AIOHTTPSession
 
 from rl_ckpt.errors import CheckpointError, InvalidInputError, StorageError
 from rl_ckpt.store.base import ObjectExistsError, Store
 from rl_ckpt.store.s3 import part_bytes
 from rl_ckpt.store.s3_client import S3Connection
+from rl_ckpt.store.s3_wire import Exchange
 from rl_ckpt.store.urls import open_store
 from tests.s3_servers import S3Server, free_port
 from tests.store.contract import StoreContract, some_bytes
@@ -24,9 +26,15 @@ def bucket(s3_server: S3Server) -> str:
     return s3_server.new_bucket()
 
 
+@pytest.fixture(params=["sockets", "aiohttp"])
+def client_options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Parts and reads over our own sockets, and over aiohttp, which is what a proxy or another connector gets."""
+    return {} if request.param == "sockets" else {"config_kwargs": {"http_session_cls": AIOHTTPSession}}
+
+
 @pytest.fixture
-def store(s3_server: S3Server, bucket: str) -> Store:
-    return open_store(f"s3://{bucket}/{uuid.uuid4().hex}/run", s3_server.storage_options())
+def store(s3_server: S3Server, bucket: str, client_options: dict[str, Any]) -> Store:
+    return open_store(f"s3://{bucket}/{uuid.uuid4().hex}/run", s3_server.storage_options(**client_options))
 
 
 class TestS3Store(StoreContract):
@@ -123,6 +131,38 @@ def test_large_put_is_in_parts_and_counted(store: Store):
     store.put("large", [some_bytes(40_000_000)])
     traffic = store.stats.snapshot()
     assert (traffic.writes, traffic.bytes_written) == (3, 40_000_000)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, ["PUT", "PUT", "PUT", "GET", "GET", "GET"]),
+        ({"http_session_cls": AIOHTTPSession}, []),
+        ({"connector_args": {"use_dns_cache": False}}, []),
+        ({"proxies": {}}, []),
+    ],
+    ids=["sockets", "aiohttp", "own connector", "proxy"],
+)
+def test_parts_and_reads_take_the_sockets_unless_more_is_asked_of_a_connection(
+    moto_server: S3Server, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], expected: list[str]
+):
+    seen: list[str] = []
+    real = Exchange.__init__
+
+    def spy(self: Exchange, pool: Any, method: str, *rest: Any) -> None:
+        seen.append(method)
+        real(self, pool, method, *rest)
+
+    monkeypatch.setattr(Exchange, "__init__", spy)
+    if "proxies" in config:  # the server takes requests as a proxy gets them
+        config = {"proxies": {"http": moto_server.endpoint_url}}
+    store = open_store(f"s3://{moto_server.new_bucket()}/x", moto_server.storage_options(config_kwargs=config))
+    store.put("a", [bytes(40_000_000)])
+    store.create("b", b"small")
+    back = bytearray(20_000_000)
+    store.read_into("a", [(0, memoryview(back))])
+    assert store.get("b") == b"small"
+    assert seen == expected
 
 
 def test_unfinished_uploads_are_cleaned(s3_server: S3Server, store: Store):

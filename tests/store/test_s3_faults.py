@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from aiobotocore.httpsession import AIOHTTPSession
 
 from rl_ckpt.errors import StorageError
 from rl_ckpt.store.base import ObjectExistsError, Store
+from rl_ckpt.store.s3_bulk import BulkSession
 from rl_ckpt.store.urls import open_store
 from tests.s3_servers import S3Server
 from tests.store.contract import some_bytes
@@ -29,13 +31,23 @@ def bucket(moto_server: S3Server) -> str:
     return moto_server.new_bucket()
 
 
+@pytest.fixture(params=[BulkSession, AIOHTTPSession], ids=["sockets", "aiohttp"])
+def session(request: pytest.FixtureRequest) -> type[AIOHTTPSession]:
+    """How parts and reads get to the server and back."""
+    session: type[AIOHTTPSession] = request.param
+    return session
+
+
 @pytest.fixture
-def open_through(moto_server: S3Server, bucket: str, proxy: Proxy) -> Callable[..., Store]:
+def open_through(
+    moto_server: S3Server, bucket: str, proxy: Proxy, session: type[AIOHTTPSession]
+) -> Callable[..., Store]:
     url = f"s3://{bucket}/{uuid.uuid4().hex}"
 
-    def opener(**options: Any) -> Store:
+    def opener(config_kwargs: dict[str, Any] | None = None, **options: Any) -> Store:
         quick = {"retry_base_s": 0.001, "endpoint_url": proxy.url}
-        return open_store(url, moto_server.storage_options() | quick | options)
+        config = {"http_session_cls": session, **(config_kwargs or {})}
+        return open_store(url, moto_server.storage_options(config_kwargs=config) | quick | options)
 
     return opener
 
@@ -60,13 +72,15 @@ TRANSIENT = [
 
 
 @pytest.mark.parametrize("what", TRANSIENT)
-def test_transient_failures_are_retried_and_counted(store: Store, proxy: Proxy, what: dict[str, Any]):
+def test_transient_failures_are_retried_and_counted(
+    store: Store, proxy: Proxy, what: dict[str, Any], session: type[AIOHTTPSession]
+):
     proxy.faults = [Fault(is_("PUT"), **what), Fault(is_("PUT"), **what), Fault(is_("GET"), **what)]
     store.put("a", [b"x"])
     assert store.get("a") == b"x"
     assert (proxy.faults, len(proxy.seen)) == ([], 5)
     # aiohttp by itself sends again, uncounted, once, what it sent into a connection that was open from before.
-    assert store.stats.snapshot().retries == (2 if "lose_reply" in what else 3)
+    assert store.stats.snapshot().retries == (2 if "lose_reply" in what and session is AIOHTTPSession else 3)
 
 
 @pytest.mark.parametrize("what", TRANSIENT)
@@ -136,6 +150,29 @@ def test_lasting_failures_are_told_at_once(store: Store, proxy: Proxy, status: i
     with pytest.raises(StorageError, match=rf"after 1 try .*{code} \(HTTP {status}\)"):
         store.put("a", [b"x"])
     assert len(proxy.seen) == 1
+
+
+@pytest.mark.parametrize("status", [400, 403])
+def test_credentials_that_expire_during_an_upload_or_a_read(store: Store, proxy: Proxy, status: int):
+    store.put("a", [bytes(LARGE_BYTES)])
+    proxy.faults = [Fault(is_("PUT", having="partNumber=2"), status=status, code="ExpiredToken")]
+    with pytest.raises(StorageError, match=r"UploadPart .*after 1 try.*ExpiredToken .*renew the credentials"):
+        store.put("b", [bytes(LARGE_BYTES)])
+    assert not store.exists("b")
+    proxy.faults = [Fault(is_("GET"), status=status, code="ExpiredToken")]
+    with pytest.raises(StorageError, match=r"GetObject .*after 1 try.*ExpiredToken .*renew the credentials"):
+        store.read_into("a", [(0, memoryview(bytearray(LARGE_BYTES)))])
+    assert store.clean_partial(-2) == 0
+
+
+def test_a_part_or_range_that_is_never_answered_is_tried_again(open_through: Callable[..., Store], proxy: Proxy):
+    store = open_through(config_kwargs={"read_timeout": 0.5})
+    data = some_bytes(LARGE_BYTES)
+    proxy.faults = [Fault(is_("PUT", having="partNumber=2"), hang=True), Fault(is_("GET"), hang=True)]
+    store.put("a", [data])
+    back = bytearray(LARGE_BYTES)
+    store.read_into("a", [(0, memoryview(back))])
+    assert (back, proxy.faults) == (data, [])
 
 
 def test_a_server_that_never_answers_is_given_up(open_through: Callable[..., Store], proxy: Proxy):
