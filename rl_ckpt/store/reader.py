@@ -10,14 +10,14 @@ import contextlib
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from rl_ckpt.errors import CorruptionError
-from rl_ckpt.format.digest import check, digest
+from rl_ckpt.format.digest import check
 from rl_ckpt.format.manifest import ArrayEntry, ArrayRef, Chunk, Manifest
 from rl_ckpt.plan.match import Match
 from rl_ckpt.state import arrays, leaves
@@ -29,7 +29,6 @@ from rl_ckpt.store.base import ObjectMissingError, Store
 
 _MADV_POPULATE_READ = 22  # Linux 5.14; Python has no name for it
 _POPULATE_FROM_BYTES = 64 << 10
-_JOB_BYTES = 1 << 20
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -117,39 +116,20 @@ def load_arrays(store: Store, manifest: Manifest, wanted: Iterable[int]) -> dict
                 jobs.append(lambda f=file, c=chunks: _fetch(store, manifest, f, c, out))  # type: ignore[misc]
             else:
                 jobs.extend(
-                    lambda p=path, b=batch: _copy_mapped(store, manifest, mapped, p, b, out)  # type: ignore[misc]
-                    for batch in _batches(chunks)
+                    lambda p=path, i=i, c=c: _copy_mapped(store, manifest, mapped, p, i, c, out)  # type: ignore[misc]
+                    for i, c in chunks
                 )
         for done in [pool.submit(job) for job in jobs]:
             done.result()
     return out
 
 
-def _batches(chunks: Sequence[tuple[int, Chunk]]) -> Iterator[Sequence[tuple[int, Chunk]]]:
-    """Chunks for one job each: a large one, or so many small ones that they pay the job."""
-    start = filled = 0
-    for i, (_, chunk) in enumerate(chunks):
-        filled += chunk.bytes
-        if filled >= _JOB_BYTES:
-            yield chunks[start : i + 1]
-            start, filled = i + 1, 0
-    if start < len(chunks):
-        yield chunks[start:]
-
-
 def _copy_mapped(
-    store: Store,
-    manifest: Manifest,
-    mapped: MappedFiles,
-    path: str,
-    chunks: Sequence[tuple[int, Chunk]],
-    out: Mapping[int, Host],
+    store: Store, manifest: Manifest, mapped: MappedFiles, path: str, index: int, chunk: Chunk, out: Mapping[int, Host]
 ) -> None:
-    for index, chunk in chunks:
-        data = mapped.view(path, chunk.offset, chunk.bytes)
-        if digest(data) != bytes.fromhex(chunk.digest):
-            check(chunk_name(manifest, chunk, store), data, bytes.fromhex(chunk.digest))
-        _place(manifest, index, chunk, data, out)
+    data = mapped.view(path, chunk.offset, chunk.bytes)
+    check(chunk_name(manifest, chunk, store), data, bytes.fromhex(chunk.digest))
+    _place(manifest, index, chunk, data, out)
 
 
 def _place(manifest: Manifest, index: int, chunk: Chunk, data: memoryview, out: Mapping[int, Host]) -> None:
