@@ -10,6 +10,7 @@ import xxhash
 from rl_ckpt.errors import CorruptionError
 
 ALGORITHM = "xxh3-128"
+DIGEST_BYTES = 16
 
 
 Buffer = bytes | bytearray | memoryview | np.ndarray[Any, np.dtype[Any]]

@@ -1,12 +1,14 @@
 """Deal: which rank stages which chunk, where in its node's staging memory, and which shard files come of it.
 
-Owns: balance (by bytes over ranks, then over nodes), de-duplication by digest (within the save and against the newest
-checkpoint), the layout of a generation of staging memory, and the split into files (packed ones for many small chunks).
-Moves nothing.
+Owns: balance (by bytes over ranks, then over nodes), the layout of a generation of staging memory, the split into
+files (packed ones for many small chunks), and, once all is staged and its digests are known, de-duplication (within the
+save and against the checkpoint that it continues). A plan depends on shapes and on who has what, not on values: the
+next save of the same shape can use it again. Moves nothing.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -52,7 +54,7 @@ class ColumnPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class FilePlan(msgspec.Struct, frozen=True, array_like=True):
-    """One shard file; `columns` are its rows where it is packed."""
+    """One shard file; it has a name once the plan is settled. `columns` are its rows where it is packed."""
 
     name: str
     columns: tuple[ColumnPlan, ...]
@@ -75,7 +77,7 @@ class SavePlan:
 
     @property
     def new_bytes(self) -> int:
-        """Bytes of values that the save writes."""
+        """Bytes of values that the save writes, once settled."""
         return sum(c.bytes for plans in self.files.values() for f in plans for c in f.columns)
 
 
@@ -103,19 +105,16 @@ def stored_chunks(manifest: Manifest) -> dict[tuple[bytes, int], tuple[ShardFile
 
 
 class _Write(msgspec.Struct, gc=False):
-    """A chunk that must be staged: once for all places that have the same bytes."""
+    """A chunk to be staged, and its place: array and chunk."""
 
     array: MergedArray
     chunk: MergedChunk
-    holders: set[int]
-    places: list[tuple[int, int]]
+    place: tuple[int, int]
 
 
 def deal(
     merged: Merged,
     servers: Sequence[str],
-    checkpoint: str,
-    stored: Stored,
     write_streams: int,
     file_bytes: int,
 ) -> SavePlan:
@@ -124,8 +123,6 @@ def deal(
     Args:
         merged: From `merge`.
         servers: Shard server of each rank's node, by rank.
-        checkpoint: Id of the checkpoint, for file names.
-        stored: What need not be written again.
         write_streams: Shard files that a server writes at a time.
         file_bytes: Size past which a shard file is split further.
 
@@ -133,31 +130,15 @@ def deal(
         The plan. Each of N replicas stages about 1/N of the bytes they share.
     """
     plan = SavePlan({rank: [] for rank in range(merged.world_size)}, {}, {}, merged)
-    writes = _writes(merged, stored, plan)
+    writes = [
+        _Write(array, chunk, (a, c)) for a, array in enumerate(merged.arrays) for c, chunk in enumerate(array.chunks)
+    ]
     dealt = _balance(writes, servers)
     for server in sorted(set(servers)):
         mine = [(rank, write) for rank, write in dealt if servers[rank] == server]
         if mine:
-            _lay_out(plan, server, mine, checkpoint, write_streams, file_bytes)
+            _lay_out(plan, server, mine, write_streams, file_bytes)
     return plan
-
-
-def _writes(merged: Merged, stored: Stored, plan: SavePlan) -> list[_Write]:
-    out: list[_Write] = []
-    known: dict[tuple[bytes, int], _Write] = {}
-    for a, array in enumerate(merged.arrays):
-        for c, chunk in enumerate(array.chunks):
-            key = (chunk.digest, chunk.size_bytes)
-            old = stored.get(key) if chunk.digest else None
-            if old is not None:
-                plan.sources[a, c] = _Source(old=old)
-            elif chunk.digest and key in known:
-                known[key].places.append((a, c))
-            else:
-                out.append(_Write(array, chunk, set(chunk.holders), [(a, c)]))
-                if chunk.digest:
-                    known[key] = out[-1]
-    return out
 
 
 def _balance(writes: list[_Write], servers: Sequence[str]) -> list[tuple[int, _Write]]:
@@ -166,7 +147,7 @@ def _balance(writes: list[_Write], servers: Sequence[str]) -> list[tuple[int, _W
     node_load = dict.fromkeys(servers, 0)
     groups: dict[frozenset[int], list[_Write]] = {}
     for write in writes:
-        groups.setdefault(frozenset(write.holders), []).append(write)
+        groups.setdefault(frozenset(write.chunk.holders), []).append(write)
     dealt: list[tuple[int, _Write]] = []
     for holders in sorted(groups, key=lambda h: (len(h), sorted(h))):
         heap = [(rank_load[r], node_load[servers[r]], r) for r in holders]
@@ -188,7 +169,6 @@ def _lay_out(
     plan: SavePlan,
     server: str,
     dealt: list[tuple[int, _Write]],
-    checkpoint: str,
     write_streams: int,
     file_bytes: int,
 ) -> None:
@@ -203,15 +183,13 @@ def _lay_out(
         planned: list[ColumnPlan] = []
         for rank, write in group:
             chunk, array, size = write.chunk, write.array, write.chunk.size_bytes
-            source = _Source(server, len(files), len(planned))
-            for place in write.places:
-                plan.sources[place] = source
+            plan.sources[write.place] = _Source(server, len(files), len(planned))
             name, owner = ("", array.rank) if packed else (_column_name(array, chunk, names), None)
             planned.append(ColumnPlan(name, array.path, array.spec.dtype, chunk.box, offset, size, owner))
             plan.stage[rank].append(StageItem(array.path, chunk.box, offset, size, chunk.digest))
             offset += size if packed else _aligned(size)
         offset = _aligned(offset)
-        files.append(FilePlan(shard_file_name(checkpoint, server, len(files)), tuple(planned), packed))
+        files.append(FilePlan("", tuple(planned), packed))
     plan.files[server] = files
     plan.staged_bytes[server] = offset
 
@@ -262,19 +240,21 @@ def _column_name(array: MergedArray, chunk: MergedChunk, taken: set[str]) -> str
     return name
 
 
-def settle(plan: SavePlan, digests: Mapping[tuple[str, int], bytes], stored: Stored) -> None:
-    """Once everything is staged, drops from the plan what need not be written: bytes stored already, or staged twice.
-
-    What is hashed before it is staged (replicas that must be found) was left out by `deal`; the rest is hashed while it
-    is copied, and left out here.
+def settle(plan: SavePlan, checkpoint: str, digests: Mapping[tuple[str, int], bytes], stored: Stored) -> SavePlan:
+    """Once everything is staged, names the files, and leaves out what is stored already or was staged twice.
 
     Args:
-        plan: From `deal`; its files and sources are changed.
+        plan: From `deal`; it is not changed.
+        checkpoint: Id of the checkpoint, for file names.
         digests: Of what was staged, by server and offset.
         stored: What need not be written again.
+
+    Returns:
+        The plan of what is written.
     """
     moved: dict[_Source, _Source] = {}
     first: dict[tuple[bytes, int], _Source] = {}
+    settled: dict[str, list[FilePlan]] = {}
     for server, files in plan.files.items():
         kept: list[FilePlan] = []
         for f, file in enumerate(files):
@@ -292,11 +272,11 @@ def settle(plan: SavePlan, digests: Mapping[tuple[str, int], bytes], stored: Sto
                         moved[here] = first[key] = _Source(server, len(kept), len(columns))
                     columns.append(column)
             if columns:
-                kept.append(FilePlan(file.name, tuple(columns), file.packed))
-        plan.files[server] = kept
-    plan.files = {server: files for server, files in plan.files.items() if files}
-    if moved:
-        plan.sources = {place: moved.get(source, source) for place, source in plan.sources.items()}
+                kept.append(FilePlan(shard_file_name(checkpoint, server, len(kept)), tuple(columns), file.packed))
+        if kept:
+            settled[server] = kept
+    sources = {place: moved.get(source, source) for place, source in plan.sources.items()} if moved else plan.sources
+    return dataclasses.replace(plan, files=settled, sources=sources)
 
 
 class Written(msgspec.Struct, frozen=True):

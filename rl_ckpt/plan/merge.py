@@ -13,7 +13,7 @@ import msgspec
 
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.format.manifest import ArrayRef, SavedNode, Variant
-from rl_ckpt.plan.inventory import Inventory, box_bytes, chunk_boxes
+from rl_ckpt.plan.inventory import Inventory, box_bytes, chunk_boxes, chunk_digests
 from rl_ckpt.state.arrays import ArraySpec
 from rl_ckpt.state.boxes import Box, check_tiling
 from rl_ckpt.state.tree import PER_RANK, REPLICATED, SHARDED, LocalArray, Node, Plain
@@ -63,7 +63,7 @@ def merge(inventories: Sequence[Inventory], chunk_bytes: int) -> Merged:
     merged, problems = Merged(len(inventories)), []
     for path, holders in _by_path(inventories).items():
         try:
-            merged.nodes[path] = _variants(path, holders, inventories, merged, chunk_bytes)
+            merged.nodes[path] = variants(path, holders, inventories, merged, chunk_bytes)
         except InvalidInputError as problem:
             problems.append(str(problem))
     if problems:
@@ -81,9 +81,21 @@ def _by_path(inventories: Sequence[Inventory]) -> dict[str, dict[int, Node]]:
     return out
 
 
-def _variants(
+def variants(
     path: str, holders: Mapping[int, Node], inventories: Sequence[Inventory], merged: Merged, chunk_bytes: int
 ) -> tuple[Variant, ...]:
+    """What the ranks have at one path, equal things once.
+
+    Args:
+        path: Of the nodes.
+        holders: The nodes, by rank.
+        inventories: By rank; only looked at for arrays.
+        merged: Takes the arrays up.
+        chunk_bytes: As the workers cut their arrays.
+
+    Raises:
+        InvalidInputError: Ranks contradict one another.
+    """
     arrays = {rank: node for rank, node in holders.items() if isinstance(node, LocalArray)}
     declared = {node.declared for node in arrays.values()}
     if declared & {REPLICATED, SHARDED} and (len(declared) > 1 or len(arrays) < len(holders)):
@@ -121,7 +133,7 @@ def _identity(path: str, rank: int, node: Node, inventories: Sequence[Inventory]
     """Equal for ranks that have the very same thing at `path`."""
     if not isinstance(node, LocalArray):
         return (_frozen(node), rank) if isinstance(node, Plain) and node.per_rank else _frozen(node)
-    return (node, inventories[rank].digests.get(path), rank if node.declared == PER_RANK else None)
+    return (node, inventories[rank].identities.get(path), rank if node.declared == PER_RANK else None)
 
 
 def _frozen(node: Node) -> object:
@@ -141,7 +153,7 @@ def _saved(
     if not isinstance(node, LocalArray):
         return Plain(node.value) if isinstance(node, Plain) else node
     boxes = chunk_boxes(node, chunk_bytes)
-    known = inventories[ranks[0]].digests.get(path) or (b"",) * len(boxes)
+    known = chunk_digests(inventories[ranks[0]], path, len(boxes))
     chunks = [
         MergedChunk(box, box_bytes(node, box), hashed, tuple(ranks)) for box, hashed in zip(boxes, known, strict=True)
     ]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from rl_ckpt.errors import InvalidInputError
-from rl_ckpt.format.digest import digest, hasher
+from rl_ckpt.format.digest import DIGEST_BYTES, digest, hasher
 from rl_ckpt.plan.deal import StageItem
-from rl_ckpt.plan.inventory import chunk_host
+from rl_ckpt.plan.inventory import chunk_boxes, chunk_host, hashed, undeclared
 from rl_ckpt.state.arrays import Host, flat_bytes
-from rl_ckpt.state.tree import FlatTree
+from rl_ckpt.state.tree import FlatTree, LocalArray
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -38,6 +39,67 @@ def stage(flat: FlatTree, items: Sequence[StageItem], memory: memoryview) -> lis
     Raises:
         InvalidInputError: An array changed since it was hashed; names the paths.
     """
+    digests = _copied(flat, items, memory)
+    changed = {i.path for i, found in zip(items, digests, strict=True) if i.digest and i.digest != found}
+    if changed:
+        raise InvalidInputError(
+            f"the arrays at {sorted(changed)} changed while they were being saved; don't train (in another "
+            "thread, say) until `save` has returned, or let `get_state` return copies"
+        )
+    return digests
+
+
+def stage_repeat(
+    flat: FlatTree, items: Sequence[StageItem], memory: memoryview, chunk_bytes: int, world_size: int
+) -> tuple[list[bytes], dict[str, bytes]]:
+    """As `stage` and `identity` of every undeclared array in one pass over the values: what is copied is hashed once.
+
+    Args:
+        flat: The worker's tree.
+        items: What to copy where.
+        memory: The generation of staging memory, writable flat bytes.
+        chunk_bytes: Upper limit of a chunk.
+        world_size: Number of workers.
+
+    Returns:
+        Digests of the copies, 16 bytes each, in the order of `items`; and the identities by path.
+    """
+    copies = _copied(flat, items, memory)
+    mine = {(item.path, item.box.offset): found for item, found in zip(items, copies, strict=True)}
+    found: dict[str, bytes] = {}
+    for path, array in undeclared(flat, world_size):
+        if path in flat.objects:
+            found[path] = flat.objects[path].identity
+            continue
+        boxes = chunk_boxes(array, chunk_bytes)
+        found[path] = b"".join(mine.get((path, box.offset)) or hashed(chunk_host(flat, path, box)) for box in boxes)
+    return copies, found
+
+
+def with_digests(
+    flat: FlatTree, items: Sequence[StageItem], identities: Mapping[str, bytes], chunk_bytes: int
+) -> list[StageItem]:
+    """Items with the digests that their chunks had when they were hashed, for `stage` to compare.
+
+    Args:
+        flat: The worker's tree.
+        items: What to copy where.
+        identities: Of undeclared arrays, by path.
+        chunk_bytes: Upper limit of a chunk.
+    """
+    out = []
+    for item in items:
+        array, joined = flat.nodes[item.path], identities.get(item.path)
+        if joined and item.path not in flat.objects:
+            assert isinstance(array, LocalArray)
+            at = DIGEST_BYTES * chunk_boxes(array, chunk_bytes).index(item.box)
+            item = msgspec.structs.replace(item, digest=joined[at : at + DIGEST_BYTES])  # noqa: PLW2901
+        out.append(item)
+    return out
+
+
+def _copied(flat: FlatTree, items: Sequence[StageItem], memory: memoryview) -> list[bytes]:
+    """Copies chunks; digests of the copies, in the order of `items`."""
     target = np.frombuffer(memory, np.uint8)
     digests: list[bytes] = []
     run = _Run(target, memory)
@@ -53,12 +115,6 @@ def stage(flat: FlatTree, items: Sequence[StageItem], memory: memoryview) -> lis
             digests += run.copied()
         run.add(item, host)
     digests += run.copied()
-    changed = {i.path for i, found in zip(items, digests, strict=True) if i.digest and i.digest != found}
-    if changed:
-        raise InvalidInputError(
-            f"the arrays at {sorted(changed)} changed while they were being saved; don't train (in another "
-            "thread, say) until `save` has returned, or let `get_state` return copies"
-        )
     return digests
 
 

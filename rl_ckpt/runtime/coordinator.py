@@ -22,7 +22,8 @@ from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptionE
 from rl_ckpt.format import records
 from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.runtime import restore_machine as rm
-from rl_ckpt.runtime import save_machine as sm
+from rl_ckpt.runtime import save_steps as sm
+from rl_ckpt.runtime.generations import StagingFile
 from rl_ckpt.runtime.messages import (
     Failure,
     FetchDone,
@@ -31,17 +32,21 @@ from rl_ckpt.runtime.messages import (
     Matched,
     Ok,
     OpenRestore,
+    RepeatOrders,
+    RepeatSave,
     Reserve,
     Reserved,
     SaveDone,
     SaveOrders,
     SaveOutcome,
     Staged,
+    StagedObjects,
     Verified,
     WriteDone,
     decode,
     encode,
 )
+from rl_ckpt.runtime.save_machine import SaveMachine
 from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
 from rl_ckpt.store.committer import Committer
 from rl_ckpt.store.run import Run, lineage
@@ -55,7 +60,7 @@ class Coordinator:
     def __init__(self, spec: RunSpec) -> None:
         """Ready at once: the store is opened when it is first needed."""
         self._spec = spec
-        self._saves = sm.SaveMachine(spec.options)
+        self._saves = SaveMachine(spec.options)
         self._restores = rm.RestoreMachine(spec.options)
         self._waiting: dict[tuple[str, int], list[asyncio.Future[bytes]]] = {}
         self._outcomes: OrderedDict[str, asyncio.Future[SaveOutcome]] = OrderedDict()
@@ -70,7 +75,7 @@ class Coordinator:
         self._users: dict[str, str] = {}  # drivers that use these actors → their Ray job
         self._idle = asyncio.Event()
         self._idle.set()
-        self._counts = {"messages": 0, "bytes_in": 0, "bytes_out": 0, "largest": 0}
+        self._counts = {"messages": 0, "bytes_in": 0, "bytes_out": 0, "largest": 0, "repeats": 0}
 
     # What workers call. Every message in and every reply out is counted.
 
@@ -80,9 +85,18 @@ class Coordinator:
         self._servers.setdefault(message.server, None)
         return await self._answer(message.key, message.rank, lambda: self._saves.join(message))
 
+    async def repeat_save(self, data: bytes) -> bytes:
+        """A rank takes part in a save, with a state of the shape that it had in the last one."""
+        message = self._read(data, RepeatSave)
+        return await self._answer(message.key, message.rank, lambda: self._saves.repeat(message))
+
     async def staged(self, data: bytes) -> None:
         """A rank has staged."""
         self._do(self._saves.staged(self._read(data, Staged)))
+
+    async def staged_objects(self, data: bytes) -> None:
+        """A shard server has staged what a rank has in immutable objects."""
+        self._do(self._saves.staged(self._read(data, StagedObjects)))
 
     async def lost_save(self, data: bytes) -> None:
         """A rank can't go on with a save."""
@@ -150,7 +164,7 @@ class Coordinator:
         return self._saves.under_way(key) or self._restores.under_way(key)
 
     async def stats(self) -> dict[str, int]:
-        """Control messages so far, in number and bytes, for tests and metrics."""
+        """Control messages so far, in number and bytes, and ranks that repeated a plan, for tests and metrics."""
         return dict(self._counts)
 
     async def servers(self) -> list[str]:
@@ -191,10 +205,15 @@ class Coordinator:
                     for future in self._waiting.pop((key, rank), []):
                         if not future.done():
                             future.set_result(self._reply(reply))
-                    if isinstance(reply, SaveOrders) and reply.checkpoint not in self._outcomes:
-                        self._outcomes[reply.checkpoint] = asyncio.get_running_loop().create_future()
+                    self._counts["repeats"] += isinstance(reply, RepeatOrders)
+                    if isinstance(reply, SaveOrders | RepeatOrders) and reply.checkpoint:
+                        self._outcomes.setdefault(reply.checkpoint, asyncio.get_running_loop().create_future())
+                case sm.Open(key):
+                    self._spawn(self._open(key), key, self._saves.failed)
                 case sm.Name(key, request):
                     self._spawn(self._name(key, request), key, self._saves.failed)
+                case sm.LookUp(key, checkpoint):
+                    self._spawn(self._look_up(key, checkpoint), key, self._saves.failed)
                 case sm.ReserveMemory(key, server, generation, size):
                     self._spawn(self._reserve(key, server, generation, size), key, self._saves.failed)
                 case sm.Write(key, server, order):
@@ -267,23 +286,40 @@ class Coordinator:
     # Instructions of saves.
 
     async def _name(self, key: str, request: Any) -> Iterable[Any]:
-        def work() -> Any:
+        # At once: an earlier save's commit and sweep are not waited for.
+        return self._saves.named(key, (await self._opened()).attempt(request))
+
+    async def _open(self, key: str) -> Iterable[Any]:
+        await self._opened()
+        return self._saves.opened(key)
+
+    async def _opened(self) -> Committer:
+        def work() -> Committer:
             if self._committer is not None and self._committer.is_gone():
                 self._committer = self._reader = None  # its folder was removed: this is a new run
             if self._committer is None:
                 spec = self._spec
                 run = Run.create(spec.url, spec.storage_options, spec.options.weak_commits)
                 self._committer = Committer(run, spec.keep, spec.options.grace_s)
-            return self._committer.attempt(request)
+            return self._committer
 
-        checkpoint, stored = await self._in_thread(self._committing, work)
-        return self._saves.named(key, checkpoint, stored)
+        if self._committer is not None and not self._committer.is_gone():
+            return self._committer
+        opened: Committer = await self._in_thread(self._committing, work)
+        return opened
+
+    async def _look_up(self, key: str, checkpoint: str) -> Iterable[Any]:
+        def work() -> Any:
+            assert self._committer is not None
+            return self._committer.stored(checkpoint)
+
+        return self._saves.looked_up(key, await self._in_thread(self._committing, work))
 
     async def _reserve(self, key: str, server: str, generation: int, size: int) -> Iterable[Any]:
         name = f"generation-{generation}-{key.replace('#', '-').replace('/', '_')}"
         order = encode(Reserve(generation, name, size))
         done = await self._call(self._server(server).reserve.remote(order), Reserved | Failure)
-        return self._saves.reserved(key, server, done.path)
+        return self._saves.reserved(key, server, generation, StagingFile(size, done.path))
 
     async def _write(self, key: str, server: str, order: bytes) -> Iterable[Any]:
         done = await self._call(self._server(server).write.remote(order), WriteDone | Failure)
@@ -292,10 +328,9 @@ class Coordinator:
     async def _commit(self, key: str, save: sm.Save) -> Iterable[Any]:
         def work() -> SaveDone:
             assert self._committer is not None
-            assert save.plan is not None
             committer = self._committer
             self._check_visible(committer.run, save)
-            record = committer.commit(save.checkpoint, save.request, save.plan, save.written, save.digests())
+            record = committer.commit(save.done())
             notice, self._notice = self._notice, ""
             url = committer.run.store.object_url(records.manifest_name(record.id))
             return SaveDone(record, url, lineage(record, committer.commits), save.stall_s, notice)
@@ -322,12 +357,12 @@ class Coordinator:
             while len(self._outcomes) > _OUTCOMES_KEPT:
                 self._outcomes.popitem(last=False)
             if self._committer is not None:
-                self._committing.submit(self._tidy, checkpoint if isinstance(outcome, Failure) else "")
+                if isinstance(outcome, Failure):
+                    self._committer.abandon(checkpoint)
+                self._committing.submit(self._tidy)
 
-    def _tidy(self, abandoned: str) -> None:
+    def _tidy(self) -> None:
         assert self._committer is not None
-        if abandoned:
-            self._committer.abandon(abandoned)
         try:
             self._committer.tidy()
         except CheckpointError as error:  # the checkpoint is committed all the same; the next save's caller is told

@@ -2,7 +2,7 @@
 
 No base class and no threads: plain functions, which Ray calls through `__ray_call__`. Promises: any error comes back as
 a value with its rank; nothing is raised into the user's actor, and nothing is kept in it between saves but the mapped
-staging memory.
+staging memory and the shape of the last state.
 """
 
 from __future__ import annotations
@@ -18,29 +18,12 @@ import msgspec
 import ray
 
 from rl_ckpt.errors import CheckpointError, InvalidInputError, WorkerFailuresError
-from rl_ckpt.plan.inventory import take_inventory
-from rl_ckpt.plan.stage import stage
-from rl_ckpt.runtime import memory
-from rl_ckpt.runtime.links import ToldError, ask, coordinator, ensure_server
-from rl_ckpt.runtime.messages import (
-    Failure,
-    JoinSave,
-    Lost,
-    SaveOrders,
-    Staged,
-    encode,
-)
+from rl_ckpt.runtime.links import ToldError, coordinator
+from rl_ckpt.runtime.messages import Failure, Lost, Ok, encode
 from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest, restore_rank
 from rl_ckpt.runtime.spec import Place, RunSpec
-from rl_ckpt.state.tree import flatten
+from rl_ckpt.runtime.staging import StagedRank, prepare_rank, save_rank
 from rl_ckpt.store.committer import SaveRequest
-
-
-class StagedRank(msgspec.Struct, frozen=True, tag="staged"):
-    """A rank has staged its part of a save."""
-
-    checkpoint: str
-    stall_s: float
 
 
 def save_in_actor(actor: Any, spec: RunSpec, place: Place, request: SaveRequest) -> bytes:
@@ -66,34 +49,14 @@ def restore_in_actor(actor: Any, spec: RunSpec, place: Place, request: RestoreRe
     return _as_value(spec, place, "lost_restore", work)
 
 
-def save_rank(spec: RunSpec, place: Place, request: SaveRequest, state: Any, begun: float) -> StagedRank:
-    """A rank's part in a save, up to the point where its state may change again.
+def prepare_in_actor(actor: Any, spec: RunSpec, place: Place, _request: None) -> bytes:
+    """Makes an actor ready for its first save; runs inside it."""
 
-    Raises:
-        CheckpointError: As `Checkpointer.save`.
-    """
-    options = spec.options
-    flat = flatten(state, options.allow_pickle)
-    inventory = take_inventory(flat, options.chunk_bytes, place.world_size)
-    join = JoinSave(
-        place.key,
-        place.rank,
-        place.world_size,
-        request.step,
-        dict(request.metrics),
-        request.tag,
-        request.parent,
-        ensure_server(spec),
-        options.chunk_bytes,
-        inventory,
-    )
-    link = coordinator(spec)
-    reply = ask(link.join_save, join, SaveOrders)
-    digests = stage(flat, reply.items, memory.mapped(reply.memory)) if reply.items else []
-    stall_s = time.monotonic() - begun
-    # Not waited for: if it is lost, so is the coordinator, and whoever waits for the save's result is told.
-    link.staged.remote(encode(Staged(place.key, place.rank, reply.checkpoint, tuple(digests), stall_s)))
-    return StagedRank(reply.checkpoint, stall_s)
+    def work() -> Ok:
+        prepare_rank(spec, place, _call(actor, spec.get_state))
+        return Ok()
+
+    return _as_value(spec, place, "lost_save", work)
 
 
 def _call(actor: Any, name: str, *args: Any) -> Any:

@@ -19,6 +19,7 @@ _RANKS_AT_ONCE = 20_000  # calls that may wait in the coordinator: more than the
 
 _coordinators: dict[str, Any] = {}
 _servers: dict[str, str] = {}  # service id → this node's shard server, once it has answered
+_handles: dict[str, Any] = {}  # shard server → its handle
 
 
 def start_coordinator(spec: RunSpec) -> RunSpec:
@@ -84,6 +85,14 @@ def ensure_server(spec: RunSpec) -> str:
         ray.get(handle.ready.remote())
         _servers[spec.service] = name
     return _servers[spec.service]
+
+
+def server(spec: RunSpec) -> Any:
+    """The handle of this node's shard server, in any process that has called `ensure_server`."""
+    name = _servers[spec.service]
+    if name not in _handles:
+        _handles[name] = ray.get_actor(name, namespace=NAMESPACE)
+    return _handles[name]
 
 
 class ToldError(Exception):

@@ -51,6 +51,10 @@ class JoinSave(msgspec.Struct, frozen=True):
     chunk_bytes: int
     """As this rank cuts its arrays."""
     inventory: Inventory
+    promised: str = ""
+    """File of staging memory that was promised to this rank, in which it does not write any more."""
+    prepare: bool = False
+    """Only makes everything ready for saves of this shape."""
 
 
 class SaveOrders(msgspec.Struct, frozen=True, tag="orders"):
@@ -60,16 +64,79 @@ class SaveOrders(msgspec.Struct, frozen=True, tag="orders"):
     memory: str
     """File of the generation of staging memory, on the rank's node; empty where nothing is to be staged."""
     items: tuple[StageItem, ...]
+    plan: str = ""
+    """Id of the standing plan, for the next save of this shape; empty where there is none."""
+    next_memory: str = ""
+    """File of staging memory in which the rank may stage its next save of this shape before it is told to."""
+
+
+class RepeatSave(msgspec.Struct, frozen=True):
+    """A rank takes part in a save, with a state of the same shape as in the last one."""
+
+    key: str
+    rank: int
+    world_size: int
+    step: int
+    metrics: dict[str, Json]
+    tag: str | None
+    parent: str | None
+    plan: str
+    """Id of the standing plan."""
+    plains: bytes
+    """The rank's plain leaves (plan/standing.py)."""
+    identities: bytes
+    """The identities of the rank's inventory, joined."""
+
+
+class RepeatOrders(msgspec.Struct, frozen=True, tag="repeat"):
+    """The standing plan holds: the rank stages as before, into `memory`, unless it has done so already."""
+
+    checkpoint: str
+    memory: str
+    next_memory: str
+    """As in `SaveOrders`."""
+
+
+class JoinAgain(msgspec.Struct, frozen=True, tag="join_again"):
+    """The standing plan does not hold: join with an inventory."""
+
+
+SaveReply = SaveOrders | RepeatOrders | JoinAgain
 
 
 class Staged(msgspec.Struct, frozen=True):
-    """A rank has staged its chunks; `digests` in the order of its orders."""
+    """A rank has staged its chunks; `digests` in the order of its orders.
+
+    A digest is empty where the rank's shard server stages the chunk, out of an immutable object, and tells it later.
+    """
 
     key: str
     rank: int
     checkpoint: str
     digests: tuple[bytes, ...]
     stall_s: float
+
+
+class StageObjects(msgspec.Struct, frozen=True):
+    """A shard server stages chunks of immutable objects for a rank."""
+
+    key: str
+    rank: int
+    world_size: int
+    checkpoint: str
+    memory: str
+    items: tuple[tuple[int, int, StageItem], ...]
+    """Index among the objects that come with it, index among the rank's items, and the item, its path within the
+    object."""
+
+
+class StagedObjects(msgspec.Struct, frozen=True):
+    """A shard server has staged what a rank left to it: digests by index among the rank's items."""
+
+    key: str
+    rank: int
+    checkpoint: str
+    digests: dict[int, bytes]
 
 
 class Lost(msgspec.Struct, frozen=True):

@@ -32,6 +32,7 @@ from rl_ckpt.runtime.messages import (
     Verified,
     encode,
 )
+from rl_ckpt.runtime.objects import open_object
 from rl_ckpt.runtime.spec import Place, RunSpec
 from rl_ckpt.state import arrays, leaves
 from rl_ckpt.state.arrays import ArraySpec, Host
@@ -81,7 +82,7 @@ def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: An
     Raises:
         CheckpointError: As `Checkpointer.restore`.
     """
-    link, flat = coordinator(spec), None if state is None else flatten(state, allow_pickle=True)
+    link, flat = coordinator(spec), None if state is None else flatten(state, True, open_object)
     store = open_store(spec.url, spec.storage_options)
     mapped = store.local_path(records.RUN_FILE) is not None
     while True:
@@ -283,7 +284,8 @@ def _target(
             path, index, box, fresh, False, lambda done, at, pickle: make_leaf(done, spec.kind, at, pickle, False)
         )
     leaf, kind = flat.arrays[here[0]], here[1].spec.kind
-    host = arrays.in_place(leaf, kind, ArraySpec(kind, spec.dtype, box.shape))
+    immutable = here[0] in flat.objects  # not every library keeps a view of one from being written
+    host = None if immutable else arrays.in_place(leaf, kind, ArraySpec(kind, spec.dtype, box.shape))
     if host is None:
         return _Target(path, index, box, fresh, False, lambda done, _at, _pickle: arrays.fill(leaf, kind, done))
     return _Target(path, index, box, host, True, lambda _done, _at, _pickle: arrays.filled(leaf, kind))

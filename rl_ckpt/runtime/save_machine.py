@@ -1,135 +1,65 @@
 """The coordinator's brain for saves: a pure state machine, events in, instructions out. No Ray, no I/O, no clock.
 
 One save goes through
-    joining → waiting → reserving → staging → writing → committing → done
+    joining → waiting → reserving → staging → settling → writing → committing → done
 and from each of them to failed. `waiting` is for one of two generations of staging memory; commits keep the order in
-which saves left `waiting`.
+which saves left `waiting`. A save whose ranks all come with a state of the same shape as the last one's uses the plan
+of that one again (plan/standing.py); its ranks stage while they join.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from rl_ckpt.errors import (
     CheckpointError,
     InvalidInputError,
     SaveSkippedError,
-    SaveTimeoutError,
     WorkerFailuresError,
 )
 from rl_ckpt.options import Options
-from rl_ckpt.plan.deal import SavePlan, Stored, Written, deal, settle
-from rl_ckpt.plan.merge import Merged, merge
-from rl_ckpt.runtime.messages import Failure, JoinSave, SaveDone, SaveOrders, Staged, WriteOrder
+from rl_ckpt.plan.deal import Stored, Written, deal, settle
+from rl_ckpt.plan.merge import merge
+from rl_ckpt.plan.standing import Standing, standing
+from rl_ckpt.runtime.generations import GENERATIONS, Generations, StagingFile
+from rl_ckpt.runtime.messages import (
+    Failure,
+    JoinAgain,
+    JoinSave,
+    RepeatOrders,
+    RepeatSave,
+    SaveDone,
+    SaveOrders,
+    Staged,
+    StagedObjects,
+    WriteOrder,
+)
+from rl_ckpt.runtime.save_steps import (
+    COMMITTING,
+    DONE,
+    FAILED,
+    JOINING,
+    RESERVING,
+    SETTLING,
+    STAGING,
+    WAITING,
+    WRITING,
+    Arm,
+    Commit,
+    Finish,
+    Instruction,
+    LookUp,
+    Name,
+    Open,
+    Order,
+    ReserveMemory,
+    Save,
+    Write,
+)
+from rl_ckpt.runtime.save_texts import join_problem, timeout
 from rl_ckpt.store.committer import SaveRequest
 
-GENERATIONS = 2
 _FAILED_KEPT = 64  # failed saves that some ranks have not heard of yet
-
-JOINING, WAITING, RESERVING, STAGING, WRITING, COMMITTING, DONE, FAILED = (
-    "joining", "waiting", "reserving", "staging", "writing", "committing", "done", "failed",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Name:
-    """Ask the committer for the checkpoint's id and what is stored already; answer with `named`."""
-
-    token: str
-    request: SaveRequest
-
-
-@dataclass(frozen=True, slots=True)
-class ReserveMemory:
-    """Have a server size a generation of its staging memory; answer with `reserved`."""
-
-    token: str
-    server: str
-    generation: int
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """Answer a rank that joined."""
-
-    key: str
-    rank: int
-    reply: SaveOrders | Failure
-
-
-@dataclass(frozen=True, slots=True)
-class Write:
-    """Have a server write its files; answer with `written`."""
-
-    token: str
-    server: str
-    order: WriteOrder
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """Have the committer commit; answer with `committed`."""
-
-    token: str
-    save: Save
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """Tell whoever waits for the save; where it failed, its attempt is abandoned."""
-
-    token: str
-    outcome: SaveDone | Failure
-    checkpoint: str
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """Call `timed_out(token, state)` after so many seconds."""
-
-    token: str
-    state: str
-    seconds: float
-
-
-Instruction = Name | ReserveMemory | Order | Write | Commit | Finish | Arm
-
-
-@dataclass(slots=True)
-class Save:
-    """One save under way."""
-
-    key: str
-    token: str
-    """Of this save alone (its key comes again where ranks try again after a failure): tells late answers apart."""
-    request: SaveRequest
-    world_size: int
-    state: str = JOINING
-    joined: dict[int, JoinSave] = field(default_factory=dict)
-    told: set[int] = field(default_factory=set)
-    """Ranks that know that the save failed."""
-    checkpoint: str = ""
-    generation: int = -1
-    merged: Merged | None = None
-    plan: SavePlan | None = None
-    stored: Stored = field(default_factory=dict)
-    memory: dict[str, str] = field(default_factory=dict)
-    """File of the generation, by server."""
-    staged: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
-    written: dict[str, Sequence[Written]] = field(default_factory=dict)
-    stall_s: float = 0.0
-    failure: Failure | None = None
-
-    def digests(self) -> dict[tuple[str, int], bytes]:
-        """Of what was staged, by server and offset."""
-        assert self.plan is not None
-        return {
-            (self.joined[rank].server, item.offset): digest
-            for rank, digests in self.staged.items()
-            for item, digest in zip(self.plan.stage[rank], digests, strict=True)
-        }
 
 
 class SaveMachine:
@@ -140,10 +70,11 @@ class SaveMachine:
         self.options = options
         self._saves: dict[str, Save] = {}
         self._begun = 0
-        self._free = list(range(GENERATIONS))
+        self._generations = Generations()
+        self._making: dict[str, tuple[int, set[str]]] = {}  # token → spare generation, and servers still making it
+        self._standing: Standing | None = None
         self._queue: list[str] = []  # waiting for a generation, in the order in which they were complete
         self._line: list[str] = []  # hold a generation, in the order in which they must commit
-        self._reserved: dict[tuple[str, int], tuple[int, str]] = {}  # server, generation → bytes, file
 
     def busy(self) -> bool:
         """Whether any save is under way."""
@@ -158,8 +89,42 @@ class SaveMachine:
         """State of every save under way or failed, by key."""
         return {key: save.state for key, save in self._saves.items()}
 
+    # Joining.
+
     def join(self, message: JoinSave) -> list[Instruction]:
         """A rank takes part."""
+        save, out = self._entered(message)
+        if save is None:
+            return out
+        problem = join_problem(save, message)
+        if problem:
+            return [*out, *self._fail(save, InvalidInputError(problem), also=message.rank)]
+        save.joined[message.rank] = message
+        save.prepare = message.prepare
+        again: list[Instruction] = [Order(save.key, rank, JoinAgain()) for rank in save.repeats]
+        save.repeats.clear()
+        if len(save.joined) < save.world_size:
+            return [*out, *again]
+        return [*out, *again, *self._complete(save)]
+
+    def repeat(self, message: RepeatSave) -> list[Instruction]:
+        """A rank takes part with a state of the shape that it had in the last save."""
+        save, out = self._entered(message)
+        if save is None:
+            return out
+        plan = self._standing
+        if plan is None or plan.id != message.plan or plan.world_size != message.world_size or save.joined:
+            return [*out, Order(save.key, message.rank, JoinAgain())]
+        problem = join_problem(save, message)
+        if problem:
+            return [*out, *self._fail(save, InvalidInputError(problem), also=message.rank)]
+        save.repeats[message.rank] = message
+        if len(save.repeats) < save.world_size:
+            return out
+        return [*out, *self._complete_repeat(save, plan)]
+
+    def _entered(self, message: JoinSave | RepeatSave) -> tuple[Save | None, list[Instruction]]:
+        """The save that a rank wants to take part in; None where it has its answer."""
         save = self._saves.get(message.key)
         if save is not None and save.state == FAILED and message.rank in save.told:
             save = None  # this rank knows of the failure and tries again
@@ -169,18 +134,12 @@ class SaveMachine:
             save = self._begin(message.key, request, message.world_size)
             out.append(Arm(save.token, JOINING, self.options.join_timeout_s))
         if save.failure is not None:
-            return [self._tell(save, message.rank, save.failure)]
-        if save.state in (STAGING, WRITING, COMMITTING):
+            return None, [self._tell(save, message.rank, save.failure)]
+        if save.state in (STAGING, SETTLING, WRITING, COMMITTING):
             # It goes on without this call: what is staged must not be lost by it.
             text = f"step {message.step} is being saved already; wait for its result, or save a later step"
-            return [Order(save.key, message.rank, Failure.of(InvalidInputError(text)))]
-        problem = _join_problem(save, message)
-        if problem:
-            return [*out, *self._fail(save, InvalidInputError(problem), also=message.rank)]
-        save.joined[message.rank] = message
-        if len(save.joined) < save.world_size:
-            return out
-        return out + self._complete(save)
+            return None, [Order(save.key, message.rank, Failure.of(InvalidInputError(text)))]
+        return save, out
 
     def _begin(self, key: str, request: SaveRequest, world_size: int) -> Save:
         self._begun += 1
@@ -193,16 +152,35 @@ class SaveMachine:
         return save if save is not None and save.token == token else None
 
     def _complete(self, save: Save) -> list[Instruction]:
-        twin = next((s for s in self._saves.values() if s is not save and self._same_step(s, save)), None)
-        if twin is not None:
-            text = f"step {save.request.step} is being saved already; wait for its result, or save a later step"
-            return self._fail(save, InvalidInputError(text))
+        joined, options = [save.joined[rank] for rank in range(save.world_size)], self.options
+        inventories, chunk_bytes = [join.inventory for join in joined], joined[0].chunk_bytes
         try:  # before the run is touched: states that don't fit together leave no trace in it
-            inventories = [save.joined[rank].inventory for rank in range(save.world_size)]
-            save.merged = merge(inventories, save.joined[0].chunk_bytes)
+            merged = merge(inventories, chunk_bytes)
         except InvalidInputError as error:
             return self._fail(save, error)
-        if not self._free and self.options.when_busy == "skip":
+        save.servers = tuple(join.server for join in joined)
+        save.plan = deal(merged, save.servers, options.write_streams, options.file_bytes)
+        save.plan_id = save.token
+        # The ranks to which memory was promised are all here: then none of them writes into it.
+        same = self._standing is not None and self._standing.servers == save.servers
+        self._generations.revoke({j.server: j.promised for j in joined if same and _agree(joined, j)})
+        self._standing = standing(save.plan_id, inventories, save.servers, save.plan, chunk_bytes)
+        return self._prepare(save) if save.prepare else self._admit(save)
+
+    def _complete_repeat(self, save: Save, plan: Standing) -> list[Instruction]:
+        ranks = range(save.world_size)
+        if not plan.holds_for([save.repeats[rank].identities for rank in ranks]):
+            save.repeats.clear()
+            return [Order(save.key, rank, JoinAgain()) for rank in ranks]
+        save.servers, save.plan_id = plan.servers, plan.id
+        save.plan = plan.renewed([save.repeats[rank].plains for rank in ranks])
+        return self._admit(save)
+
+    def _admit(self, save: Save) -> list[Instruction]:
+        if any(other is not save and self._same_step(other, save) for other in self._saves.values()):
+            text = f"step {save.request.step} is being saved already; wait for its result, or save a later step"
+            return self._fail(save, InvalidInputError(text))
+        if self.options.when_busy == "skip" and not self._generations.any() and not self._making:
             text = f"skipped: {GENERATIONS} saves are still being written; save less often, or use when_busy='wait'"
             return self._fail(save, SaveSkippedError(text))
         save.state = WAITING
@@ -210,73 +188,165 @@ class SaveMachine:
         return self._next_generation()
 
     def _same_step(self, other: Save, save: Save) -> bool:
-        return other.state not in (JOINING, DONE, FAILED) and other.request.step == save.request.step
+        over = (JOINING, DONE, FAILED)
+        return not other.prepare and other.state not in over and other.request.step == save.request.step
+
+    # Memory.
+
+    def _prepare(self, save: Save) -> list[Instruction]:
+        assert save.plan is not None
+        save.state, save.generations = RESERVING, self._generations.take_free()
+        asked = [ask for generation in save.generations for ask in self._reserve(save, save.token, generation)]
+        return [Open(save.token), Arm(save.token, RESERVING, self.options.write_timeout_s), *asked]
+
+    def opened(self, token: str) -> list[Instruction]:
+        """The run is open for writing."""
+        save = self._current(token)
+        if save is None or save.state != RESERVING:
+            return []
+        save.opened = True
+        return self._try_prepared(save)
+
+    def _try_prepared(self, save: Save) -> list[Instruction]:
+        assert save.plan is not None
+        sizes = save.plan.staged_bytes
+        if not save.opened or any(self._generations.missing(g, sizes) for g in save.generations):
+            return []
+        for generation in save.generations:
+            self._generations.give_back(generation)
+        promised = self._generations.promise(save.plan_id, sizes)
+        # The other generation's file is named too, so that the rank maps it and touches its pages.
+        other = {s: self._generations.path(s, g) for g in save.generations for s in sizes}
+        out: list[Instruction] = []
+        for rank, server in enumerate(save.servers):
+            items = tuple(save.plan.stage[rank])
+            reply = SaveOrders("", other.get(server, ""), items, self._standing_id(), promised.get(server, ""))
+            out.append(Order(save.key, rank, reply))
+        save.state = DONE
+        del self._saves[save.key]
+        return [*out, *self._next_generation()]
+
+    def _standing_id(self) -> str:
+        return self._standing.id if self._standing else ""
 
     def _next_generation(self) -> list[Instruction]:
-        if not self._free or not self._queue:
+        if not self._queue or not self._generations.any():
             return []
         save = self._saves[self._queue.pop(0)]
-        save.generation = self._free.pop(0)
+        save.generations = [self._generations.take(save.plan_id)]
         self._line.append(save.key)
         save.state = RESERVING
         return [Name(save.token, save.request), Arm(save.token, RESERVING, self.options.write_timeout_s)]
 
-    def named(self, token: str, checkpoint: str, stored: Stored) -> list[Instruction]:
+    def named(self, token: str, checkpoint: str) -> list[Instruction]:
         """The committer has checked the step and named the checkpoint."""
         save = self._current(token)
         if save is None or save.state != RESERVING:
             # It failed meanwhile. If the name were not given up, the step would stay taken.
             return [Finish(token, (save and save.failure) or _over(), checkpoint)]
         save.checkpoint = checkpoint
-        assert save.merged is not None
-        save.stored = stored
-        servers = [save.joined[rank].server for rank in range(save.world_size)]
-        save.plan = deal(save.merged, servers, checkpoint, stored, self.options.write_streams, self.options.file_bytes)
-        out: list[Instruction] = []
-        for server, size in save.plan.staged_bytes.items():
-            have, file = self._reserved.get((server, save.generation), (0, ""))
-            if have < size:
-                out.append(ReserveMemory(token, server, save.generation, size))
-            else:
-                save.memory[server] = file
-        return out or self._stage(save)
+        return self._reserve(save, save.token, save.generations[0]) or self._stage(save)
 
-    def reserved(self, token: str, server: str, file: str) -> list[Instruction]:
-        """A server has sized its generation; `file` is where workers find it."""
+    def _reserve(self, save: Save, token: str, generation: int) -> list[Instruction]:
+        assert save.plan is not None
+        sizes = save.plan.staged_bytes
+        return [
+            ReserveMemory(token, server, generation, self._generations.making(server, generation, sizes[server]))
+            for server in self._generations.missing(generation, sizes)
+        ]
+
+    def reserved(self, token: str, server: str, generation: int, file: StagingFile) -> list[Instruction]:
+        """A server has made a generation's file."""
+        if token in self._making:
+            self._generations.made(server, generation, file)
+            self._making[token][1].discard(server)
+            return [] if self._making[token][1] else self._made_spare(token)
         save = self._current(token)
         if save is None or save.plan is None or save.state != RESERVING:
             return []
-        save.memory[server] = file
-        self._reserved[server, save.generation] = (save.plan.staged_bytes[server], file)
-        if set(save.memory) != set(save.plan.staged_bytes):
-            return []
-        return self._stage(save)
+        self._generations.made(server, generation, file)
+        if save.prepare:
+            return self._try_prepared(save)
+        return [] if self._generations.missing(generation, save.plan.staged_bytes) else self._stage(save)
+
+    def _make_spares(self, save: Save) -> list[Instruction]:
+        """Has the other generation made while a save is written, so that the next save need not wait for it."""
+        out: list[Instruction] = []
+        for generation in self._generations.take_free():
+            token = f"{save.token}+{generation}"
+            asks = self._reserve(save, token, generation)
+            if asks:
+                self._making[token] = (generation, {ask.server for ask in asks if isinstance(ask, ReserveMemory)})
+                out += asks
+            else:
+                self._generations.give_back(generation)
+        return out
+
+    def _made_spare(self, token: str) -> list[Instruction]:
+        self._generations.give_back(self._making.pop(token)[0])
+        return self._next_generation()
+
+    # Staging, writing, committing.
 
     def _stage(self, save: Save) -> list[Instruction]:
         assert save.plan is not None
         save.state = STAGING
-        orders: list[Instruction] = [Arm(save.token, STAGING, self.options.join_timeout_s)]
-        for rank, join in save.joined.items():
-            items = tuple(save.plan.stage[rank])
-            orders.append(Order(save.key, rank, SaveOrders(save.checkpoint, save.memory.get(join.server, ""), items)))
-        return orders
+        sizes = save.plan.staged_bytes
+        save.memory = {server: self._generations.path(server, save.generations[0]) for server in sizes}
+        stands = save.plan_id == self._standing_id()
+        promised = self._generations.promise(save.plan_id, sizes) if stands else {}
+        orders: list[Instruction] = []
+        for rank, server in enumerate(save.servers):
+            memory, later = save.memory.get(server, ""), promised.get(server, "")
+            reply: SaveOrders | RepeatOrders = RepeatOrders(save.checkpoint, memory, later)
+            if not save.repeats:
+                plan_id = save.plan_id if stands else ""
+                reply = SaveOrders(save.checkpoint, memory, tuple(save.plan.stage[rank]), plan_id, later)
+            orders.append(Order(save.key, rank, reply))
+        return [
+            *orders,
+            Arm(save.token, STAGING, self.options.join_timeout_s),
+            LookUp(save.token, save.checkpoint),
+        ]
 
-    def staged(self, message: Staged) -> list[Instruction]:
-        """A rank has staged its chunks."""
+    def looked_up(self, token: str, stored: Stored) -> list[Instruction]:
+        """The committer says what need not be written again."""
+        save = self._current(token)
+        if save is None or save.state not in (STAGING, SETTLING):
+            return []
+        save.stored = stored
+        return self._settle(save) if save.state == SETTLING else []
+
+    def staged(self, message: Staged | StagedObjects) -> list[Instruction]:
+        """A rank has staged its chunks, or its server those that lie in objects."""
         save = self._saves.get(message.key)
         if save is None or save.state != STAGING or save.plan is None or save.checkpoint != message.checkpoint:
             return []
-        save.staged[message.rank] = message.digests
-        save.stall_s = max(save.stall_s, message.stall_s)
-        if len(save.staged) < save.world_size:
+        if isinstance(message, StagedObjects):
+            save.objects.setdefault(message.rank, {}).update(message.digests)
+        else:
+            save.staged[message.rank] = message.digests
+            save.stall_s = max(save.stall_s, message.stall_s)
+        if save.late():
             return []
-        settle(save.plan, save.digests(), save.stored)
+        save.state = SETTLING
+        if save.stored is None:
+            return [Arm(save.token, SETTLING, self.options.write_timeout_s)]
+        return self._settle(save)
+
+    def _settle(self, save: Save) -> list[Instruction]:
+        assert save.plan is not None
+        assert save.stored is not None
+        save.plan = settle(save.plan, save.checkpoint, save.digests(), save.stored)
         save.state = WRITING
         out: list[Instruction] = [
             Write(save.token, server, WriteOrder(save.memory[server], tuple(files)))
             for server, files in save.plan.files.items()
         ]
-        return [Arm(save.token, WRITING, self.options.write_timeout_s), *out] if out else self._try_commit()
+        spares = self._make_spares(save)
+        if not out:
+            return [*self._try_commit(), *spares]
+        return [Arm(save.token, WRITING, self.options.write_timeout_s), *out, *spares]
 
     def written(self, token: str, server: str, written: Sequence[Written]) -> list[Instruction]:
         """A server has written its files."""
@@ -303,10 +373,14 @@ class SaveMachine:
             return []
         save.state = DONE
         del self._saves[save.key]
-        return [Finish(token, done, save.checkpoint), *self._give_up_generation(save)]
+        return [Finish(token, done, save.checkpoint), *self._give_up_generations(save)]
+
+    # Failing.
 
     def failed(self, token: str, error: CheckpointError) -> list[Instruction]:
         """The committer or a server failed."""
+        if token in self._making:  # a spare generation: the save that needs it will say so, if it is still so then
+            return self._made_spare(token)
         save = self._current(token)
         return self._fail(save, error) if save is not None and save.state not in (DONE, FAILED) else []
 
@@ -318,7 +392,7 @@ class SaveMachine:
         if save.state == FAILED:
             save.told.add(rank)
             self._drop_told(save)
-        if save.state in (WRITING, COMMITTING, DONE, FAILED):
+        if save.state in (SETTLING, WRITING, COMMITTING, DONE, FAILED):
             return []  # what it had is staged already: nothing is lost
         error = failure.error()
         if not isinstance(error, InvalidInputError | WorkerFailuresError):
@@ -333,17 +407,17 @@ class SaveMachine:
         if state == FAILED:
             del self._saves[save.key]
             return []
-        return self._fail(save, SaveTimeoutError(_timeout_text(save, self.options)))
+        return self._fail(save, timeout(save, self.options))
 
     def _fail(self, save: Save, error: CheckpointError, also: int | None = None) -> list[Instruction]:
-        if save.plan is not None:
+        for generation in save.generations if save.state != RESERVING else ():
             # A slow rank may still copy into this generation. The next save gets a new file, so that the straggler
             # writes where nobody looks.
-            for server in save.plan.staged_bytes:
-                self._reserved.pop((server, save.generation), None)
+            self._generations.drop(generation)
+        again = save.repeats and save.state == RESERVING
         save.state, save.failure = FAILED, Failure.of(error)
         save.told |= set(save.staged)  # they wait for the save's outcome, and hear it from there
-        waiting = [rank for rank in save.joined if rank not in save.staged]
+        waiting = sorted(save.here - save.staged.keys())
         out: list[Instruction] = [self._tell(save, rank, save.failure) for rank in waiting]
         if also is not None and also not in waiting:
             out.append(self._tell(save, also, save.failure))
@@ -355,7 +429,8 @@ class SaveMachine:
         if save.key in self._saves:  # ranks that have not heard of it: if they never ask, it is forgotten
             out.append(Arm(save.token, FAILED, self.options.join_timeout_s))
         self._drop_told(save)
-        return [*out, Finish(save.token, save.failure, save.checkpoint), *self._give_up_generation(save)]
+        finish: list[Instruction] = [] if save.prepare else [Finish(save.token, save.failure, save.checkpoint)]
+        return [*out, *finish, *self._give_up_generations(save, promise=bool(again))]
 
     def _tell(self, save: Save, rank: int, failure: Failure) -> Order:
         save.told.add(rank)
@@ -366,44 +441,23 @@ class SaveMachine:
         if len(save.told) >= save.world_size and self._current(save.token) is save:
             del self._saves[save.key]
 
-    def _give_up_generation(self, save: Save) -> list[Instruction]:
-        if save.key not in self._line:
-            return []
-        self._line.remove(save.key)
-        self._free.append(save.generation)
+    def _give_up_generations(self, save: Save, promise: bool = False) -> list[Instruction]:
+        """Args: save: that holds them; promise: whether its ranks may be writing into what was promised to them."""
+        for generation in save.generations:
+            if promise:
+                self._generations.promise_again(generation, save.plan_id)
+            else:
+                self._generations.give_back(generation)
+        save.generations = []
+        if save.key in self._line:
+            self._line.remove(save.key)
         return [*self._try_commit(), *self._next_generation()]
+
+
+def _agree(joined: Sequence[JoinSave], one: JoinSave) -> bool:
+    """Whether all ranks of a server name the same promised file."""
+    return all(join.promised == one.promised for join in joined if join.server == one.server)
 
 
 def _over() -> Failure:
     return Failure.of(WorkerFailuresError("this save is over already; save again"))
-
-
-def _join_problem(save: Save, message: JoinSave) -> str | None:
-    if not 0 <= message.rank < message.world_size:
-        return f"rank {message.rank} is not in 0 … {message.world_size - 1}"
-    if message.world_size != save.world_size:
-        return f"rank {message.rank} says there are {message.world_size} workers, others say {save.world_size}"
-    if message.rank in save.joined:
-        return f"two workers joined the save of step {message.step} as rank {message.rank}; give each its own rank"
-    if any(other.chunk_bytes != message.chunk_bytes for other in save.joined.values()):
-        return "the ranks cut their arrays by different `chunk_bytes`; give all Checkpointers of a run the same options"
-    if message.step != save.request.step:
-        return f"rank {message.rank} saves step {message.step}, others step {save.request.step}"
-    return None
-
-
-def _timeout_text(save: Save, options: Options) -> str:
-    step, limit_s = save.request.step, options.join_timeout_s
-    if save.state == JOINING:
-        missing = sorted(set(range(save.world_size)) - set(save.joined))
-        return f"step {step}: ranks {missing} did not join within {limit_s} s; raise `join_timeout_s` if they are busy"
-    if save.state == STAGING:
-        missing = sorted(set(range(save.world_size)) - set(save.staged))
-        return f"step {step}: ranks {missing} did not stage within {limit_s} s; raise `join_timeout_s` if they are busy"
-    if save.state == RESERVING:
-        limit_s = options.write_timeout_s
-        return f"step {step}: no answer from the store or no staging memory after {limit_s} s; look at both"
-    files: Mapping[str, object] = save.plan.files if save.plan else {}
-    late = sorted(set(files) - set(save.written)) or "an earlier save, which this one waits for,"
-    limit_s = options.write_timeout_s
-    return f"step {step}: {late} did not finish writing within {limit_s} s; raise `write_timeout_s`, look at the store"

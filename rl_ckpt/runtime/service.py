@@ -23,11 +23,12 @@ from rl_ckpt.errors import (
 from rl_ckpt.info import CheckpointInfo, RestoreReport
 from rl_ckpt.options import Options
 from rl_ckpt.plan.retention import KeepRule
-from rl_ckpt.runtime.inside import StagedRank, restore_in_actor, save_in_actor
+from rl_ckpt.runtime.inside import prepare_in_actor, restore_in_actor, save_in_actor
 from rl_ckpt.runtime.links import coordinator, start_coordinator
-from rl_ckpt.runtime.messages import Failure, Lost, SaveDone, decode, encode
+from rl_ckpt.runtime.messages import Failure, Lost, Ok, SaveDone, decode, encode
 from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest
 from rl_ckpt.runtime.spec import NAMESPACE, Place, RunSpec
+from rl_ckpt.runtime.staging import StagedRank
 from rl_ckpt.store.committer import SaveRequest, info_from, info_of
 from rl_ckpt.store.pending import PendingSave, in_thread
 from rl_ckpt.store.run import Run
@@ -77,16 +78,24 @@ class Service:
     def save(self, request: SaveRequest, workers: Sequence[Any]) -> PendingSave:
         """See `Checkpointer.save`."""
         begun = time.monotonic()
-        handles = _handles(workers)
-        self.owns_run = True
-        link = coordinator(self.spec)
-        link.attach.remote(self._user, self._job)  # again: a coordinator that was restarted has forgotten it
-        link.configure.remote(self.spec)
+        handles = self._begin_saving(workers)
         replies = self._call_all(handles, "lost_save", save_in_actor, request, StagedRank)
         checkpoints = {reply.checkpoint for reply in replies}
         if len(checkpoints) != 1:
             raise CheckpointError(f"step {request.step}: the ranks were told different checkpoints: {checkpoints}")
         return pending_save(self.spec, request.step, checkpoints.pop(), begun)
+
+    def prepare(self, workers: Sequence[Any]) -> None:
+        """See `Checkpointer.prepare`."""
+        self._call_all(self._begin_saving(workers), "lost_save", prepare_in_actor, None, Ok)
+
+    def _begin_saving(self, workers: Sequence[Any]) -> list[Any]:
+        handles = _handles(workers)
+        self.owns_run = True
+        link = coordinator(self.spec)
+        link.attach.remote(self._user, self._job)  # again: a coordinator that was restarted has forgotten it
+        link.configure.remote(self.spec)
+        return handles
 
     def restore(
         self,

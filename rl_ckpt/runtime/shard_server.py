@@ -23,14 +23,18 @@ from rl_ckpt.runtime.messages import (
     FetchDone,
     FetchItem,
     FetchOrder,
+    Lost,
     Ok,
     Reserve,
     Reserved,
+    StagedObjects,
+    StageObjects,
     WriteDone,
     WriteOrder,
     decode,
     encode,
 )
+from rl_ckpt.runtime.objects import stage_objects
 from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
 from rl_ckpt.store.base import ObjectMissingError
 from rl_ckpt.store.shard_writer import write_files
@@ -65,6 +69,25 @@ class ShardServer:
         except CheckpointError as error:
             return encode(Failure.of(error))
         return encode(Reserved(path))
+
+    @ray.method(concurrency_group="io")
+    def stage_objects(self, data: bytes, objects: Sequence[Any]) -> None:
+        """Stages chunks of Ray objects for a rank that goes on meanwhile, and tells the coordinator.
+
+        A copy, and not the object itself: that is lost as soon as its owner dies.
+
+        Args:
+            data: A `StageObjects`.
+            objects: The references that it counts.
+        """
+        order = decode(data, StageObjects)
+        link: Any = ray.get_actor(self._spec.coordinator, namespace=NAMESPACE)
+        try:
+            digests = stage_objects(order, objects, self._spec.options.allow_pickle)
+        except CheckpointError as error:
+            link.lost_save.remote(encode(Lost(order.key, order.rank, order.world_size, Failure.of(error))))
+        else:
+            link.staged_objects.remote(encode(StagedObjects(order.key, order.rank, order.checkpoint, digests)))
 
     @ray.method(concurrency_group="io")
     def write(self, data: bytes) -> bytes:

@@ -8,11 +8,12 @@ from typing import Any
 
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.options import check_step
-from rl_ckpt.runtime.inside import guarded, save_rank
+from rl_ckpt.runtime.inside import guarded
 from rl_ckpt.runtime.links import coordinator
 from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest, restore_rank
 from rl_ckpt.runtime.service import pending_save
 from rl_ckpt.runtime.spec import Place, RunSpec
+from rl_ckpt.runtime.staging import prepare_rank, save_rank
 from rl_ckpt.store.committer import SaveRequest, encode_metrics
 from rl_ckpt.store.pending import PendingSave, raise_untold
 
@@ -72,6 +73,16 @@ class WorkerCheckpointer:
         pending = pending_save(self._spec, request.step, staged.checkpoint, begun)
         self._pending = [p for p in self._pending if not p.settled()] + [pending]
         return pending
+
+    def prepare(self, state: Any) -> None:
+        """Makes the first save of a state of this shape as fast as the later ones. All ranks call it.
+
+        Raises:
+            CheckpointError: As `Checkpointer.prepare`.
+        """
+        place = Place("prepare", self._rank, self._world_size)
+        with guarded(self._spec, place, "lost_save"):
+            prepare_rank(self._spec, place, state)
 
     def restore(
         self,

@@ -10,7 +10,7 @@ data (state/leaves.py) and, where the user allows it, pickled objects.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,14 +70,38 @@ class FlatTree:
     nodes: dict[str, Node] = field(default_factory=dict)
     arrays: dict[str, Any] = field(default_factory=dict)
     """By path, the user's own objects (not copies) for every `LocalArray`; bytes for long plain leaves."""
+    objects: dict[str, InObject] = field(default_factory=dict)
+    """By path, those of the arrays that lie in an immutable object."""
 
 
-def flatten(tree: Any, allow_pickle: bool = False) -> FlatTree:
+@dataclass(frozen=True, slots=True)
+class InObject:
+    """An array's place in an object that can't change any more (a Ray object), which is part of the tree."""
+
+    handle: Any
+    """What stands in the user's tree."""
+    key: str
+    """Names the object: equal on every worker that has it."""
+    path: str
+    """Within the object."""
+
+    @property
+    def identity(self) -> bytes:
+        """Equal for the same array of the same object, and for nothing else."""
+        return f"{self.key}:{self.path}".encode()
+
+
+Opener = Callable[[Any], tuple[str, Any] | None]
+"""Opens a leaf that stands for an immutable object: its key and the tree in it; None for any other leaf."""
+
+
+def flatten(tree: Any, allow_pickle: bool = False, opener: Opener | None = None) -> FlatTree:
     """Takes a tree apart.
 
     Args:
         tree: See the module's docstring; `Replicated`, `PerRank` and `Sharded` may wrap parts of it.
         allow_pickle: Whether leaves that are neither arrays nor plain data are pickled.
+        opener: See `Opener`; the object's tree takes the leaf's place.
 
     Returns:
         Nodes and arrays by path. Arrays are referenced, not copied.
@@ -85,7 +109,7 @@ def flatten(tree: Any, allow_pickle: bool = False) -> FlatTree:
     Raises:
         InvalidInputError: A leaf, key or container that can't be stored; all of them are named by path.
     """
-    walker = _Walker(allow_pickle)
+    walker = _Walker(allow_pickle, opener)
     try:
         walker.walk("", tree, AUTO)
     except RecursionError as error:
@@ -102,8 +126,10 @@ _INNER = frozenset((dict, OrderedDict, list, tuple, Replicated, PerRank, Sharded
 
 
 class _Walker:
-    def __init__(self, allow_pickle: bool) -> None:
+    def __init__(self, allow_pickle: bool, opener: Opener | None) -> None:
         self.flat = FlatTree()
+        self._opener = opener
+        self._object: tuple[Any, str, str] | None = None  # handle, key and path of the object that is being walked
         self.problems: list[str] = []
         self._allow_pickle = allow_pickle
         self._seen: dict[tuple[object, ...], str] = {}
@@ -118,7 +144,12 @@ class _Walker:
     def _node(self, path: str, value: Any, declared: str) -> None:
         kind = type(value)
         if kind not in _INNER:
-            self._leaf(path, value, declared)
+            if self._object is None and self._opener is not None and (opened := self._opener(value)) is not None:
+                self._object = (value, opened[0], path)
+                self.walk(path, opened[1], declared)
+                self._object = None
+            else:
+                self._leaf(path, value, declared)
         elif kind in (Replicated, PerRank):
             inner = REPLICATED if kind is Replicated else PER_RANK
             if declared not in (AUTO, inner):
@@ -220,6 +251,9 @@ class _Walker:
             return
         self.flat.nodes[path] = LocalArray(spec, box, declared)
         self.flat.arrays[path] = value
+        if self._object is not None:
+            handle, name, root = self._object
+            self.flat.objects[path] = InObject(handle, name, path[len(root) :].removeprefix("/"))
 
 
 _MISSING = object()

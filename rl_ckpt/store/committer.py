@@ -7,6 +7,7 @@ without Ray alike.
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -40,8 +41,36 @@ class SaveRequest:
     """Id of the checkpoint that the job last restored or saved; None: the newest."""
 
 
+@dataclass(frozen=True, slots=True)
+class WrittenSave:
+    """A save whose files are all written."""
+
+    checkpoint: str
+    """From `Committer.attempt`."""
+    request: SaveRequest
+    plan: SavePlan
+    """Settled."""
+    written: Mapping[str, Sequence[Written]]
+    """What the shard servers wrote, by server."""
+    digests: Mapping[tuple[str, int], bytes]
+    """Of what was staged, by server and offset."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """A save that is neither committed nor abandoned."""
+
+    step: int
+    line: set[str]
+    """Ids of the checkpoints that it continues."""
+    parent: str | None
+
+
 class Committer:
-    """Commits checkpoints to one run. Not thread-safe: one thread at a time."""
+    """Commits checkpoints to one run.
+
+    `attempt` and `abandon` may be called by any thread and wait for nothing; all else is for one thread at a time.
+    """
 
     def __init__(self, run: Run, keep: Sequence[KeepRule], grace_s: float) -> None:
         """Takes the run over: appends an epoch record.
@@ -54,8 +83,8 @@ class Committer:
         log = run.log.claim(who())
         self._commits = list(log.commits)
         self._sweeper = Sweeper(run, grace_s, hold=bool(log.damaged))
-        # Attempts that are neither committed nor abandoned, with their steps and the checkpoints that they continue.
-        self._open: dict[str, tuple[int, set[str]]] = {}
+        self._open: dict[str, _Attempt] = {}
+        self._lock = threading.Lock()  # held where commits and attempts change, never while the store is asked
         self._unsettled: set[str] = set()  # attempts whose commit record was sent and may yet land
         self._stored: Stored | None = None
 
@@ -74,39 +103,53 @@ class Committer:
         """All commits of the run, oldest first."""
         return self._commits
 
-    def attempt(self, request: SaveRequest) -> tuple[str, Stored]:
-        """Checks a request and names its checkpoint.
+    def attempt(self, request: SaveRequest) -> str:
+        """Checks a request and names its checkpoint; asks an object store nothing.
 
         Returns:
-            A new id, `<step>-<attempt>`, and the chunks of the checkpoint it continues, which the save need not write
-            again. Their files are kept from the sweep until the attempt is committed or abandoned.
+            A new id, `<step>-<attempt>`. Its files are kept from the sweep until it is committed or abandoned.
 
         Raises:
-            InvalidInputError: The step is committed already in this line of checkpoints.
+            InvalidInputError: The step is committed already in this line of checkpoints, or being saved.
         """
         if self.is_gone():
             raise StorageError(f"{self.run.store.url} was removed under this process; make a new Checkpointer")
-        line = self._line(request.parent)
-        twice = next((c for c in self._commits if c.step == request.step and c.id in line), None)
-        if twice is not None:
-            raise InvalidInputError(
-                f"step {request.step} is committed already as {twice.id} in {self.run.store.url}; save a later step, "
-                f"or restore a checkpoint before it first (then the new one starts another branch)"
-            )
-        if request.parent is None and request.step in {step for step, _ in self._open.values()}:
-            raise InvalidInputError(f"step {request.step} is being saved already; save a later step")
-        checkpoint = f"{request.step}-{uuid.uuid4().hex[:12]}"
-        stored = self._stored_for(request.parent)
-        self._sweeper.protect(checkpoint, {file.name for file, _ in stored.values()})
-        self._open[checkpoint] = (request.step, line)
-        return checkpoint, stored
+        with self._lock:
+            line = self._line(request.parent)
+            twice = next((c for c in self._commits if c.step == request.step and c.id in line), None)
+            if twice is not None:
+                raise InvalidInputError(
+                    f"step {request.step} is committed already as {twice.id} in {self.run.store.url}; save a later "
+                    "step, or restore a checkpoint before it first (then the new one starts another branch)"
+                )
+            if request.parent is None and request.step in {attempt.step for attempt in self._open.values()}:
+                raise InvalidInputError(f"step {request.step} is being saved already; save a later step")
+            checkpoint = f"{request.step}-{uuid.uuid4().hex[:12]}"
+            self._sweeper.protect(checkpoint, set())
+            self._open[checkpoint] = _Attempt(request.step, line, request.parent)
+        return checkpoint
 
     def _line(self, parent: str | None) -> set[str]:
         """Ids of the checkpoint that the job continues and its ancestors; with saves under way, as for the newest."""
         if parent is None and self._open:
-            return next(reversed(self._open.values()))[1]
+            return next(reversed(self._open.values())).line
         start = next((c for c in self._commits if c.id == parent), self._commits[-1] if self._commits else None)
         return {start.id, *lineage(start, self._commits)} if start else set()
+
+    def stored(self, checkpoint: str) -> Stored:
+        """What an attempt need not write: the intact chunks of the checkpoint that it continues.
+
+        Their files are kept from the sweep until the attempt is committed or abandoned.
+
+        Raises:
+            StorageError: The store failed.
+        """
+        attempt = self._open.get(checkpoint)
+        if attempt is None:
+            return {}  # given up meanwhile
+        stored = self._stored_for(attempt.parent)
+        self._sweeper.protect(checkpoint, {file.name for file, _ in stored.values()})
+        return stored
 
     def _stored_for(self, parent: str | None) -> Stored:
         """Chunks of the checkpoint that a save continues: after a fallback the newest is damaged, that one was read."""
@@ -129,31 +172,17 @@ class Committer:
         sizes = {item.name: item.size_bytes for item in self.run.store.list(records.SHARDS)}
         return {key: value for key, value in stored.items() if sizes.get(value[0].name) == value[0].bytes}
 
-    def commit(
-        self,
-        checkpoint: str,
-        request: SaveRequest,
-        plan: SavePlan,
-        written: Mapping[str, Sequence[Written]],
-        digests: Mapping[tuple[str, int], bytes],
-    ) -> CommitRecord:
-        """Makes a checkpoint of what was written; then retention and sweep.
-
-        Args:
-            checkpoint: From `attempt`.
-            request: What the caller said.
-            plan: What was planned.
-            written: What the shard servers wrote, by server.
-            digests: Of what was staged, by server and offset.
+    def commit(self, save: WrittenSave) -> CommitRecord:
+        """Makes a checkpoint of what was written.
 
         Raises:
             FencedError, CommitConflictError, CommitUnknownError, StorageError: As `CommitLog.commit`. Unless the
                 outcome is unknown, nothing is committed and the files are orphans for the sweep.
         """
-        manifest = self._manifest(checkpoint, request, plan, written, digests)
+        manifest = self._manifest(save)
         data = manifests.encode(manifest)
-        self.run.store.put(records.manifest_name(checkpoint), [data])
-        files = sum(w.bytes for server in written.values() for w in server)
+        self.run.store.put(records.manifest_name(manifest.id), [data])
+        files = sum(w.bytes for server in save.written.values() for w in server)
 
         def make(number: int, write_id: str) -> CommitRecord:
             return CommitRecord(
@@ -161,15 +190,15 @@ class Committer:
                 run=self.run.record.run,
                 write_id=write_id,
                 epoch=self.run.log.epoch,
-                id=checkpoint,
-                step=request.step,
+                id=manifest.id,
+                step=manifest.step,
                 manifest_bytes=len(data),
                 manifest_digest=digest(data).hex(),
                 bytes=manifest.array_bytes,
                 bytes_written=files + len(data),
                 time=manifest.time,
                 metrics=manifest.metrics,
-                tag=request.tag,
+                tag=manifest.tag,
                 parent=manifest.parent,
                 world_size=manifest.world_size,
             )
@@ -179,13 +208,14 @@ class Committer:
             record = self.run.log.commit(make)
         except (StorageError, CommitUnknownError):
             # The record may still land, until another stands in its place: until then its files are no orphans.
-            self._unsettled.add(checkpoint)
+            self._unsettled.add(manifest.id)
             raise
-        self._settle()
-        self._commits.append(record)
+        with self._lock:
+            self._settle()
+            self._commits.append(record)
+            self._sweeper.committed(manifest)
+            self._open.pop(manifest.id, None)
         self._stored = stored_chunks(manifest)
-        self._sweeper.committed(manifest)
-        self._open.pop(checkpoint, None)
         return record
 
     def _settle(self) -> None:
@@ -206,30 +236,27 @@ class Committer:
             [commit for commit in self._commits if commit.id in dropped],
             [commit for commit in self._commits if commit.id not in dropped],
         )
-        self._commits = [commit for commit in self._commits if commit.id not in gone]
+        with self._lock:
+            self._commits = [commit for commit in self._commits if commit.id not in gone]
 
     def abandon(self, checkpoint: str) -> None:
         """Says that an attempt will not be committed: its files are orphans from now on. No change to one that is."""
-        if self._open.pop(checkpoint, None) is not None and checkpoint not in self._unsettled:
+        with self._lock:
+            known = self._open.pop(checkpoint, None) is not None
+        if known and checkpoint not in self._unsettled:
             self._sweeper.release(checkpoint)
 
     def info(self, record: CommitRecord) -> CheckpointInfo:
         """A commit as callers see it."""
         return info_of(self.run, record, self._commits)
 
-    def _manifest(
-        self,
-        checkpoint: str,
-        request: SaveRequest,
-        plan: SavePlan,
-        written: Mapping[str, Sequence[Written]],
-        digests: Mapping[tuple[str, int], bytes],
-    ) -> Manifest:
-        files, arrays = entries(plan, written, digests)
+    def _manifest(self, save: WrittenSave) -> Manifest:
+        request, plan = save.request, save.plan
+        files, arrays = entries(plan, save.written, save.digests)
         parent = request.parent or (self._commits[-1].id if self._commits else None)
         return Manifest(
             run=self.run.record.run,
-            id=checkpoint,
+            id=save.checkpoint,
             step=request.step,
             world_size=plan.merged.world_size,
             time=time.time(),

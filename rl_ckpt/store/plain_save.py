@@ -7,7 +7,6 @@ written and the one being staged.
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +24,7 @@ from rl_ckpt.plan.merge import merge
 from rl_ckpt.plan.retention import KeepRule
 from rl_ckpt.plan.stage import stage
 from rl_ckpt.state.tree import FlatTree
-from rl_ckpt.store.committer import Committer, SaveRequest, info_of
+from rl_ckpt.store.committer import Committer, SaveRequest, WrittenSave, info_of
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.shard_writer import write_files
 
@@ -58,8 +57,6 @@ class PlainSaver:
         self._run = run
         self._options = options
         self._committer = Committer(run, keep, options.grace_s)
-        # The committer is used by the caller (attempt) and by the writing thread (commit, tidy).
-        self._lock = threading.Lock()
         self._buffers: queue.Queue[np.ndarray[Any, np.dtype[np.uint8]]] = queue.Queue()
         for _ in range(_GENERATIONS):
             self._buffers.put(np.empty(0, np.uint8))
@@ -86,16 +83,14 @@ class PlainSaver:
         try:
             inventory = take_inventory(flat, self._options.chunk_bytes, 1)
             merged = merge([inventory], self._options.chunk_bytes)
-            with self._lock:
-                checkpoint, stored = self._committer.attempt(request)
-            plan = deal(merged, [_SERVER], checkpoint, stored, self._options.write_streams, self._options.file_bytes)
+            checkpoint = self._committer.attempt(request)
+            plan = deal(merged, [_SERVER], self._options.write_streams, self._options.file_bytes)
             size = plan.staged_bytes.get(_SERVER, 0)
             if len(buffer) < size:
                 buffer = np.empty(size, np.uint8)
             memory = buffer[:size].data.cast("B") if size else memoryview(bytearray())
             found = stage(flat, plan.stage[0], memory)
             digests = {(_SERVER, item.offset): d for item, d in zip(plan.stage[0], found, strict=True)}
-            settle(plan, digests, stored)
         except BaseException:
             self._give_back(checkpoint, buffer)
             raise
@@ -114,29 +109,26 @@ class PlainSaver:
             ) from error
 
     def _write(self, staged: _Staged) -> CheckpointInfo:
-        plan = staged.plan
+        committer, streams = self._committer, self._options.write_streams
         try:
+            plan = settle(staged.plan, staged.checkpoint, staged.digests, committer.stored(staged.checkpoint))
             files = plan.files.get(_SERVER, [])
-            written = write_files(self._run.store, files, staged.memory, self._options.write_streams) if files else []
-            with self._lock:
-                record = self._committer.commit(
-                    staged.checkpoint, staged.request, plan, {_SERVER: written}, staged.digests
-                )
-                durable_s = time.monotonic() - staged.begun
-                return info_of(self._run, record, self._committer.commits, stall_s=staged.stall_s, durable_s=durable_s)
+            written = write_files(self._run.store, files, staged.memory, streams) if files else []
+            save = WrittenSave(staged.checkpoint, staged.request, plan, {_SERVER: written}, staged.digests)
+            record = committer.commit(save)
+            durable_s = time.monotonic() - staged.begun
+            return info_of(self._run, record, committer.commits, stall_s=staged.stall_s, durable_s=durable_s)
         finally:  # before the result is known: who waited for it finds the memory free
             self._give_back(staged.checkpoint, staged.buffer)
 
     def _give_back(self, checkpoint: str, buffer: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
         """Frees a generation, and gives an attempt up unless it was committed."""
-        with self._lock:
-            self._committer.abandon(checkpoint)
+        self._committer.abandon(checkpoint)
         self._buffers.put(buffer)
 
     def _tidy(self) -> None:
         try:
-            with self._lock:
-                self._committer.tidy()
+            self._committer.tidy()
             self.sweep_failure = None
         except CheckpointError as error:  # the checkpoint is committed; the next call of the user is told
             self.sweep_failure = str(error)

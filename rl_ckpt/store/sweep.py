@@ -7,10 +7,11 @@ coordinator that was fenced long ago from finding its next record number free.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 
-from rl_ckpt.errors import CorruptionError
+from rl_ckpt.errors import CorruptionError, StorageError
 from rl_ckpt.format import records
 from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.format.records import CommitRecord, PinRecord
@@ -36,21 +37,28 @@ class Sweeper:
         self.grace_s = grace_s
         self._files: dict[str, frozenset[str]] = {}  # by checkpoint: the shard files that its manifest names
         self._in_flight: dict[str, set[str]] = {}  # by checkpoint: files of older ones that it will name
+        self._lock = threading.Lock()  # attempts begin in another thread than the one that sweeps
         self._orphans: dict[str, float] = {}  # name → when it was first seen as one, by this process's clock
         self._look = True  # whether there may be orphans that nobody has seen: at first, what a killed writer left
 
     def protect(self, checkpoint: str, files: set[str]) -> None:
-        """Says that files of `checkpoint` are being written, and that it will name `files` of older ones."""
-        self._in_flight[checkpoint] = files
+        """Says that files of `checkpoint` are being written, and that it will name `files` of older ones.
+
+        May be called while another thread sweeps.
+        """
+        with self._lock:
+            self._in_flight[checkpoint] = files
 
     def committed(self, manifest: Manifest) -> None:
         """Says that `manifest` is committed."""
         self._files[manifest.id] = frozenset(file.name for file in manifest.files)
-        self._in_flight.pop(manifest.id, None)
+        with self._lock:
+            self._in_flight.pop(manifest.id, None)
 
     def release(self, checkpoint: str) -> None:
         """Says that an attempt was given up."""
-        self._in_flight.pop(checkpoint, None)
+        with self._lock:
+            self._in_flight.pop(checkpoint, None)
         self._look = True
 
     def sweep(self, dropped: Sequence[CommitRecord], live: Sequence[CommitRecord]) -> set[str]:
@@ -69,8 +77,16 @@ class Sweeper:
         """
         if not dropped and not self._orphans and not self._look:
             return set()
+        looking, self._look = self._look, False  # another thread may set it while this one looks
+        try:
+            return self._sweep(dropped, live, looking)
+        except StorageError:
+            self._look = looking or self._look
+            raise
+
+    def _sweep(self, dropped: Sequence[CommitRecord], live: Sequence[CommitRecord], looking: bool) -> set[str]:
         store, pinned = self._run.store, self._pinned()
-        if self._look:
+        if looking:
             store.clean_partial(_PARTIAL_AGE_S)  # temporary files and uploads of writers that were killed
         gone = {commit.id for commit in dropped} - pinned
         now = time.monotonic()
@@ -85,20 +101,21 @@ class Sweeper:
         store.delete(sorted(due, key=lambda name: (not name.startswith(records.MANIFESTS), name)))  # manifests first
         self._orphans = {name: since for name, since in orphans.items() if name not in set(due)}
         self._files = {commit.id: self._files[commit.id] for commit in kept if commit.id in self._files}
-        self._look = False
         return gone
 
     def _find_orphans(self, live: Sequence[CommitRecord]) -> list[str]:
         if self._hold:
             return []
-        checkpoints = {commit.id for commit in live} | self._in_flight.keys()
-        named = set[str]().union(*self._in_flight.values())
+        named: set[str] = set()
         for commit in live:
             known = self._named_by(commit)
             if known is None:
                 return []  # an unreadable manifest may name any file: better to keep too much
             named |= known
         listed = [*self._run.store.list(records.MANIFESTS), *self._run.store.list(records.SHARDS)]
+        with self._lock:  # after the listing: whoever wrote a listed file was in flight before it
+            checkpoints = {commit.id for commit in live} | self._in_flight.keys()
+            named = named.union(*self._in_flight.values())
         return [item.name for item in listed if item.name not in named and _checkpoint_of(item.name) not in checkpoints]
 
     def _named_by(self, commit: CommitRecord) -> frozenset[str] | None:

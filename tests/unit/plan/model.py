@@ -74,14 +74,14 @@ def save(
     """Saves the ranks' states as the runtime would, with bytearrays for staging memory and a dict for the store."""
     flats = flatten_all(states)
     stored: Stored = stored_chunks(base.manifest) if base else {}
-    plan = deal(merge_all(flats, chunk_bytes), servers, f"{1 if base else 0}-x", stored, streams, file_bytes)
+    plan = deal(merge_all(flats, chunk_bytes), servers, streams, file_bytes)
     memory = {server: bytearray(size) for server, size in plan.staged_bytes.items()}
     digests: dict[tuple[str, int], bytes] = {}
     for rank, items in plan.stage.items():
         if items:
             found = stage(flats[rank], items, memoryview(memory[servers[rank]]))
             digests.update({(servers[rank], i.offset): d for i, d in zip(items, found, strict=True)})
-    settle(plan, digests, stored)
+    plan = settle(plan, f"{1 if base else 0}-x", digests, stored)
     files = dict(base.files) if base else {}
     written: dict[str, list[Written]] = {}
     for server, plans in plan.files.items():

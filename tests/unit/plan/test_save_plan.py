@@ -54,7 +54,7 @@ def jobs(draw: st.DrawFn) -> tuple[list[Any], list[str]]:
 
 def planned(states: list[Any], servers: list[str]) -> tuple[Merged, SavePlan]:
     merged = merge_all(flatten_all(states), CHUNK)
-    return merged, deal(merged, servers, "0-x", {}, 2, 1 << 20)
+    return merged, deal(merged, servers, 2, 1 << 20)
 
 
 @MANY
@@ -95,7 +95,7 @@ def test_staging_ranges_are_aligned_and_apart_and_columns_say_where(job: tuple[l
         assert ends <= size
         columns = [(c.offset, c.bytes, c.path, c.box) for f in plan.files[server] for c in f.columns]
         assert sorted(columns, key=repr) == sorted(items, key=repr)
-    names = [f.name for files in plan.files.values() for f in files]
+    names = [f.name for files in save(states, servers, CHUNK).plan.files.values() for f in files]
     assert len(set(names)) == len(names)
     for file in itertools.chain.from_iterable(plan.files.values()):
         inside = [c.name for c in file.columns]
@@ -148,16 +148,16 @@ def test_equal_chunks_of_different_arrays_are_written_once() -> None:
 def test_files_are_split_by_size_and_by_streams() -> None:
     state = {str(i): np.random.default_rng(i).bytes(1 << 20) for i in range(8)}
     merged = merge([take_inventory(flatten(state), 1 << 20, 1)], 1 << 20)
-    assert len(deal(merged, ["s"], "0-x", {}, 4, 1 << 30).files["s"]) == 4
-    assert len(deal(merged, ["s"], "0-x", {}, 1, 2 << 20).files["s"]) == 4
-    assert len(deal(merged, ["s"], "0-x", {}, 1, 1 << 30).files["s"]) == 1
+    assert len(deal(merged, ["s"], 4, 1 << 30).files["s"]) == 4
+    assert len(deal(merged, ["s"], 1, 2 << 20).files["s"]) == 4
+    assert len(deal(merged, ["s"], 1, 1 << 30).files["s"]) == 1
 
 
 def test_column_names_tell_ranks_chunks_and_clashes_apart() -> None:
     small = np.arange(8.0)
     clash = {"w": np.arange(20.0), "w@7": small, "~": small + 1, "own#0": small + 2}
     flats = flatten_all([{**clash, "own": PerRank(small + 3)}, {**clash, "own": PerRank(small + 4)}])
-    plan = deal(merge_all(flats, CHUNK), ["s", "s"], "0-x", {}, 1, 1 << 20)
+    plan = deal(merge_all(flats, CHUNK), ["s", "s"], 1, 1 << 20)
     names = [c.name for c in plan.files["s"][0].columns]
     assert sorted(names) == sorted(["w@0", "w@7", "w@14", "w@7'", "~0", "own#0", "own#0'", "own#1"])
 
@@ -199,7 +199,7 @@ class TestContradictions:
 def test_arrays_that_change_while_they_are_saved_are_named() -> None:
     state = {"fine": np.arange(8.0), "in": {"w": np.arange(32.0)}}
     flat = flatten(state)
-    plan = deal(merge([take_inventory(flat, CHUNK, 2)] * 2, CHUNK), ["s", "s"], "0-x", {}, 1, 1 << 20)
+    plan = deal(merge([take_inventory(flat, CHUNK, 2)] * 2, CHUNK), ["s", "s"], 1, 1 << 20)
     state["in"]["w"][:] = -1  # type: ignore[call-overload, index]  # the training thread, between hash and copy
     with pytest.raises(InvalidInputError, match=r"the arrays at \['in/w'\] changed while they were being saved"):
         stage(flat, plan.stage[0], memoryview(bytearray(plan.staged_bytes["s"])))

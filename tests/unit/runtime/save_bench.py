@@ -11,9 +11,21 @@ from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.options import Options
 from rl_ckpt.plan.deal import Written
 from rl_ckpt.plan.inventory import take_inventory
-from rl_ckpt.runtime import save_machine as sm
-from rl_ckpt.runtime.messages import Failure, JoinSave, SaveDone, SaveOrders, Staged
-from rl_ckpt.state.tree import flatten
+from rl_ckpt.plan.standing import encode_plains
+from rl_ckpt.runtime import save_steps as sm
+from rl_ckpt.runtime.generations import StagingFile
+from rl_ckpt.runtime.messages import (
+    Failure,
+    JoinSave,
+    RepeatOrders,
+    RepeatSave,
+    SaveDone,
+    SaveOrders,
+    SaveReply,
+    Staged,
+)
+from rl_ckpt.runtime.save_machine import SaveMachine
+from rl_ckpt.state.tree import Plain, flatten
 
 State = dict[str, object]
 CHUNK_BYTES = 1 << 20
@@ -31,6 +43,15 @@ def join(rank: int, step: int, world: int = 2, key: str | None = None, state: St
     return JoinSave(key or f"save-{step}", rank, world, step, {}, None, None, server, CHUNK_BYTES, inventory)
 
 
+def repeat(rank: int, step: int, plan: str, world: int = 2, state: State | None = None) -> RepeatSave:
+    """As a rank that remembers `plan` comes with a state of the same shape."""
+    flat = flatten(shared_and_own(rank, step) if state is None else state)
+    inventory = take_inventory(flat, CHUNK_BYTES, world)
+    plains = encode_plains({path: node for path, node in inventory.nodes.items() if isinstance(node, Plain)})
+    joined = b"".join(inventory.identities.values())
+    return RepeatSave(f"save-{step}", rank, world, step, {}, None, None, plan, plains, joined)
+
+
 @dataclass
 class Bench:
     """Feeds events to the machine and keeps its instructions until a test answers them."""
@@ -38,15 +59,18 @@ class Bench:
     options: Options = field(default_factory=Options)
 
     def __post_init__(self) -> None:
-        self.machine = sm.SaveMachine(self.options)
+        self.machine = SaveMachine(self.options)
         self.names: list[sm.Name] = []
         self.reserves: list[sm.ReserveMemory] = []
+        self.opens: list[sm.Open] = []
+        self.look_ups: list[sm.LookUp] = []
         self.writes: list[sm.Write] = []
         self.commits: list[sm.Commit] = []
         self.arms: list[sm.Arm] = []
-        self.replies: dict[tuple[str, int], list[SaveOrders | Failure]] = {}
+        self.replies: dict[tuple[str, int], list[SaveReply | Failure]] = {}
         self.finished: dict[str, SaveDone | Failure] = {}
         self.committed: list[int] = []
+        self.items: dict[int, int] = {}
         self.open: dict[str, int] = {}
         self.named_tokens: list[str] = []
         self.commit_tokens: list[str] = []
@@ -57,6 +81,10 @@ class Bench:
                 case sm.Name():
                     self.names.append(i)
                     self.named_tokens.append(i.token)
+                case sm.Open():
+                    self.opens.append(i)
+                case sm.LookUp():
+                    self.look_ups.append(i)
                 case sm.ReserveMemory():
                     self.reserves.append(i)
                 case sm.Write():
@@ -83,7 +111,15 @@ class Bench:
         for rank in range(world):
             self.join(rank, step, world=world, **how)
 
-    def reply(self, step: int, rank: int) -> SaveOrders | Failure:
+    def repeat_all(self, step: int, plan: str, world: int = 2) -> None:
+        for rank in range(world):
+            self.do(self.machine.repeat(repeat(rank, step, plan, world)))
+
+    def plan(self, step: int) -> str:
+        """The standing plan that the ranks of a save were told."""
+        return self.orders(step, 0).plan
+
+    def reply(self, step: int, rank: int) -> SaveReply | Failure:
         """The last answer to a rank."""
         return self.replies[f"save-{step}", rank][-1]
 
@@ -105,16 +141,25 @@ class Bench:
             return
         checkpoint = f"{request.step}-{token.rpartition('#')[2]}"
         self.open[checkpoint] = request.step
-        self.do(self.machine.named(token, checkpoint, {}))
+        self.do(self.machine.named(token, checkpoint))
 
     def reserve(self) -> None:
         while self.reserves:
             ask = self.reserves.pop(0)
-            self.do(self.machine.reserved(ask.token, ask.server, f"/shm/{ask.server}/{ask.generation}/{ask.token}"))
+            file = StagingFile(ask.bytes, f"/shm/{ask.server}/{ask.generation}/{ask.token}")
+            self.do(self.machine.reserved(ask.token, ask.server, ask.generation, file))
+
+    def look_up(self) -> None:
+        """Answers all questions for what is stored: nothing is."""
+        while self.look_ups:
+            self.do(self.machine.looked_up(self.look_ups.pop(0).token, {}))
 
     def stage(self, step: int, rank: int) -> None:
-        orders = self.orders(step, rank)
-        digests = tuple(bytes([i % 251, rank]) * 8 for i, _ in enumerate(orders.items))
+        orders = self.reply(step, rank)
+        assert isinstance(orders, SaveOrders | RepeatOrders)
+        if isinstance(orders, SaveOrders):
+            self.items[rank] = len(orders.items)
+        digests = tuple(bytes([i % 251, rank]) * 8 for i in range(self.items[rank]))
         self.do(self.machine.staged(Staged(f"save-{step}", rank, orders.checkpoint, digests, 0.1 * (rank + 1))))
 
     def write(self, write: sm.Write) -> None:
@@ -139,8 +184,10 @@ class Bench:
         done = SaveDone(record, "u", (), save.stall_s, "")
         self.do(self.machine.committed(ask.token, done))
 
-    def fail(self, asked: sm.Name | sm.ReserveMemory | sm.Write | sm.Commit, error: CheckpointError) -> None:
-        for queue in (self.names, self.reserves, self.writes, self.commits):
+    def fail(
+        self, asked: sm.Name | sm.ReserveMemory | sm.LookUp | sm.Write | sm.Commit, error: CheckpointError
+    ) -> None:
+        for queue in (self.names, self.reserves, self.look_ups, self.writes, self.commits):
             if asked in queue:
                 queue.remove(asked)  # type: ignore[arg-type]
         self.do(self.machine.failed(asked.token, error))
@@ -157,11 +204,13 @@ class Bench:
         self.join_all(step, world)
         self.name()
         self.reserve()
+        self.look_up()
 
     def to_writing(self, step: int, world: int = 2) -> None:
         self.to_staging(step, world)
         for rank in range(world):
             self.stage(step, rank)
+        self.reserve()  # the other generation, for the next save
 
     def save(self, step: int, world: int = 2) -> None:
         """A whole save that nothing disturbs."""

@@ -8,7 +8,8 @@ import pytest
 from rl_ckpt import Sharded
 from rl_ckpt.errors import CommitUnknownError, StorageError, WorkerFailuresError
 from rl_ckpt.options import Options
-from rl_ckpt.runtime import save_machine as sm
+from rl_ckpt.runtime import save_steps as sm
+from rl_ckpt.runtime.generations import StagingFile
 from rl_ckpt.runtime.messages import Failure, SaveDone, SaveOrders, Staged
 from tests.unit.runtime.save_bench import Bench
 
@@ -29,6 +30,9 @@ def test_a_save_goes_through_its_states_to_the_commit() -> None:
     bench.stage(7, 0)
     assert not bench.writes, "nothing is written before every rank has staged"
     bench.stage(7, 1)
+    assert bench.machine.states() == {"save-7": sm.SETTLING}
+    assert not bench.writes, "nothing is written before it is known what is stored already"
+    bench.look_up()
     assert bench.machine.states() == {"save-7": sm.WRITING}
     bench.write_all()
     assert bench.machine.states() == {"save-7": sm.COMMITTING}
@@ -68,7 +72,7 @@ def test_more_bytes_than_before_reserve_anew() -> None:
     bench.save(1)
     bench.join_all(2, state={"big": np.zeros(100_000)})
     bench.name()
-    assert [ask.bytes for ask in bench.reserves] == [800_000]
+    assert [ask.bytes for ask in bench.reserves] == [1_000_000], "a quarter more: what grew will grow again"
 
 
 def test_two_generations_and_the_third_save_waits_for_one() -> None:
@@ -145,6 +149,7 @@ def test_a_state_without_arrays_commits_with_nothing_written() -> None:
     assert bench.orders(0, 0).items == ()
     for rank in (0, 1):
         bench.stage(0, rank)
+    bench.look_up()
     assert bench.writes == []
     bench.commit()
     assert bench.committed == [0]
@@ -376,7 +381,7 @@ def test_late_memory_of_a_failed_save_is_not_taken_for_reserved() -> None:
     bench.name()
     ask = bench.reserves.pop(0)
     bench.lost(1, 0, DEAD)
-    bench.do(bench.machine.reserved(ask.token, ask.server, "/shm/late"))
+    bench.do(bench.machine.reserved(ask.token, ask.server, ask.generation, StagingFile(ask.bytes, "/shm/late")))
     bench.reserves.clear()
     for step in (1, 2):
         bench.to_staging(step)
@@ -464,7 +469,7 @@ def test_events_of_unknown_saves_do_nothing() -> None:
     machine = bench.machine
     assert machine.staged(Staged("nobody", 0, "c", (), 0.0)) == []
     assert machine.written("nobody#1", "server-0", ()) == []
-    assert machine.reserved("nobody#1", "server-0", "f") == []
+    assert machine.reserved("nobody#1", "server-0", 0, StagingFile(1, "f")) == []
     assert machine.failed("nobody#1", STORE_GONE) == []
     assert machine.timed_out("nobody#1", sm.JOINING) == []
 
@@ -488,6 +493,8 @@ def test_a_save_is_under_way_from_the_last_join_to_the_commit() -> None:
     for rank in (0, 1):
         bench.stage(5, rank)
     note()
+    bench.look_up()
+    note()
     bench.write_all()
     note()
     assert seen == {
@@ -495,6 +502,7 @@ def test_a_save_is_under_way_from_the_last_join_to_the_commit() -> None:
         sm.JOINING: False,
         sm.RESERVING: True,
         sm.STAGING: True,
+        sm.SETTLING: True,
         sm.WRITING: True,
         sm.COMMITTING: True,
     }

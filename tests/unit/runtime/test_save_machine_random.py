@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from rl_ckpt.errors import StorageError, WorkerFailuresError
 from rl_ckpt.options import Options
-from rl_ckpt.runtime import save_machine as sm
-from rl_ckpt.runtime.messages import SaveOrders, Staged
-from tests.unit.runtime.save_bench import Bench
+from rl_ckpt.runtime import save_steps as sm
+from rl_ckpt.runtime.generations import GENERATIONS
+from rl_ckpt.runtime.messages import JoinAgain, RepeatOrders, SaveOrders, Staged
+from tests.unit.runtime.save_bench import Bench, join, repeat
 
 WORLD = 2
 STEPS = st.integers(0, 3)
 RANKS = st.integers(0, WORLD - 1)
 PICK = st.integers(0, 1 << 20)
-HOLDING = (sm.RESERVING, sm.STAGING, sm.WRITING, sm.COMMITTING)
+HOLDING = (sm.RESERVING, sm.STAGING, sm.SETTLING, sm.WRITING, sm.COMMITTING)
 
 
 class Interleavings(RuleBasedStateMachine):
@@ -29,7 +31,12 @@ class Interleavings(RuleBasedStateMachine):
         self.bench = Bench(Options(when_busy=self.when_busy))  # type: ignore[arg-type]
         self.blocked: dict[int, tuple[str, int]] = {}
         """Rank → the key it waits for, and how many replies it had to that key before."""
-        self.staging: dict[int, tuple[str, SaveOrders]] = {}
+        self.staging: dict[int, tuple[str, SaveOrders | RepeatOrders]] = {}
+        self.remembered: dict[int, tuple[str, int]] = {}
+        """Rank → its standing plan, and the number of its items."""
+        self.promised: dict[int, str] = {}
+        self.zombies: set[str] = set()
+        """Files in which processes that were given up for dead may still write."""
         self.pending: set[str] = set()
 
     def collect(self) -> None:
@@ -38,7 +45,13 @@ class Interleavings(RuleBasedStateMachine):
             replies = self.bench.replies.get((key, rank), [])
             if len(replies) > before:
                 del self.blocked[rank]
-                if isinstance(reply := replies[before], SaveOrders):
+                reply = replies[before]
+                if isinstance(reply, JoinAgain):
+                    self.join(rank, int(key.partition("-")[2]))
+                elif isinstance(reply, SaveOrders | RepeatOrders):
+                    if isinstance(reply, SaveOrders):
+                        self.remembered[rank] = (reply.plan, len(reply.items))
+                    self.promised[rank] = reply.next_memory
                     self.staging[rank] = (key, reply)
 
     @rule(rank=RANKS, step=STEPS)
@@ -46,13 +59,23 @@ class Interleavings(RuleBasedStateMachine):
         if rank not in self.blocked and rank not in self.staging:
             key = f"save-{step}"
             self.blocked[rank] = (key, len(self.bench.replies.get((key, rank), [])))
-            self.bench.join(rank, step)
+            promised = self.promised.pop(rank, "")
+            self.bench.do(self.bench.machine.join(msgspec.structs.replace(join(rank, step), promised=promised)))
+
+    @rule(rank=RANKS, step=STEPS)
+    def repeat(self, rank: int, step: int) -> None:
+        """A rank writes into what was promised to it while it asks."""
+        plan, _ = self.remembered.get(rank, ("", 0))
+        if plan and rank not in self.blocked and rank not in self.staging:
+            key = f"save-{step}"
+            self.blocked[rank] = (key, len(self.bench.replies.get((key, rank), [])))
+            self.bench.do(self.bench.machine.repeat(repeat(rank, step, plan)))
 
     @rule(rank=RANKS)
     def stage(self, rank: int) -> None:
         if rank in self.staging:
             key, orders = self.staging.pop(rank)
-            digests = tuple(bytes([i, rank]) * 8 for i, _ in enumerate(orders.items))
+            digests = tuple(bytes([i, rank]) * 8 for i in range(self.remembered[rank][1]))
             self.pending.add(orders.checkpoint)
             self.bench.do(self.bench.machine.staged(Staged(key, rank, orders.checkpoint, digests, 0.1)))
 
@@ -63,10 +86,24 @@ class Interleavings(RuleBasedStateMachine):
             error = WorkerFailuresError(f"rank {rank} died", {rank: "died"})
             self.bench.lost(rank, int(key.partition("-")[2]), error)
 
+    @rule(rank=RANKS)
+    def replace(self, rank: int) -> None:
+        """A rank's process is given up for dead, and a new one takes its place; the old one goes on writing."""
+        if rank not in self.blocked:
+            orders = self.staging.get(rank)
+            self.zombies |= {self.promised.pop(rank, ""), orders[1].memory if orders else ""} - {""}
+            self.lose(rank)
+            self.remembered.pop(rank, None)
+
     @precondition(lambda self: self.bench.names)
     @rule()
     def name(self) -> None:
         self.bench.name()
+
+    @precondition(lambda self: self.bench.look_ups)
+    @rule()
+    def look_up(self) -> None:
+        self.bench.look_up()
 
     @precondition(lambda self: self.bench.reserves)
     @rule()
@@ -85,7 +122,8 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule(pick=PICK)
     def break_something(self, pick: int) -> None:
-        asked = [*self.bench.names, *self.bench.reserves, *self.bench.writes, *self.bench.commits]
+        bench = self.bench
+        asked = [*bench.names, *bench.reserves, *bench.look_ups, *bench.writes, *bench.commits]
         if asked:
             self.bench.fail(asked[pick % len(asked)], StorageError("the store is gone"))  # type: ignore[arg-type]
 
@@ -98,7 +136,18 @@ class Interleavings(RuleBasedStateMachine):
     @invariant()
     def at_most_two_generations_are_held(self) -> None:
         self.collect()
-        assert sum(state in HOLDING for state in self.bench.machine.states().values()) <= sm.GENERATIONS
+        assert sum(state in HOLDING for state in self.bench.machine.states().values()) <= GENERATIONS
+
+    @invariant()
+    def nobody_writes_where_a_server_reads(self) -> None:
+        """Neither unasked, into what was promised, nor by the orders of another save."""
+        self.collect()
+        for save in self.bench.machine._saves.values():
+            if save.state in (sm.WRITING, sm.COMMITTING):
+                read = set(save.memory.values())
+                assert not read & (set(self.promised.values()) | self.zombies)
+                others = [orders for _, orders in self.staging.values() if orders.checkpoint != save.checkpoint]
+                assert not read & {orders.memory for orders in others}
 
     @invariant()
     def commits_keep_the_order_of_the_saves(self) -> None:
@@ -113,12 +162,21 @@ class Interleavings(RuleBasedStateMachine):
     def teardown(self) -> None:
         """The world answers everything in the end: then everybody has an answer, and nothing is held."""
         bench = self.bench
-        while self.staging or bench.names or bench.reserves or bench.writes or bench.commits or bench.arms:
+        while (
+            self.staging
+            or bench.names
+            or bench.reserves
+            or bench.look_ups
+            or bench.writes
+            or bench.commits
+            or bench.arms
+        ):
             for rank in list(self.staging):
                 self.stage(rank)
             while bench.names:
                 bench.name()
             bench.reserve()
+            bench.look_up()
             bench.write_all()
             while bench.commits:
                 bench.commit()
@@ -144,7 +202,7 @@ class SkippingInterleavings(Interleavings):
 
 
 _SETTINGS = settings(
-    max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=100, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestWaiting = Interleavings.TestCase
 TestWaiting.settings = _SETTINGS

@@ -1,0 +1,161 @@
+"""Saves as the coordinator sees them: what it remembers of one, and what its brain asks the world to do.
+
+The words of `save_machine`; no behaviour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rl_ckpt.plan.deal import SavePlan, Stored, Written
+from rl_ckpt.runtime.messages import Failure, JoinSave, RepeatSave, SaveDone, SaveReply, WriteOrder
+from rl_ckpt.store.committer import SaveRequest, WrittenSave
+
+JOINING, WAITING, RESERVING, STAGING, SETTLING, WRITING, COMMITTING, DONE, FAILED = (
+    "joining", "waiting", "reserving", "staging", "settling", "writing", "committing", "done", "failed",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Open the run for writing; answer with `opened`."""
+
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """Ask the committer for the checkpoint's id; answer with `named`."""
+
+    token: str
+    request: SaveRequest
+
+
+@dataclass(frozen=True, slots=True)
+class ReserveMemory:
+    """Have a server make a generation of its staging memory anew; answer with `reserved`."""
+
+    token: str
+    server: str
+    generation: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LookUp:
+    """Ask the committer what is stored already; answer with `looked_up`."""
+
+    token: str
+    checkpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Answer a rank that joined."""
+
+    key: str
+    rank: int
+    reply: SaveReply | Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Have a server write its files; answer with `written`."""
+
+    token: str
+    server: str
+    order: WriteOrder
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Have the committer commit; answer with `committed`."""
+
+    token: str
+    save: Save
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Tell whoever waits for the save; where it failed, its attempt is abandoned."""
+
+    token: str
+    outcome: SaveDone | Failure
+    checkpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """Call `timed_out(token, state)` after so many seconds."""
+
+    token: str
+    state: str
+    seconds: float
+
+
+Instruction = Open | Name | ReserveMemory | LookUp | Order | Write | Commit | Finish | Arm
+
+
+@dataclass(slots=True)
+class Save:
+    """One save under way."""
+
+    key: str
+    token: str
+    """Of this save alone (its key comes again where ranks try again after a failure): tells late answers apart."""
+    request: SaveRequest
+    world_size: int
+    prepare: bool = False
+    """Whether nothing is to be saved: only plan and memory are made ready."""
+    state: str = JOINING
+    joined: dict[int, JoinSave] = field(default_factory=dict)
+    repeats: dict[int, RepeatSave] = field(default_factory=dict)
+    """Ranks that came with a state of the standing plan's shape. Either these or `joined`, in the end."""
+    told: set[int] = field(default_factory=set)
+    """Ranks that know that the save failed."""
+    plan_id: str = ""
+    plan: SavePlan | None = None
+    """Settled from WRITING on."""
+    servers: tuple[str, ...] = ()
+    """Shard server of each rank's node."""
+    checkpoint: str = ""
+    opened: bool = False
+    generations: list[int] = field(default_factory=list)
+    """That it holds; one, where it is no preparation."""
+    memory: dict[str, str] = field(default_factory=dict)
+    """File of the generation, by server."""
+    stored: Stored | None = None
+    staged: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
+    objects: dict[int, dict[int, bytes]] = field(default_factory=dict)
+    """Digests of what servers staged for ranks: by rank, and by index among its items."""
+    written: dict[str, Sequence[Written]] = field(default_factory=dict)
+    stall_s: float = 0.0
+    failure: Failure | None = None
+
+    @property
+    def here(self) -> set[int]:
+        """Ranks that take part so far."""
+        return self.joined.keys() | self.repeats.keys()
+
+    def late(self) -> list[int]:
+        """Ranks whose chunks are not all staged."""
+        return [rank for rank in range(self.world_size) if rank not in self.staged or b"" in self._digests(rank)]
+
+    def _digests(self, rank: int) -> list[bytes]:
+        told = self.objects.get(rank, {})
+        return [told.get(i, digest) for i, digest in enumerate(self.staged[rank])]
+
+    def digests(self) -> dict[tuple[str, int], bytes]:
+        """Of what was staged, by server and offset."""
+        assert self.plan is not None
+        return {
+            (self.servers[rank], item.offset): digest
+            for rank in self.staged
+            for item, digest in zip(self.plan.stage[rank], self._digests(rank), strict=True)
+        }
+
+    def done(self) -> WrittenSave:
+        """As the committer takes it, once all is written."""
+        assert self.plan is not None
+        return WrittenSave(self.checkpoint, self.request, self.plan, self.written, self.digests())

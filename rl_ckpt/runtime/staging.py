@@ -1,0 +1,216 @@
+"""A rank's part in a save: what it has, copied into staging memory.
+
+Owns: the order of the steps, and what a rank remembers of its last save: as long as the shape of its state stays, it
+stages into memory that was promised to it while it tells the coordinator so. Promises: the state may change once
+`save_rank` returns; what lies in immutable Ray objects is left to the node's shard server.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from rl_ckpt.errors import StorageError
+from rl_ckpt.plan.deal import StageItem
+from rl_ckpt.plan.inventory import identity, take_inventory, undeclared
+from rl_ckpt.plan.stage import stage, stage_repeat, with_digests
+from rl_ckpt.plan.standing import encode_plains
+from rl_ckpt.runtime import memory
+from rl_ckpt.runtime.links import answer, ask, coordinator, ensure_server, server
+from rl_ckpt.runtime.messages import (
+    JoinAgain,
+    JoinSave,
+    RepeatOrders,
+    RepeatSave,
+    SaveOrders,
+    Staged,
+    StageObjects,
+    encode,
+)
+from rl_ckpt.runtime.objects import open_object
+from rl_ckpt.runtime.spec import Place, RunSpec
+from rl_ckpt.state.tree import FlatTree, Node, Plain, flatten
+from rl_ckpt.store.committer import SaveRequest
+
+
+class StagedRank(msgspec.Struct, frozen=True, tag="staged"):
+    """A rank has staged its part of a save."""
+
+    checkpoint: str
+    stall_s: float
+
+
+@dataclass(slots=True)
+class _Last:
+    """What a rank remembers of its last save."""
+
+    plan: str
+    """Id of the standing plan; empty where there is none."""
+    items: tuple[StageItem, ...]
+    fixed: dict[str, Node]
+    """Its nodes but the plain leaves."""
+    promised: str
+    """File of staging memory that it may write before it is told to; empty where there is none."""
+
+
+_last: dict[tuple[str, int, int], _Last] = {}  # by service, rank and number of workers
+
+
+def save_rank(spec: RunSpec, place: Place, request: SaveRequest, state: Any, begun: float) -> StagedRank:
+    """A rank's part in a save, up to the point where its state may change again.
+
+    Raises:
+        CheckpointError: As `Checkpointer.save`.
+    """
+    flat = flatten(state, spec.options.allow_pickle, open_object)
+    checkpoint, digests = _repeat(spec, place, request, flat) or _join(spec, place, request, flat)
+    stall_s = time.monotonic() - begun
+    # Not waited for: if it is lost, so is the coordinator, and whoever waits for the save's result is told.
+    coordinator(spec).staged.remote(encode(Staged(place.key, place.rank, checkpoint, tuple(digests), stall_s)))
+    return StagedRank(checkpoint, stall_s)
+
+
+def prepare_rank(spec: RunSpec, place: Place, state: Any) -> None:
+    """Makes ready what the first save of a state of this shape needs, and touches the memory that it will use.
+
+    Raises:
+        CheckpointError: As `Checkpointer.prepare`.
+    """
+    flat = flatten(state, spec.options.allow_pickle, open_object)
+    orders = _orders(spec, place, SaveRequest(0), flat, prepare=True)
+    for path in {orders.memory, orders.next_memory} - {""}:
+        memory.mapped(path)
+
+
+def _join(spec: RunSpec, place: Place, request: SaveRequest, flat: FlatTree) -> tuple[str, list[bytes]]:
+    """Takes part with an inventory, and stages as it is told."""
+    orders = _orders(spec, place, request, flat, prepare=False)
+    own = [item for item in orders.items if item.path not in flat.objects]
+    digests = stage(flat, own, memory.mapped(orders.memory)) if own else []
+    return orders.checkpoint, _with_objects(spec, place, flat, orders, orders.items, digests)
+
+
+def _orders(spec: RunSpec, place: Place, request: SaveRequest, flat: FlatTree, prepare: bool) -> SaveOrders:
+    key = (spec.service, place.rank, place.world_size)
+    last = _last.pop(key, None)
+    join = JoinSave(
+        place.key,
+        place.rank,
+        place.world_size,
+        request.step,
+        dict(request.metrics),
+        request.tag,
+        request.parent,
+        ensure_server(spec),
+        spec.options.chunk_bytes,
+        take_inventory(flat, spec.options.chunk_bytes, place.world_size),
+        last.promised if last else "",
+        prepare,
+    )
+    reply: SaveOrders = ask(coordinator(spec).join_save, join, SaveOrders)
+    items = tuple(msgspec.structs.replace(item, digest=b"") for item in reply.items)
+    _last[key] = _Last(reply.plan, items, _parts(flat)[0], reply.next_memory)
+    return reply
+
+
+def _parts(flat: FlatTree) -> tuple[dict[str, Node], bytes]:
+    fixed: dict[str, Node] = {}
+    plains: dict[str, Plain] = {}
+    for path, node in flat.nodes.items():
+        if isinstance(node, Plain):
+            plains[path] = node
+        else:
+            fixed[path] = node
+    return fixed, encode_plains(plains)
+
+
+def _repeat(spec: RunSpec, place: Place, request: SaveRequest, flat: FlatTree) -> tuple[str, list[bytes]] | None:
+    """Takes part with the plan of the last save; None where it does not hold any more."""
+    last = _last.get((spec.service, place.rank, place.world_size))
+    if last is None or not last.plan:
+        return None
+    fixed, plains = _parts(flat)
+    if fixed != last.fixed:
+        return None
+    ahead, chunk_bytes = _ahead(last), spec.options.chunk_bytes
+    own = [item for item in last.items if item.path not in flat.objects]
+    digests: list[bytes] = []
+    hashed = any(path not in flat.objects for path, _ in undeclared(flat, place.world_size))
+    if hashed and ahead is not None:
+        digests, found = stage_repeat(flat, own, ahead, chunk_bytes, place.world_size)
+    else:
+        found = {path: identity(flat, path, array, chunk_bytes) for path, array in undeclared(flat, place.world_size)}
+    asked = coordinator(spec).repeat_save.remote(
+        encode(
+            RepeatSave(
+                place.key,
+                place.rank,
+                place.world_size,
+                request.step,
+                dict(request.metrics),
+                request.tag,
+                request.parent,
+                last.plan,
+                plains,
+                b"".join(found.values()),
+            )
+        )
+    )
+    if ahead is not None and not hashed:  # while the coordinator hears from the others
+        digests = stage(flat, own, ahead)
+    reply = answer(asked, RepeatOrders | JoinAgain)
+    if isinstance(reply, JoinAgain):
+        return None
+    there, last.promised = last.promised, reply.next_memory
+    if own and (ahead is None or reply.memory != there):
+        digests = stage(flat, with_digests(flat, own, found, chunk_bytes), memory.mapped(reply.memory))
+    return reply.checkpoint, _with_objects(spec, place, flat, reply, last.items, digests)
+
+
+def _ahead(last: _Last) -> memoryview | None:
+    """The memory that was promised, if it is still there."""
+    try:
+        return memory.mapped(last.promised) if last.promised else None
+    except StorageError:
+        return None
+
+
+def _with_objects(
+    spec: RunSpec,
+    place: Place,
+    flat: FlatTree,
+    orders: SaveOrders | RepeatOrders,
+    items: Sequence[StageItem],
+    digests: Sequence[bytes],
+) -> list[bytes]:
+    """Leaves what lies in Ray objects to the node's shard server.
+
+    Args:
+        spec: The run.
+        place: Which rank.
+        flat: Its tree.
+        orders: What it was told.
+        items: All its items.
+        digests: Of those that it staged itself.
+
+    Returns:
+        Digests of all items, empty ones where the server will tell them.
+    """
+    handles: dict[str, Any] = {}
+    left: list[tuple[int, int, StageItem]] = []
+    own, out = iter(digests), list[bytes]()
+    for i, item in enumerate(items):
+        found = flat.objects.get(item.path)
+        out.append(b"" if found else next(own))
+        if found:
+            handles.setdefault(found.key, found.handle)
+            left.append((list(handles).index(found.key), i, msgspec.structs.replace(item, path=found.path, digest=b"")))
+    if left:
+        order = StageObjects(place.key, place.rank, place.world_size, orders.checkpoint, orders.memory, tuple(left))
+        # In a list, so that Ray hands the references on and not the values.
+        server(spec).stage_objects.remote(encode(order), list(handles.values()))
+    return out
