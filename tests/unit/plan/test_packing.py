@@ -16,7 +16,7 @@ from rl_ckpt.format.digest import digest
 from rl_ckpt.format.shard_file import ALIGNMENT
 from rl_ckpt.plan import deal as deals
 from rl_ckpt.plan.deal import SavePlan, StageItem, deal, settle
-from rl_ckpt.plan.inventory import chunk_values
+from rl_ckpt.plan.inventory import chunk_values, take_inventory
 from rl_ckpt.plan.stage import stage
 from rl_ckpt.state.boxes import Box
 from rl_ckpt.state.dtypes import dtype_from_name
@@ -168,3 +168,13 @@ def test_what_lies_between_fields_is_hashed_alike_every_time() -> None:
     flat = flatten({"records": records.T})
     expected = b"".join(row.tobytes() for row in records.T.copy(order="K").T.reshape(2, 3).view("V24").T)
     assert bytes(chunk_values(flat, "records", Box.whole((3, 2)))) == expected
+    memory = memoryview(bytearray(b"\xee" * 144))
+    assert stage(flat, [StageItem("records", Box.whole((3, 2)), 0, 144, b"")], memory) == [digest(expected)]
+    assert memory == expected
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_arrays_are_known_by_their_values_in_c_order_whatever_their_layout(layout: str) -> None:
+    array = LAYOUTS[layout](np.arange(12.0).reshape(3, 4))
+    found = take_inventory(flatten({"w": array}), 1 << 20, 2).identities["w"]
+    assert found == digest(array.tobytes())
