@@ -16,7 +16,7 @@ from rl_ckpt.format.digest import digest
 from rl_ckpt.format.shard_file import ALIGNMENT
 from rl_ckpt.plan import deal as deals
 from rl_ckpt.plan.deal import SavePlan, StageItem, deal, settle
-from rl_ckpt.plan.inventory import chunk_values
+from rl_ckpt.plan.inventory import chunk_values, take_inventory
 from rl_ckpt.plan.stage import stage
 from rl_ckpt.state.boxes import Box
 from rl_ckpt.state.dtypes import dtype_from_name
@@ -61,12 +61,9 @@ def test_rows_know_their_rank() -> None:
 
 
 def test_rows_are_split_into_files_by_bytes() -> None:
-    plan = planned([{f"a{i}": np.full(125, i) for i in range(4000)}], streams=4)
-    files = plan.files["s"]
+    files = planned([{f"a{i}": np.full(125, i) for i in range(4000)}], streams=4).files["s"]
     assert [sum(c.bytes for c in file.columns) for file in files] == [1_049_000, 1_049_000, 1_049_000, 853_000]
     assert all(file.columns[0].offset % ALIGNMENT == 0 for file in files)
-    found = {("s", c.offset): digest(c.path.encode()) for file in files for c in file.columns}
-    assert len({file.name for file in settle(plan, "1-x", found, {}).files["s"]}) == 4
 
 
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=2).map(tuple)
@@ -89,7 +86,12 @@ def test_rows_lie_side_by_side_and_aligned(items: list[tuple[Any, Any]], world: 
         ("s", c.offset): digest(str((c.path, c.offset in dropped)).encode()) for f in plan.files["s"] for c in f.columns
     }
     stored = {(found["s", c.offset], c.bytes): OLD for f in plan.files["s"] for c in f.columns if c.offset in dropped}
-    for file in settle(plan, "1-x", found, stored).files.get("s", []):
+    settled = settle(plan, "1-x", found, stored).files.get("s", [])
+    assert [file.name for file in settled] == [f"shards/1-x/s-{k}.arrow" for k in range(len(settled))]
+    assert {row.path for file in settled if file.packed for row in file.columns} <= {
+        row.path for file in plan.files["s"] if file.packed for row in file.columns
+    }
+    for file in settled:
         at = 0
         for row in file.columns if file.packed else ():
             assert row.offset not in dropped
@@ -166,3 +168,13 @@ def test_what_lies_between_fields_is_hashed_alike_every_time() -> None:
     flat = flatten({"records": records.T})
     expected = b"".join(row.tobytes() for row in records.T.copy(order="K").T.reshape(2, 3).view("V24").T)
     assert bytes(chunk_values(flat, "records", Box.whole((3, 2)))) == expected
+    memory = memoryview(bytearray(b"\xee" * 144))
+    assert stage(flat, [StageItem("records", Box.whole((3, 2)), 0, 144, b"")], memory) == [digest(expected)]
+    assert memory == expected
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_arrays_are_known_by_their_values_in_c_order_whatever_their_layout(layout: str) -> None:
+    array = LAYOUTS[layout](np.arange(12.0).reshape(3, 4))
+    found = take_inventory(flatten({"w": array}), 1 << 20, 2).identities["w"]
+    assert found == digest(array.tobytes())
