@@ -1,9 +1,9 @@
 """`python -m benchmarks.scale`: what a coordinator costs with thousands of workers, and what storage allows.
 
-    growth      simulates saves and restores at many sizes; prints the tables, writes the plot
-    point       one size, in this process, as JSON
-    model       predicted times for 8 … 1,024 nodes and 1 GB … 10 TB
-    calibrate   measures 1 … 4 raylets on this machine, and prints how far the model is off
+growth      simulates saves and restores at many sizes; prints the tables, writes the plot
+point       one size, in this process, as JSON
+model       predicted times for 8 … 1,024 nodes and 1 GB … 10 TB
+calibrate   measures 1 … 4 raylets on this machine, and prints how far the model is off
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def main() -> None:
     )
     modes = parser.add_subparsers(dest="mode", required=True)
     grow = modes.add_parser("growth")
-    grow.add_argument("--json", type=Path, default=_OUT / "scale.json", help="kept figures; what stands there is not run")
+    grow.add_argument(
+        "--json", type=Path, default=_OUT / "scale.json", help="kept figures; what stands there is not run"
+    )
     grow.add_argument("--plot", type=Path, default=Path("docs/img/scaling.svg"))
     grow.add_argument("--most", type=int, default=None, help="stop after so many points")
     one = modes.add_parser("point")

@@ -79,9 +79,11 @@ def measure(url: str, storage_options: Mapping[str, Any] | None, raylets: int) -
 
 
 def fitted(found: list[Measured]) -> dict[int, tuple[Cluster, Cluster]]:
-    """The machine as the model sees it, for saves and for restores, by raylets; from the corners of what was measured."""
+    """The machine as the model sees it, for saves and for restores, by raylets; from the corners of the settings."""
     out = {}
-    one, four = (sorted((m for m in found if m.raylets == n), key=lambda m: m.size_bytes) for n in (RAYLETS[0], RAYLETS[-1]))
+    one, four = (
+        sorted((m for m in found if m.raylets == n), key=lambda m: m.size_bytes) for n in (RAYLETS[0], RAYLETS[-1])
+    )
     for raylets in RAYLETS:
         both = []
         for times in (lambda m: m.save_s, lambda m: m.restore_s):
@@ -142,11 +144,18 @@ def calibrate(only: str | None = None) -> str:
                 continue
             found = [m for raylets in RAYLETS for m in measure(url, storage_options, raylets)]
             for m, save_s, restore_s in compare(found):
-                off = [save_s / m.save_s - 1, restore_s / m.restore_s - 1]
-                errors += [abs(x) for x in off] if inside(m) else []
-                lines.append(
-                    f"| {name} | {m.raylets}{'' if inside(m) else ' (fitted)'} | {m.size_bytes / 1e6:.0f} | {m.save_s:.3f} | {save_s:.3f} | {off[0]:+.0%} "
-                    f"| {m.restore_s:.3f} | {restore_s:.3f} | {off[1]:+.0%} |"
-                )
-    lines += ["", f"Where nothing was fitted, predictions are off by {median(errors):.0%} (median), {max(errors):.0%} at most."]
+                if inside(m):
+                    errors += [abs(save_s / m.save_s - 1), abs(restore_s / m.restore_s - 1)]
+                lines.append(_row(name, m, save_s, restore_s))
+    lines += [
+        "",
+        f"Where nothing was fitted, predictions are off by {median(errors):.0%} (median), {max(errors):.0%} at most.",
+    ]
     return "\n".join(lines)
+
+
+def _row(store: str, m: Measured, save_s: float, restore_s: float) -> str:
+    raylets = f"{m.raylets}" if inside(m) else f"{m.raylets} (fitted)"
+    save = [f"{m.save_s:.3f}", f"{save_s:.3f}", f"{save_s / m.save_s - 1:+.0%}"]
+    restore = [f"{m.restore_s:.3f}", f"{restore_s:.3f}", f"{restore_s / m.restore_s - 1:+.0%}"]
+    return "| " + " | ".join([store, raylets, f"{m.size_bytes / 1e6:.0f}", *save, *restore]) + " |"

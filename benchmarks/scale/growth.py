@@ -61,12 +61,27 @@ def point(kind: str, workers: int, chunks: int) -> None:
 
 def table(found: dict[Job, Figures]) -> str:
     """A row a job, as Markdown."""
-    head = ["state", "workers", "chunks", *PLANNED, "save, s", "save, peak MB", "restore, s", "peak MB", "manifest MB", "in MB"]
+    head = [
+        "state",
+        "workers",
+        "chunks",
+        *PLANNED,
+        "save, s",
+        "save, peak MB",
+        "restore, s",
+        "peak MB",
+        "manifest MB",
+        "in MB",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for job, f in sorted(found.items(), key=lambda item: (item[0].kind, item[0].workers, item[0].chunks)):
         cells = [job.kind, f"{job.workers:,}", f"{f.chunks:,}"]
         cells += [f"{f.seconds.get(name, 0):.2f}" for name in PLANNED]
-        cells += [f"**{f.save_s:.2f}**", f"{f.save_peak_bytes / 1e6:,.0f}", f"{f.restore_s:.2f}{' (mapped)' * f.mapped}"]
+        cells += [
+            f"**{f.save_s:.2f}**",
+            f"{f.save_peak_bytes / 1e6:,.0f}",
+            f"{f.restore_s:.2f}{' (mapped)' * f.mapped}",
+        ]
         cells += [f"{f.peak_bytes / 1e6:,.0f}", f"{f.manifest_bytes / 1e6:.1f}", f"{f.bytes_in / 1e6:,.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -80,7 +95,7 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
 
 
 def series(found: dict[Job, Figures]) -> dict[str, list[tuple[float, Figures]]]:
-    """Figures along one axis at a time: by what grows, the size and its figures, the sizes where fixed costs count left out."""
+    """Figures along one axis at a time, from the size on where fixed costs count no more: size and figures, by axis."""
     out: dict[str, list[tuple[float, Figures]]] = {}
     for kind in ("mixed", "sharded", "replicated"):
         mine = [(job, f) for job, f in found.items() if job.kind == kind]
@@ -130,7 +145,9 @@ def plot(found: dict[Job, Figures], path: Path) -> None:
         (line,) = axis.loglog(sizes, [f.save_s for _, f in rows], marker="o", label=f"{name.split(',')[0]}: save")
         alike = [(size, f) for size, f in rows if not f.mapped]
         style = {"marker": "x", "linestyle": "--", "color": line.get_color()}
-        axis.loglog([s for s, _ in alike], [f.restore_s for _, f in alike], label=f"{name.split(',')[0]}: restore", **style)
+        axis.loglog(
+            [s for s, _ in alike], [f.restore_s for _, f in alike], label=f"{name.split(',')[0]}: restore", **style
+        )
     for axis, what in zip(axes, ("chunks, 1,000 workers", "workers, 100,000 chunks"), strict=True):
         axis.set_xlabel(what)
         axis.grid(which="major", alpha=0.3)

@@ -124,7 +124,9 @@ def predict_save(cluster: Cluster, load: Load, options: Options, costs: Coordina
     requests = cluster.nodes * files * (parts + (3 if parts > 1 else 0))  # create, complete, look
     messages = workers * load.replicated * chunks * costs.inventory_bytes
     plan = costs.chunk_save_s * chunks + costs.worker_save_s * workers + costs.inventory_byte_s * messages
-    hashed = load.bytes * load.replicated * cluster.workers_per_node + a_node  # each replica, to be found; then what is staged
+    hashed = (
+        load.bytes * load.replicated * cluster.workers_per_node + a_node
+    )  # each replica, to be found; then what is staged
     manifest = chunks * costs.manifest_bytes
     return Prediction(
         {

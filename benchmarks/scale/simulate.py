@@ -127,7 +127,16 @@ class Simulation:
         instructions: list[sm.Instruction] = []
         for rank, inventory in enumerate(self.job.inventories(version)):
             message = JoinSave(
-                f"save-{step}", rank, self.job.workers, step, {}, None, None, self.job.server(rank), CHUNK_BYTES, inventory
+                f"save-{step}",
+                rank,
+                self.job.workers,
+                step,
+                {},
+                None,
+                None,
+                self.job.server(rank),
+                CHUNK_BYTES,
+                inventory,
             )
             begun = time.perf_counter()
             data = encode(message)
@@ -170,7 +179,9 @@ class Simulation:
     def _commit(self, instructions: list[sm.Instruction]) -> Manifest:
         for write in _all(instructions, sm.Write):
             self._out("orders", write.order)
-            done = WriteDone(tuple(_written(len(f.columns), sum(c.bytes for c in f.columns)) for f in write.order.files))
+            done = WriteDone(
+                tuple(_written(len(f.columns), sum(c.bytes for c in f.columns)) for f in write.order.files)
+            )
             reply = self._in("orders", encode(done), WriteDone)
             assert isinstance(reply, WriteDone)
             with self.figures.phase("orders"):
@@ -218,7 +229,9 @@ class Simulation:
         f = self.figures
         instructions: list[rm.Instruction] = []
         for rank in range(self.job.workers):
-            message = self._in("restore, messages", encode(OpenRestore("restore", rank, self.job.workers, None)), OpenRestore)
+            message = self._in(
+                "restore, messages", encode(OpenRestore("restore", rank, self.job.workers, None)), OpenRestore
+            )
             assert isinstance(message, OpenRestore)
             with f.phase("restore, messages"):
                 instructions = self.restores.open(message)

@@ -16,7 +16,6 @@ from rl_ckpt.state.boxes import Box, cut
 from rl_ckpt.state.dtypes import dtype_from_name
 from rl_ckpt.state.tree import AUTO, FlatTree, LocalArray, Node
 
-
 _PART_NODES = 32  # on average: so few that a leaf of a rank's own costs little, so many that a hash pays
 
 

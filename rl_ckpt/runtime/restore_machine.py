@@ -295,9 +295,7 @@ class RestoreMachine:
         ]
         return [*answers, Arm(token, VERIFYING, self.options.write_timeout_s)]
 
-    def _sources(
-        self, restore: Restore, matched: Matched, known: dict[tuple[str, int], tuple[int, ...]]
-    ) -> Sources:
+    def _sources(self, restore: Restore, matched: Matched, known: dict[tuple[str, int], tuple[int, ...]]) -> Sources:
         """Where a rank finds its chunks; `known` holds the offsets of parts of needs, by server."""
         server, twins, places = matched.server, restore.twins, restore.offsets[matched.server]
         for part in matched.needs.parts:

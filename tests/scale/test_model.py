@@ -9,8 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.scale import model
 from benchmarks.scale.calibrate import RAYLETS, SIZES, Measured, compare, inside
-from benchmarks.scale.model import GB, MB, NODES, SIZES as MODEL_SIZES, TB, Cluster, Load, predict_restore, predict_save, tables
+from benchmarks.scale.model import (
+    GB,
+    MB,
+    NODES,
+    TB,
+    Cluster,
+    Load,
+    predict_restore,
+    predict_save,
+    tables,
+)
 from rl_ckpt.options import Options
 
 BOTH = pytest.mark.parametrize("predict", [predict_save, predict_restore])
@@ -33,13 +44,16 @@ def test_more_bytes_never_take_less(predict, nodes: int, size: float, more: floa
 
 @BOTH
 @pytest.mark.parametrize(
-    "name", ["memory_rate", "nic_rate", "client_rate", "connection_rate", "store_rate", "put_rate", "get_rate", "pass_rate"]
+    "name",
+    ["memory_rate", "nic_rate", "client_rate", "connection_rate", "store_rate", "put_rate", "get_rate", "pass_rate"],
 )
 @given(nodes=nodes, size=bytes_, share=shares)
 def test_a_higher_rate_never_takes_longer(predict, name: str, nodes: int, size: float, share: float) -> None:
     cluster = Cluster(nodes=nodes, store_rate=100 * GB)
     faster = replace(cluster, **{name: 2 * getattr(cluster, name)})
-    assert predict(faster, Load(size, share), Options()).seconds <= predict(cluster, Load(size, share), Options()).seconds
+    assert (
+        predict(faster, Load(size, share), Options()).seconds <= predict(cluster, Load(size, share), Options()).seconds
+    )
 
 
 def test_limits_decide_where_they_should() -> None:
@@ -68,7 +82,9 @@ def test_options_move_the_limits_that_the_page_says_they_move() -> None:
     assert restored.limit == "coordinator"
     assert larger_chunks.seconds < 0.5 * restored.seconds
     few = Cluster(nodes=1)
-    one_stream = predict_save(few, Load(GB), Options(write_streams=1, file_bytes=64 << 20)).steps["write"]["connections"]
+    one_stream = predict_save(few, Load(GB), Options(write_streams=1, file_bytes=64 << 20)).steps["write"][
+        "connections"
+    ]
     assert one_stream > predict_save(few, Load(GB), Options()).steps["write"]["connections"]
 
 
@@ -93,4 +109,4 @@ def test_a_machine_that_behaves_as_the_model_is_predicted_exactly() -> None:
 def test_the_tables_cover_what_the_page_says() -> None:
     lines = [line for line in tables().splitlines() if line.startswith("| 1,024")]
     assert len(lines) == 4
-    assert all(line.count("|") == len(MODEL_SIZES) + 2 for line in lines)
+    assert all(line.count("|") == len(model.SIZES) + 2 for line in lines)
