@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ class Simulation:
 
     def __post_init__(self) -> None:
         """A run in this process's memory."""
-        self.run = Run.create(f"memory://scale-{id(self)}")
+        self.run = Run.create(f"memory://scale-{uuid.uuid4().hex}")
         self.committer = Committer(self.run, (), 0.0)
         self.saves = sm.SaveMachine(self.options)
         self.restores = rm.RestoreMachine(self.options)

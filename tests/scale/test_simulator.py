@@ -116,6 +116,31 @@ def test_more_replicas_of_the_same_cost_next_to_nothing() -> None:
     assert many < 1.6 * few
 
 
+def test_who_holds_an_array_is_said_once_for_all_of_them() -> None:
+    merged = merge(list(Job("replicated", 16, 400).inventories()), 1 << 24)
+    assert len({id(chunk.holders) for array in merged.arrays for chunk in array.chunks}) == 1
+
+
+class _CountedRanks(tuple[int, ...]):
+    """Ranks that count how often they are hashed: with a thousand of them, that is what takes time."""
+
+    hashed = 0
+
+    def __hash__(self) -> int:
+        _CountedRanks.hashed += 1
+        return super().__hash__()
+
+
+def test_the_holders_of_many_chunks_are_not_hashed_for_each() -> None:
+    merged = merge(list(Job("replicated", 16, 400).inventories()), 1 << 24)
+    holders = _CountedRanks(range(16))
+    for array in merged.arrays:
+        for chunk in array.chunks:
+            chunk.holders = holders
+    deal(merged, ["s"] * 16, "1-x", {}, 4, 256 << 20)
+    assert 0 < _CountedRanks.hashed < 10
+
+
 def test_a_restore_of_replicas_is_planned_without_asking_every_server_for_every_chunk() -> None:
     job = Job("replicated", 64, 800)
     manifest = Simulation(job).save(1)
