@@ -28,6 +28,7 @@ from rl_ckpt.plan.spread import ChunkId, Needs
 from rl_ckpt.runtime import restore_machine as rm
 from rl_ckpt.runtime import save_machine as sm
 from rl_ckpt.runtime.messages import (
+    Apply,
     FetchDone,
     FetchOrder,
     JoinSave,
@@ -103,6 +104,7 @@ class Simulation:
         self.committer = Committer(self.run, (), 0.0)
         self.saves = sm.SaveMachine(self.options)
         self.restores = rm.RestoreMachine(self.options)
+        self.bytes_from: dict[str, int] = {}
 
     def save(self, step: int, version: int = 0) -> Manifest:
         """A whole save; `version` as for `Job.tree`."""
@@ -270,6 +272,8 @@ class Simulation:
             with self.figures.phase("restore, messages"):
                 instructions = self.restores.verify(Verified("restore", token, rank, ""))
         for answer in _all(instructions, rm.Answer):
+            assert isinstance(answer.reply, Apply), answer.reply
+            self.bytes_from = answer.reply.bytes_from
             self._out("restore, messages", answer.reply)
         with self.figures.phase("restore, messages"):
             for rank in range(self.job.workers):

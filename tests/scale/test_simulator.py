@@ -37,6 +37,9 @@ def test_a_save_and_a_restore_are_whole(kind: str) -> None:
     assert sum(read.values()) == 400  # each chunk leaves the store once
     assert set(files) == {file.name for file in manifest.files}
     assert simulation.figures.save_s > 0 < simulation.figures.restore_s
+    simulation.restore(mappable=True)
+    wanted = [manifest.arrays[a].chunks[c].bytes for mine in needs for a, c in mine]
+    assert simulation.bytes_from == {"files": sum(wanted)}  # every rank maps what it needs, replicas too
 
 
 def test_a_second_save_writes_what_changed() -> None:
@@ -175,3 +178,9 @@ def test_shards_along_any_axis_are_checked_in_linear_time(monkeypatch: pytest.Mo
     ragged = [b for b in grid if b.offset[1]] + [Box((8 * row, 0), (8, 4)) for row in range(10)]
     check_tiling("w", (80, 80), ragged)
     assert 0 < len(compared) < 20 * len(ragged)
+    compared.clear()
+    # Columns, each cut in two, at one row or at another.
+    columns = [(at, 1 + at % 2) for at in range(200)]
+    halves = [Box((0, at), (row, 1)) for at, row in columns] + [Box((row, at), (4 - row, 1)) for at, row in columns]
+    check_tiling("w", (4, 200), halves)
+    assert 0 < len(compared) < 3 * len(halves)
