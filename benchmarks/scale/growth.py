@@ -15,10 +15,14 @@ from benchmarks.scale.synthetic import Job
 
 POINTS = [
     *(Job("mixed", workers, 100_000) for workers in (10, 100, 1000, 10_000)),
-    *(Job("mixed", 1000, chunks) for chunks in (1000, 10_000, 1_000_000)),
-    *(Job("sharded", 1000, chunks) for chunks in (1000, 10_000, 100_000, 1_000_000)),
-    *(Job("sharded", workers, 100_000) for workers in (10, 100, 10_000)),
-    *(Job("replicated", 1000, chunks) for chunks in (1000, 10_000, 100_000)),
+    *(Job("mixed", 1000, chunks) for chunks in (1000, 10_000)),
+    *(Job("sharded", 1000, chunks) for chunks in (1000, 10_000, 100_000)),
+    *(Job("replicated", 1000, chunks) for chunks in (1000, 10_000)),
+    *(Job("sharded", workers, 100_000) for workers in (10, 100)),
+    Job("replicated", 1000, 100_000),
+    Job("sharded", 10_000, 100_000),
+    Job("sharded", 1000, 1_000_000),
+    Job("mixed", 1000, 1_000_000),
 ]
 _LONG_S = 10.0
 GOAL = (1000, 100_000)
