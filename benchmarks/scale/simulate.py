@@ -1,8 +1,9 @@
 """One save and one restore with no bytes moved: the real state machines, planners, committer and message codec.
 
 What a coordinator would do for `Job`, on one core: decode every message, feed the machines, carry the instructions out
-by computing what the other side would answer, encode every reply. Time spent on behalf of workers and shard servers
-(making inventories, answering) is not counted, but for two figures that say what one worker pays.
+by computing what the other side would answer, encode every reply. Seconds are CPU time of this process, which other
+programs hardly change. Time spent on behalf of workers and shard servers (making inventories, answering) is not
+counted, but for two figures that say what one worker pays.
 """
 
 from __future__ import annotations
@@ -75,9 +76,9 @@ class Figures:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds the time of its body to a phase."""
-        begun = time.perf_counter()
+        begun = time.process_time()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - begun
 
     @property
     def save_s(self) -> float:
@@ -141,10 +142,10 @@ class Simulation:
                 CHUNK_BYTES,
                 inventory,
             )
-            begun = time.perf_counter()
+            begun = time.process_time()
             data = encode(message)
             if rank == 0:
-                self.figures.seconds["a worker encodes"] = time.perf_counter() - begun
+                self.figures.seconds["a worker encodes"] = time.process_time() - begun
             join = self._in("join", data, JoinSave)
             assert isinstance(join, JoinSave)
             del data, message, inventory
@@ -255,7 +256,7 @@ class Simulation:
     def a_worker_matches(self, manifest: Manifest, rank: int = 0) -> list[ChunkId]:
         """What a rank does to find what it needs; its time is kept."""
         nodes, _ = self.job.tree(rank)
-        begun = time.perf_counter()
+        begun = time.process_time()
         match = match_state(view(manifest, rank), nodes, manifest)
         assert not match.problems, match.problems.lines()[:3]
         found: list[ChunkId] = []
@@ -264,7 +265,7 @@ class Simulation:
             if isinstance(fill, ArrayRef) and isinstance(here, LocalArray):
                 chunks = manifest.arrays[fill.index].chunks
                 found += [(fill.index, c) for c, chunk in enumerate(chunks) if overlap(chunk.box, here.box)]
-        self.figures.seconds["a worker matches"] = time.perf_counter() - begun
+        self.figures.seconds["a worker matches"] = time.process_time() - begun
         return found
 
     def _finish_restore(self, token: str) -> None:
