@@ -15,14 +15,18 @@ from benchmarks.scale.synthetic import Job
 
 POINTS = [
     *(Job("mixed", workers, 100_000) for workers in (10, 100, 1000, 10_000)),
-    *(Job("mixed", 1000, chunks) for chunks in (1000, 10_000, 1_000_000)),
-    *(Job("sharded", 1000, chunks) for chunks in (1000, 10_000, 100_000, 1_000_000)),
-    *(Job("sharded", workers, 100_000) for workers in (10, 100, 10_000)),
-    *(Job("replicated", 1000, chunks) for chunks in (1000, 10_000, 100_000)),
+    *(Job("mixed", 1000, chunks) for chunks in (1000, 10_000)),
+    *(Job("sharded", 1000, chunks) for chunks in (1000, 10_000, 100_000)),
+    *(Job("replicated", 1000, chunks) for chunks in (1000, 10_000)),
+    *(Job("sharded", workers, 100_000) for workers in (10, 100)),
+    Job("replicated", 1000, 100_000),
+    Job("sharded", 10_000, 100_000),
+    Job("sharded", 1000, 1_000_000),
+    Job("mixed", 1000, 1_000_000),
 ]
 _LONG_S = 10.0
 GOAL = (1000, 100_000)
-GOAL_S, GOAL_BYTES = 5.0, 2 << 30
+GOAL_S, GOAL_BYTES = 5.0, 2 * 10**9
 
 
 def measure(jobs: Iterable[Job], kept: Path, tries: int = 3) -> dict[Job, Figures]:

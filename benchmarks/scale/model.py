@@ -69,18 +69,18 @@ class Load:
 class Coordinator:
     """Seconds of the coordinator on one core, from the growth tables (docs/scaling.md)."""
 
-    chunk_save_s: float = 20e-6
-    worker_save_s: float = 250e-6
-    inventory_byte_s: float = 0.25e-9
+    chunk_save_s: float = 16e-6
+    worker_save_s: float = 100e-6
+    inventory_byte_s: float = 0.4e-9
     """Of replicas' inventories, for each byte received."""
     inventory_bytes: float = 54.0
     """In an inventory, a replicated chunk."""
-    chunk_restore_s: float = 12e-6
+    chunk_restore_s: float = 9e-6
     pass_s: float = 3e-6
     """A chunk that one server takes from another."""
-    manifest_bytes: float = 125.0
+    manifest_bytes: float = 110.0
     """In the manifest, a chunk."""
-    candidate_byte_s: float = 0.4e-9
+    candidate_byte_s: float = 0.1e-9
     """Of the manifest, for each byte sent to each worker."""
 
 

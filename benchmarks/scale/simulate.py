@@ -1,8 +1,9 @@
 """One save and one restore with no bytes moved: the real state machines, planners, committer and message codec.
 
 What a coordinator would do for `Job`, on one core: decode every message, feed the machines, carry the instructions out
-by computing what the other side would answer, encode every reply. Time spent on behalf of workers and shard servers
-(making inventories, answering) is not counted, but for two figures that say what one worker pays.
+by computing what the other side would answer, encode every reply. Seconds are CPU time of this process, which other
+programs hardly change. Time spent on behalf of workers and shard servers (making inventories, answering) is not
+counted, but for two figures that say what one worker pays.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from rl_ckpt.plan.spread import ChunkId, Needs
 from rl_ckpt.runtime import restore_machine as rm
 from rl_ckpt.runtime import save_machine as sm
 from rl_ckpt.runtime.messages import (
+    Apply,
     FetchDone,
     FetchOrder,
     JoinSave,
@@ -74,9 +76,9 @@ class Figures:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Adds the time of its body to a phase."""
-        begun = time.perf_counter()
+        begun = time.process_time()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - begun
 
     @property
     def save_s(self) -> float:
@@ -103,6 +105,7 @@ class Simulation:
         self.committer = Committer(self.run, (), 0.0)
         self.saves = sm.SaveMachine(self.options)
         self.restores = rm.RestoreMachine(self.options)
+        self.bytes_from: dict[str, int] = {}
 
     def save(self, step: int, version: int = 0) -> Manifest:
         """A whole save; `version` as for `Job.tree`."""
@@ -139,10 +142,10 @@ class Simulation:
                 CHUNK_BYTES,
                 inventory,
             )
-            begun = time.perf_counter()
+            begun = time.process_time()
             data = encode(message)
             if rank == 0:
-                self.figures.seconds["a worker encodes"] = time.perf_counter() - begun
+                self.figures.seconds["a worker encodes"] = time.process_time() - begun
             join = self._in("join", data, JoinSave)
             assert isinstance(join, JoinSave)
             del data, message, inventory
@@ -253,7 +256,7 @@ class Simulation:
     def a_worker_matches(self, manifest: Manifest, rank: int = 0) -> list[ChunkId]:
         """What a rank does to find what it needs; its time is kept."""
         nodes, _ = self.job.tree(rank)
-        begun = time.perf_counter()
+        begun = time.process_time()
         match = match_state(view(manifest, rank), nodes, manifest)
         assert not match.problems, match.problems.lines()[:3]
         found: list[ChunkId] = []
@@ -262,7 +265,7 @@ class Simulation:
             if isinstance(fill, ArrayRef) and isinstance(here, LocalArray):
                 chunks = manifest.arrays[fill.index].chunks
                 found += [(fill.index, c) for c, chunk in enumerate(chunks) if overlap(chunk.box, here.box)]
-        self.figures.seconds["a worker matches"] = time.perf_counter() - begun
+        self.figures.seconds["a worker matches"] = time.process_time() - begun
         return found
 
     def _finish_restore(self, token: str) -> None:
@@ -270,6 +273,8 @@ class Simulation:
             with self.figures.phase("restore, messages"):
                 instructions = self.restores.verify(Verified("restore", token, rank, ""))
         for answer in _all(instructions, rm.Answer):
+            assert isinstance(answer.reply, Apply), answer.reply
+            self.bytes_from = answer.reply.bytes_from
             self._out("restore, messages", answer.reply)
         with self.figures.phase("restore, messages"):
             for rank in range(self.job.workers):

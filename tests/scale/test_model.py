@@ -79,8 +79,9 @@ def test_options_move_the_limits_that_the_page_says_they_move() -> None:
     )
     restored = predict_restore(many, Load(TB), Options())
     larger_chunks = predict_restore(many, Load(TB), Options(chunk_bytes=64 << 20))
-    assert restored.limit == "coordinator"
-    assert larger_chunks.seconds < 0.5 * restored.seconds
+    assert restored.limit.startswith("coordinator")
+    assert max(larger_chunks.steps["manifest"].values()) < 0.3 * max(restored.steps["manifest"].values())
+    assert larger_chunks.limit == "request rate"  # the next one
     few = Cluster(nodes=1)
     one_stream = predict_save(few, Load(GB), Options(write_streams=1, file_bytes=64 << 20)).steps["write"][
         "connections"

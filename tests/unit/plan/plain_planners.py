@@ -41,8 +41,8 @@ def _variants(
     declared = {node.declared for node in arrays.values()}
     if declared == {SHARDED}:
         boxes: dict[Box, list[int]] = {}
-        for rank, node in arrays.items():
-            boxes.setdefault(node.box, []).append(rank)
+        for rank, array in arrays.items():
+            boxes.setdefault(array.box, []).append(rank)
         first = next(iter(arrays.values()))
         chunks = [
             MergedChunk(box, box_bytes(first, box), b"", tuple(ranks))

@@ -32,8 +32,11 @@ def received(inventories: list[Inventory]) -> list[Inventory]:
 def test_ranks_that_say_the_same_are_merged_as_one_by_one(job: tuple[list[Any], list[str]], leaves: int) -> None:
     states, _ = job
     for rank, state in enumerate(states):  # plain leaves: alike on all, different, only some ranks'
-        only = {"only": rank} if rank % 2 and leaves > 1 else {}
-        state["plain"] = {"step": 7, "seed": rank if leaves else 1, **only}
+        state["plain"] = {
+            "step": 7,
+            "seed": rank if leaves else 1,
+            **({"only": rank} if rank % 2 and leaves > 1 else {}),
+        }
     sent = [take_inventory(flatten(state), CHUNK, len(states)) for state in states]
     expected = plain_merge(sent, CHUNK)
     for found in (merge(sent, CHUNK), merge(received(sent), CHUNK)):
