@@ -101,7 +101,8 @@ def standing(
     """
     parts = [inventory.parts for inventory in inventories]
     distinct = {id(part): part for mine in parts for part in mine}.values()
-    plain = {path for part in distinct for path, node in part.nodes.items() if isinstance(node, Plain)}
+    plains = {id(part): {p: node for p, node in part.nodes.items() if isinstance(node, Plain)} for part in distinct}
+    plain = set[str]().union(*plains.values())
     if any(not isinstance(part.nodes.get(path, Plain(None)), Plain) for part in distinct for path in plain):
         return None
     common = frozenset(id(part) for part in parts[0]).intersection(*({id(part) for part in mine} for mine in parts[1:]))
@@ -110,12 +111,8 @@ def standing(
         for part in mine:
             if id(part) not in common:
                 _add(other, part, rank, part.identities.values())
-    blobs = [encode_plains(_plains_of(mine)) for mine in parts]
+    blobs = [encode_plains({p: n for part in mine for p, n in plains[id(part)].items()}) for mine in parts]
     return Standing(plan_id, tuple(servers), chunk_bytes, plan, blobs, parts, common, _label(other))
-
-
-def _plains_of(parts: Iterable[Part]) -> Plains:
-    return {path: node for part in parts for path, node in part.nodes.items() if isinstance(node, Plain)}
 
 
 def encode_plains(plains: Plains) -> bytes:

@@ -163,7 +163,7 @@ class SaveMachine:
         save.plan_id = save.token
         # The ranks to which memory was promised are all here: then none of them writes into it.
         same = self._standing is not None and self._standing.servers == save.servers
-        self._generations.revoke({j.server: j.promised for j in joined if same and _agree(joined, j)})
+        self._generations.revoke(_agreed(joined) if same else {})
         self._standing = standing(save.plan_id, inventories, save.servers, save.plan, chunk_bytes)
         return self._prepare(save) if save.prepare else self._admit(save)
 
@@ -454,9 +454,12 @@ class SaveMachine:
         return [*self._try_commit(), *self._next_generation()]
 
 
-def _agree(joined: Sequence[JoinSave], one: JoinSave) -> bool:
-    """Whether all ranks of a server name the same promised file."""
-    return all(join.promised == one.promised for join in joined if join.server == one.server)
+def _agreed(joined: Sequence[JoinSave]) -> dict[str, str]:
+    """The promised file by server, where all its ranks name the same."""
+    named: dict[str, set[str]] = {}
+    for join in joined:
+        named.setdefault(join.server, set()).add(join.promised)
+    return {server: files.pop() for server, files in named.items() if len(files) == 1}
 
 
 def _over() -> Failure:

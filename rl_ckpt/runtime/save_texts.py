@@ -18,8 +18,8 @@ def join_problem(save: Save, message: JoinSave | RepeatSave) -> str | None:
         return f"rank {message.rank} says there are {message.world_size} workers, others say {save.world_size}"
     if message.rank in save.here:
         return f"two workers joined the save of step {message.step} as rank {message.rank}; give each its own rank"
-    others = save.joined.values()
-    if isinstance(message, JoinSave) and any(other.chunk_bytes != message.chunk_bytes for other in others):
+    other = next(iter(save.joined.values()), None)
+    if isinstance(message, JoinSave) and other is not None and other.chunk_bytes != message.chunk_bytes:
         return "the ranks cut their arrays by different `chunk_bytes`; give all Checkpointers of a run the same options"
     if message.step != save.request.step:
         return f"rank {message.rank} saves step {message.step}, others step {save.request.step}"
