@@ -41,7 +41,7 @@ def stage_objects(order: StageObjects, objects: Sequence[Any], allow_pickle: boo
         Digests of the copies by index among the rank's items.
 
     Raises:
-        InvalidInputError: An object is lost,.
+        InvalidInputError: An object is lost.
     """
     staged: dict[int, bytes] = {}
     for o, reference in enumerate(objects):
