@@ -147,6 +147,12 @@ def _balance(writes: list[_Write], servers: Sequence[str]) -> list[tuple[int, _W
     node_load = dict.fromkeys(servers, 0)
     mine: list[list[int]] = [[] for _ in servers]  # numbers of the chunks dealt to each rank
     for holders, group in _by_holders(writes):
+        if len(holders) == 1:  # nothing to choose
+            size = sum(writes[number].chunk.size_bytes for number in group)
+            rank_load[holders[0]] += size
+            node_load[servers[holders[0]]] += size
+            mine[holders[0]] += group
+            continue
         heap = [(rank_load[r], node_load[servers[r]], r) for r in holders]
         heapq.heapify(heap)
         for number in sorted(group, key=lambda i: -writes[i].chunk.size_bytes):
@@ -313,7 +319,7 @@ def entries(
         for server, done in written.items()
         if server in plan.files
     }
-    arrays = []
+    arrays, index, last = [], 0, None
     for a, array in enumerate(plan.merged.arrays):
         chunks = []
         for c, chunk in enumerate(array.chunks):
@@ -326,7 +332,8 @@ def entries(
                 offset = written[source.server][source.file].offsets[source.column]
                 column = plan.files[source.server][source.file].columns[source.column]
                 digest = digests[source.server, column.offset].hex()
-            index = files.setdefault(file, len(files))
+            if file is not last:  # most lie in the file of the one before
+                index, last = files.setdefault(file, len(files)), file
             chunks.append(Chunk(chunk.box, index, offset, chunk.size_bytes, digest))
         arrays.append(ArrayEntry(array.spec, tuple(chunks)))
     return tuple(files), tuple(arrays)

@@ -16,8 +16,10 @@ from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.format.manifest import ArrayRef, Manifest, SavedNode, Variant
 from rl_ckpt.state.arrays import LONG_PLAIN
 from rl_ckpt.state.leaves import Json, kind_tag
-from rl_ckpt.state.paths import Selector, join, parents, renamed, split
+from rl_ckpt.state.paths import Selector, above, join, parents, renamed, split
 from rl_ckpt.state.tree import Container, LocalArray, Node, Plain, Tie
+
+_TOPS_NAMED = 20
 
 
 @dataclass(slots=True)
@@ -37,6 +39,10 @@ def view(manifest: Manifest, rank: int) -> View:
     out = View()
     chosen: dict[str, SavedNode] = {}
     for path, variants in manifest.nodes.items():
+        if len(variants) == 1 and variants[0].ranks is None and variants[0].shared:  # so it is with nearly all
+            chosen[path] = variants[0].node
+            out.required.add(path)
+            continue
         mine = next((v for v in variants if _had(v, rank, manifest.world_size)), None)
         offered = mine or next((v for v in variants if v.shared), None)
         if offered is None:
@@ -47,6 +53,9 @@ def view(manifest: Manifest, rank: int) -> View:
         if mine is not None:
             out.required.add(path)
     for path, node in chosen.items():
+        if isinstance(node, ArrayRef):
+            out.leaves[path] = node
+            continue
         if isinstance(node, Container):
             out.containers[path] = node
             continue
@@ -108,9 +117,8 @@ def match_all(seen: View, select: str | Sequence[str] | None, rename: Mapping[st
     chosen = _chosen(seen, select, rename or {})
     out = Match(fills={new: seen.leaves[path] for path, new in chosen.items()})
     containers, wanted = _renamed_containers(seen, rename or {}), Selector(select)
-    above = {parent for path in out.fills for parent in parents(path)}
-    chosen_too = {renamed(path, rename or {}) for path in seen.containers if wanted(path)}
-    out.grown = {path: node for path, node in containers.items() if path in above | chosen_too}
+    needed = above(out.fills) | {renamed(path, rename or {}) for path in seen.containers if wanted(path)}
+    out.grown = {path: node for path, node in containers.items() if path in needed}
     return out
 
 
@@ -139,8 +147,9 @@ def match_state(
     containers = _renamed_containers(seen, rename)
     for path, target in _chosen(seen, select, rename).items():
         saved = seen.leaves[path]
-        if target in nodes:
-            why = _mismatch(saved, nodes[target], nodes, manifest)
+        node = nodes.get(target)
+        if node is not None:
+            why = _mismatch(saved, node, nodes, manifest)
             if why:
                 out.problems.mismatched[target] = why
             else:
@@ -165,19 +174,24 @@ def match_state(
 
 def _chosen(seen: View, select: str | Sequence[str] | None, rename: Mapping[str, str]) -> dict[str, str]:
     """Saved path → the worker's, of all that `select` chooses."""
-    everything = [*seen.leaves, *seen.containers]
     unknown = [path for path in rename if path not in seen.leaves and path not in seen.containers]
     wanted = Selector(select)
     chosen = {path: renamed(path, rename) for path in seen.leaves if wanted(path)}
-    tops = ", ".join(sorted({path.split("/")[0] for path in everything if path})) or "nothing"
     if unknown:
-        raise InvalidInputError(f"rename: the checkpoint has no {unknown}; at the top it has: {tops}")
+        raise InvalidInputError(f"rename: the checkpoint has no {unknown}; at the top it has: {_tops(seen)}")
     if select is not None and not chosen:
-        raise InvalidInputError(f"select={select!r} chooses nothing; at the top the checkpoint has: {tops}")
+        raise InvalidInputError(f"select={select!r} chooses nothing; at the top the checkpoint has: {_tops(seen)}")
     twice = sorted({new for new in chosen.values() if list(chosen.values()).count(new) > 1}) if rename else []
     if twice:
         raise InvalidInputError(f"rename gives several saved leaves the same path: {twice}")
     return chosen
+
+
+def _tops(seen: View) -> str:
+    """The names at the top of a checkpoint, for a message; the first of them where they are many."""
+    tops = sorted({path.split("/")[0] for path in [*seen.leaves, *seen.containers] if path})
+    more = f" … and {len(tops) - _TOPS_NAMED} more" if len(tops) > _TOPS_NAMED else ""
+    return (", ".join(tops[:_TOPS_NAMED]) or "nothing") + more
 
 
 def _renamed_containers(seen: View, rename: Mapping[str, str]) -> dict[str, Container]:
@@ -201,6 +215,8 @@ def _mismatch(saved: Plain | ArrayRef, node: Node, nodes: Mapping[str, Node], ma
     here = nodes[node.path] if isinstance(node, Tie) else node
     if isinstance(here, Container):
         return f"a leaf in the checkpoint, a {here.type} here"
+    if isinstance(saved, ArrayRef) and isinstance(here, LocalArray) and here.spec == manifest.arrays[saved.index].spec:
+        return None
     found, have = _shape(saved, manifest), _here(here)
     if found == have or _is_none(saved) or _is_none(here):
         return None

@@ -100,7 +100,12 @@ def _by_path(inventories: Sequence[Inventory]) -> dict[str, list[Held]]:
         key = tuple(found)
         ranks = same.setdefault(key, key)  # one tuple for all arrays that these ranks hold
         for path, node in part.nodes.items():
-            out.setdefault(path, []).append(Held(node, part.identities.get(path), path in part.objects, ranks))
+            held = Held(node, part.identities.get(path), path in part.objects, ranks)
+            known_here = out.get(path)
+            if known_here is None:
+                out[path] = [held]
+            else:
+                known_here.append(held)
     return out
 
 
@@ -120,6 +125,8 @@ def variants(path: str, held: Sequence[Held], merged: Merged, chunk_bytes: int) 
     Raises:
         InvalidInputError: Ranks contradict one another.
     """
+    if len(held) == 1 and not _is_own(held[0].node) and not _is_sharded(held[0].node):
+        return (_uncontradicted(path, held[0], merged, chunk_bytes),)
     arrays = [h for h in held if isinstance(h.node, LocalArray)]
     declared = {h.node.declared for h in held if isinstance(h.node, LocalArray)}
     if declared & {REPLICATED, SHARDED} and (len(declared) > 1 or len(arrays) < len(held)):
@@ -147,6 +154,18 @@ def variants(path: str, held: Sequence[Held], merged: Merged, chunk_bytes: int) 
         saved = _saved(path, group, merged, chunk_bytes, single)
         out.append(Variant(saved, None if len(ranks) == merged.world_size else ranks, shared))
     return tuple(out)
+
+
+def _uncontradicted(path: str, held: Held, merged: Merged, chunk_bytes: int) -> Variant:
+    """As `variants` where all who have anything at a path have the very same: so it is with nearly all of them."""
+    node, ranks = held.node, held.ranks
+    everybody = len(ranks) == merged.world_size
+    shared = everybody or len(ranks) > 1 or (isinstance(node, LocalArray) and node.declared == REPLICATED)
+    return Variant(_saved(path, held, merged, chunk_bytes, True), None if everybody else ranks, shared)
+
+
+def _is_sharded(node: Node) -> bool:
+    return isinstance(node, LocalArray) and node.declared == SHARDED
 
 
 def _groups(held: Sequence[Held]) -> list[Held]:
@@ -181,9 +200,12 @@ def _saved(path: str, held: Held, merged: Merged, chunk_bytes: int, single: bool
     node, ranks = held.node, held.ranks
     if not isinstance(node, LocalArray):
         return Plain(node.value) if isinstance(node, Plain) else node
-    boxes = chunk_boxes(node, chunk_bytes)
-    known = chunk_digests(None if held.in_object else held.identity, len(boxes))
-    chunks = [MergedChunk(box, box_bytes(node, box), hashed, ranks) for box, hashed in zip(boxes, known, strict=True)]
+    boxes, identity = chunk_boxes(node, chunk_bytes), None if held.in_object else held.identity
+    if len(boxes) == 1:
+        chunks = [MergedChunk(boxes[0], box_bytes(node, boxes[0]), identity or b"", ranks)]
+    else:
+        known = zip(boxes, chunk_digests(identity, len(boxes)), strict=True)
+        chunks = [MergedChunk(box, box_bytes(node, box), hashed, ranks) for box, hashed in known]
     merged.arrays.append(MergedArray(path, node.spec, chunks, None if single else ranks[0]))
     return ArrayRef(len(merged.arrays) - 1)
 

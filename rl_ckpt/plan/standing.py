@@ -115,6 +115,22 @@ def standing(
     return Standing(plan_id, tuple(servers), chunk_bytes, plan, blobs, parts, common, _label(other))
 
 
+def fixed_and_plains(nodes: Mapping[str, Node]) -> tuple[dict[str, Node], bytes]:
+    """Takes a rank's nodes apart.
+
+    Returns:
+        What must be the same for a plan to be used again, by path; and the plain leaves, from `encode_plains`.
+    """
+    fixed: dict[str, Node] = {}
+    plains: Plains = {}
+    for path, node in nodes.items():
+        if isinstance(node, Plain):
+            plains[path] = node
+        else:
+            fixed[path] = node
+    return fixed, encode_plains(plains)
+
+
 def encode_plains(plains: Plains) -> bytes:
     """Plain leaves as msgpack: equal bytes are equal leaves, in type too."""
     return msgspec.msgpack.encode(plains)

@@ -7,7 +7,7 @@ memory or of a file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,7 +167,7 @@ def _set(
     for in_place in (False, True):
         now = {place: target for place, target in targets.by_place.items() if target.in_place == in_place}
         size += chunks.copy([(target.index, target.host, target.box) for target in now.values()])
-        made |= {place: target.leaf(target.host, target.path, allow_pickle) for place, target in now.items()}
+        made |= {place: target.leaf(allow_pickle) for place, target in now.items()}
     values |= {path: made[place] for path, place in targets.places.items()}
     chunks.close()
     nodes = match.grown if flat is None else {**flat.nodes, **match.grown}
@@ -189,8 +189,7 @@ def _present(flat: FlatTree) -> dict[str, Any]:
     return out
 
 
-@dataclass(slots=True)
-class _Target:
+class _Target(msgspec.Struct, gc=False):
     """An array to be filled."""
 
     path: str
@@ -199,8 +198,17 @@ class _Target:
     host: Host
     """Memory for the values: the worker's own array, or new."""
     in_place: bool
-    leaf: Callable[[Host, str, bool], Any]
-    """Makes what the worker gets, once `host` is filled."""
+    kind: str
+    have: Any
+    """What the worker has there; None: nothing that could be filled."""
+
+    def leaf(self, allow_pickle: bool) -> Any:
+        """What the worker gets, once `host` is filled."""
+        if self.in_place:
+            return arrays.filled(self.have, self.kind)
+        if self.have is not None:
+            return arrays.fill(self.have, self.kind, self.host)
+        return make_leaf(self.host, self.kind, self.path, allow_pickle, False)
 
 
 @dataclass(slots=True)
@@ -228,14 +236,13 @@ def _target(
     manifest: Manifest, path: str, index: int, box: Box, here: tuple[str, LocalArray] | None, flat: FlatTree | None
 ) -> _Target:
     spec = manifest.arrays[index].spec
-    fresh: Host = np.empty(box.shape, dtype_from_name(spec.dtype))  # costs nothing until it is filled
+    dtype = dtype_from_name(spec.dtype)
     if here is None or flat is None or here[1].spec.kind in arrays.LONG_PLAIN:
-        return _Target(
-            path, index, box, fresh, False, lambda done, at, pickle: make_leaf(done, spec.kind, at, pickle, False)
-        )
+        fresh: Host = np.empty(box.shape, dtype)  # costs nothing until it is filled
+        return _Target(path, index, box, fresh, False, spec.kind, None)
     leaf, kind = flat.arrays[here[0]], here[1].spec.kind
     immutable = here[0] in flat.objects  # not every library keeps a view of one from being written
-    host = None if immutable else arrays.in_place(leaf, kind, ArraySpec(kind, spec.dtype, box.shape))
+    host = None if immutable else arrays.in_place(leaf, kind, dtype, box.shape)
     if host is None:
-        return _Target(path, index, box, fresh, False, lambda done, _at, _pickle: arrays.fill(leaf, kind, done))
-    return _Target(path, index, box, host, True, lambda _done, _at, _pickle: arrays.filled(leaf, kind))
+        return _Target(path, index, box, np.empty(box.shape, dtype), False, kind, leaf)
+    return _Target(path, index, box, host, True, kind, leaf)

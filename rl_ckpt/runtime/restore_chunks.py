@@ -7,12 +7,14 @@ decide when: nothing may be copied before the coordinator's word (runtime/restor
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
+
+import msgspec
 
 from rl_ckpt.errors import CorruptionError, StorageError
 from rl_ckpt.format import records
-from rl_ckpt.format.digest import check
+from rl_ckpt.format.digest import digest
 from rl_ckpt.format.manifest import Chunk, Manifest
 from rl_ckpt.plan.spread import ChunkId
 from rl_ckpt.runtime import memory
@@ -22,10 +24,9 @@ from rl_ckpt.state.arrays import Host
 from rl_ckpt.state.boxes import Box, overlap
 from rl_ckpt.store.base import Store
 from rl_ckpt.store.parallel import run_all
-from rl_ckpt.store.reader import MappedFiles, as_values, chunk_name
+from rl_ckpt.store.reader import THREADS_FROM_BYTES, MappedFiles, as_values, batches, compare_chunk, part
 
 _LOOK_BYTES = 8 << 20  # verified between two looks for the coordinator's answer, which cost some 50 µs each
-_THREADS_FROM_BYTES = 256 << 10  # a chunk: of smaller ones, Python's own work is most, which threads don't share
 
 
 class ChunkSource:
@@ -37,8 +38,9 @@ class ChunkSource:
         self._manifest = manifest
         self._needs = needs
         size = sum(self._saved(chunk).bytes for chunk in needs)
-        self._threads = threads if size >= len(needs) * _THREADS_FROM_BYTES else 1
+        self._threads = threads if size >= len(needs) * THREADS_FROM_BYTES else 1
         self._mapped = MappedFiles()
+        self._wholes: dict[int, tuple[str, memoryview]] = {}  # maps and their files, by index in the manifest's files
         self._path = ""
         self._memory: memoryview | None = None
         self._offsets: dict[ChunkId, int] = {}
@@ -72,27 +74,27 @@ class ChunkSource:
             )
         skip = _Skip(self._needs, answer)
         try:
-            run_all([partial(self._check, chunk, skip) for chunk in self._from(start)], self._threads)
+            run_all([partial(self._check, run, skip) for run in batches(self._from(start), _size)], self._threads)
         except CorruptionError as error:
             return str(error)
         return ""
 
-    def _from(self, start: float) -> list[ChunkId]:
+    def _from(self, start: float) -> list[tuple[ChunkId, Chunk]]:
         """The chunks as they lie in the files, those from `start` on first."""
-        ordered = sorted(self._needs, key=lambda c: (self._saved(c).file, self._saved(c).offset, c))
-        before, rest = start * sum(self._saved(chunk).bytes for chunk in ordered), 0
-        while rest < len(ordered) and before >= self._saved(ordered[rest]).bytes / 2:
-            before -= self._saved(ordered[rest]).bytes
+        ordered = [(chunk, self._saved(chunk)) for chunk in self._needs]
+        ordered.sort(key=lambda item: (item[1].file, item[1].offset, item[0]))
+        before, rest = start * sum(map(_size, ordered)), 0
+        while rest < len(ordered) and before >= ordered[rest][1].bytes / 2:
+            before -= ordered[rest][1].bytes
             rest += 1
         return ordered[rest:] + ordered[:rest]
 
-    def _check(self, chunk: ChunkId, skip: _Skip) -> None:
-        saved = self._saved(chunk)
-        if not skip(chunk, saved.bytes):
-            path = self._file(saved)
-            view = self._mapped.view(path, saved.offset, saved.bytes)
-            check(chunk_name(self._manifest, saved, self._store), view, bytes.fromhex(saved.digest))
-            self._mapped.let_go(path, saved.offset, saved.bytes)
+    def _check(self, run: Sequence[tuple[ChunkId, Chunk]], skip: _Skip) -> None:
+        others = skip.others(sum(map(_size, run)))
+        for chunk, saved in run:
+            if chunk not in others:
+                compare_chunk(self._store, self._manifest, saved, digest(self._bytes(chunk, saved)))
+                self._let_go(saved)
 
     def copy(self, targets: Sequence[tuple[int, Host, Box]]) -> int:
         """Copies what was verified: of an array of the manifest, by index, one box into memory that holds that box.
@@ -100,39 +102,58 @@ class ChunkSource:
         Returns:
             Bytes copied.
         """
-        jobs = [
-            (partial(self._copy, host, box, (index, c)), common.size * host.itemsize)
+        copies = [
+            _Copy(host, box, (index, c), chunk, common.size * host.itemsize)
             for index, host, box in targets
             for c, chunk in enumerate(self._manifest.arrays[index].chunks)
             if (common := overlap(chunk.box, box)) is not None
         ]
-        run_all([job for job, _ in jobs], self._threads)
-        return sum(size for _, size in jobs)
+        run_all([partial(self._copy, run) for run in batches(copies, lambda copy: copy.size_bytes)], self._threads)
+        return sum(copy.size_bytes for copy in copies)
 
-    def _copy(self, host: Host, box: Box, chunk: ChunkId) -> None:
-        entry, saved = self._manifest.arrays[chunk[0]], self._saved(chunk)
-        arrays.copy_in(host, box, as_values(self._view(chunk), entry, saved.box), saved.box)
-        if self._memory is None:
-            self._mapped.let_go(self._file(saved), saved.offset, saved.bytes)
+    def _copy(self, run: Sequence[_Copy]) -> None:
+        for copy in run:
+            entry, saved = self._manifest.arrays[copy.id[0]], copy.saved
+            values = as_values(self._bytes(copy.id, saved), entry, saved.box)
+            arrays.copy_in(copy.host, copy.box, values, saved.box)
+            if self._memory is None:
+                self._let_go(saved)
 
-    def _view(self, chunk: ChunkId) -> memoryview:
-        saved = self._saved(chunk)
+    def _bytes(self, chunk: ChunkId, saved: Chunk) -> memoryview:
+        """The chunk's values, read-only."""
         if self._memory is not None:
             return self._memory[self._offsets[chunk] : self._offsets[chunk] + saved.bytes].toreadonly()
-        return self._mapped.view(self._file(saved), saved.offset, saved.bytes)
+        mapped = self._wholes.get(saved.file)
+        if mapped is None:
+            path = self._store.local_path(self._manifest.files[saved.file].name)
+            assert path is not None
+            mapped = self._wholes[saved.file] = (path, self._mapped.whole(path))
+        return part(*mapped, saved.offset, saved.bytes)
+
+    def _let_go(self, saved: Chunk) -> None:
+        self._mapped.let_go(self._wholes[saved.file][0], saved.offset, saved.bytes)
 
     def _saved(self, chunk: ChunkId) -> Chunk:
         return self._manifest.arrays[chunk[0]].chunks[chunk[1]]
-
-    def _file(self, saved: Chunk) -> str:
-        path = self._store.local_path(self._manifest.files[saved.file].name)
-        assert path is not None
-        return path
 
     def close(self) -> None:
         """Lets the restore's memory go."""
         self._memory = None
         memory.forget(self._path)
+
+
+class _Copy(msgspec.Struct, gc=False):
+    """A chunk (or a part of one) that goes into `host`, which holds `box`."""
+
+    host: Host
+    box: Box
+    id: ChunkId
+    saved: Chunk
+    size_bytes: int
+
+
+def _size(item: tuple[ChunkId, Chunk]) -> int:
+    return item[1].bytes
 
 
 class _Skip:
@@ -145,13 +166,14 @@ class _Skip:
         self._unlooked = 0
         self._lock = threading.Lock()
 
-    def __call__(self, chunk: ChunkId, size_bytes: int) -> bool:
+    def others(self, size_bytes: int) -> Collection[ChunkId]:
+        """What others verify, as far as is known; `size_bytes` are verified next."""
         with self._lock:
             if self._others is None and self._unlooked >= _LOOK_BYTES:
                 self._unlooked = 0
                 self._look()
             self._unlooked += size_bytes
-            return self._others is not None and chunk in self._others
+            return self._others or ()
 
     def _look(self) -> None:
         found = self._answer()

@@ -36,6 +36,7 @@ from rl_ckpt.runtime.messages import (
 )
 
 _FAILED_KEPT = 64  # failed restores that some ranks have not heard of yet
+_SHARE_FROM_BYTES = 32 << 10  # a chunk, on average: to deal smaller ones out takes longer than to verify them
 
 OPENING, MATCHING, FETCHING, VERIFYING, OVER, FAILED = (
     "opening", "matching", "fetching", "verifying", "over", "failed",
@@ -228,7 +229,11 @@ class RestoreMachine:
                 sizes[id(part)] = sum(_bytes(restore, chunk) for chunk in part.chunks)
         total = sum(sizes[id(part)] for m in restore.matched.values() for part in m.needs.parts)
         restore.bytes_from = {"files": total}
-        answers: list[Instruction] = []
+        count = sum(len(part.chunks) for m in restore.matched.values() for part in m.needs.parts)
+        if total < _SHARE_FROM_BYTES * count:
+            answers: list[Instruction] = [Answer(restore.key, rank, Sources()) for rank in restore.matched]
+            return [*answers, Arm(restore.token, VERIFYING, self.options.write_timeout_s)]
+        answers = []
         for ranks in _neighbours(restore.servers).values():
             mine = share(restore.manifest, {rank: list(restore.matched[rank].needs) for rank in ranks})
             for rank in ranks:

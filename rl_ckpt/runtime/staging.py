@@ -18,7 +18,7 @@ from rl_ckpt.errors import StorageError
 from rl_ckpt.plan.deal import StageItem
 from rl_ckpt.plan.inventory import identity, take_inventory, undeclared
 from rl_ckpt.plan.stage import stage, stage_repeat, with_digests
-from rl_ckpt.plan.standing import encode_plains
+from rl_ckpt.plan.standing import fixed_and_plains
 from rl_ckpt.runtime import memory
 from rl_ckpt.runtime.links import Asked, ask, coordinator, ensure_server, server
 from rl_ckpt.runtime.messages import (
@@ -33,7 +33,7 @@ from rl_ckpt.runtime.messages import (
 )
 from rl_ckpt.runtime.objects import open_object
 from rl_ckpt.runtime.spec import Place, RunSpec
-from rl_ckpt.state.tree import FlatTree, Node, Plain, flatten
+from rl_ckpt.state.tree import FlatTree, Node, flatten
 from rl_ckpt.store.committer import SaveRequest
 
 
@@ -113,19 +113,8 @@ def _orders(spec: RunSpec, place: Place, request: SaveRequest, flat: FlatTree, p
     )
     reply: SaveOrders = ask(coordinator(spec).join_save, join, SaveOrders)
     items = tuple(msgspec.structs.replace(item, digest=b"") for item in reply.items)
-    _last[key] = _Last(reply.plan, items, _parts(flat)[0], reply.next_memory)
+    _last[key] = _Last(reply.plan, items, fixed_and_plains(flat.nodes)[0], reply.next_memory)
     return reply
-
-
-def _parts(flat: FlatTree) -> tuple[dict[str, Node], bytes]:
-    fixed: dict[str, Node] = {}
-    plains: dict[str, Plain] = {}
-    for path, node in flat.nodes.items():
-        if isinstance(node, Plain):
-            plains[path] = node
-        else:
-            fixed[path] = node
-    return fixed, encode_plains(plains)
 
 
 def _repeat(spec: RunSpec, place: Place, request: SaveRequest, flat: FlatTree) -> tuple[str, list[bytes]] | None:
@@ -133,7 +122,7 @@ def _repeat(spec: RunSpec, place: Place, request: SaveRequest, flat: FlatTree) -
     last = _last.get((spec.service, place.rank, place.world_size))
     if last is None or not last.plan:
         return None
-    fixed, plains = _parts(flat)
+    fixed, plains = fixed_and_plains(flat.nodes)
     if fixed != last.fixed:
         return None
     ahead, chunk_bytes = _ahead(last), spec.options.chunk_bytes

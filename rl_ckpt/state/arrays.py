@@ -236,13 +236,14 @@ def copy_in(target: Host, have: Box, values: Host, box: Box) -> int:
     return common.size * target.dtype.itemsize
 
 
-def in_place(leaf: Any, kind: str, spec: ArraySpec) -> Host | None:
+def in_place(leaf: Any, kind: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Host | None:
     """A host view through which `leaf` can be filled in place; None where it can't (read-only, jax, other device).
 
     Args:
         leaf: The array that a worker has.
         kind: Its kind.
-        spec: What the checkpoint holds; dtype and local shape must agree with `leaf`.
+        dtype: Of what the checkpoint holds; `leaf` must have it too.
+        shape: Of the part that goes there; `leaf` must have it too.
     """
     if kind == JAX or kind not in (*_TORCH_KINDS, NUMPY):
         return None
@@ -253,7 +254,7 @@ def in_place(leaf: Any, kind: str, spec: ArraySpec) -> Host | None:
         host = _numpy_of(tensor.detach())
     else:
         host = leaf
-    fits = host.flags.writeable and host.dtype == dtype_from_name(spec.dtype) and host.shape == spec.shape
+    fits = host.flags.writeable and host.dtype == dtype and host.shape == shape
     return host if fits and not _overlaps_itself(host) else None
 
 
@@ -270,6 +271,8 @@ def filled(leaf: Any, kind: str) -> Any:
 
 def _overlaps_itself(host: Host) -> bool:
     """Whether elements share memory (an expanded tensor): filling such an array in place would be wrong."""
+    if host.flags.c_contiguous:
+        return False
     return any(stride == 0 and n > 1 for stride, n in zip(host.strides, host.shape, strict=True))
 
 

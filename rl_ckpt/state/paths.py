@@ -8,7 +8,7 @@ keys "~" is written "~0", "/" is "~1", a string that looks like an integer gets 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 Key = str | int
 
@@ -55,6 +55,18 @@ def parents(path: str) -> list[str]:
     return ["/".join(parts[:i]) for i in range(len(parts))]
 
 
+def above(paths: Iterable[str]) -> set[str]:
+    """All containers above any of `paths`: what `parents` gives for them all."""
+    found: set[str] = set()
+    for path in paths:
+        if path:
+            parent = path.rpartition("/")[0]
+            if parent not in found:  # else all above it are there too
+                found.add(parent)
+                found.update(parents(parent))
+    return found
+
+
 class Selector:
     """Chooses paths by glob patterns.
 
@@ -70,10 +82,11 @@ class Selector:
         self._leave = [_compile(p[1:]) for p in given if p.startswith("!")]
         if not self._take:
             self._take = [_compile("**")]
+        self._all = patterns is None
 
     def __call__(self, path: str) -> bool:
         """Whether `path` is chosen."""
-        return any(p.match(path) for p in self._take) and not any(p.match(path) for p in self._leave)
+        return self._all or (any(p.match(path) for p in self._take) and not any(p.match(path) for p in self._leave))
 
 
 def _compile(pattern: str) -> re.Pattern[str]:
@@ -100,6 +113,8 @@ def renamed(path: str, rename: Mapping[str, str]) -> str:
         path: Saved path.
         rename: Saved path or prefix → new path or prefix; the longest that fits is used.
     """
+    if not rename:
+        return path
     for prefix in [path, *reversed(parents(path))]:
         if prefix in rename:
             rest = path[len(prefix) :].lstrip("/")

@@ -123,6 +123,7 @@ def flatten(tree: Any, allow_pickle: bool = False, opener: Opener | None = None)
 
 
 _INNER = frozenset((dict, OrderedDict, list, tuple, Replicated, PerRank, Sharded))
+_SCALARS = frozenset((type(None), bool, int, float, str, bytes, np.ndarray))  # these stand for no object
 
 
 class _Walker:
@@ -133,6 +134,7 @@ class _Walker:
         self.problems: list[str] = []
         self._allow_pickle = allow_pickle
         self._seen: dict[tuple[object, ...], str] = {}
+        self._known: dict[tuple[object, ...], LocalArray] = {}  # nodes of numpy arrays by dtype, shape, declaration
         self._above: set[int] = set()
 
     def walk(self, path: str, value: Any, declared: str) -> None:
@@ -164,7 +166,8 @@ class _Walker:
             self._container(path, value, kind.__name__, dict(enumerate(value)), declared)
 
     def _open_or_leaf(self, path: str, value: Any, declared: str) -> None:
-        opened = self._opener(value) if self._opener is not None and self._object is None else None
+        asked = self._opener is not None and self._object is None and type(value) not in _SCALARS
+        opened = self._opener(value) if asked and self._opener is not None else None
         if opened is None:
             self._leaf(path, value, declared)
         else:
@@ -179,8 +182,23 @@ class _Walker:
         self._above.add(id(value))
         above = f"{path}/" if path else ""
         for key, child in children.items():
-            self.walk(above + escape(key), child, declared)
+            if type(child) is np.ndarray:  # the many: the long way costs three times as much
+                self._ndarray(above + escape(key), child, declared)
+            else:
+                self.walk(above + escape(key), child, declared)
         self._above.discard(id(value))
+
+    def _ndarray(self, path: str, value: np.ndarray[Any, np.dtype[Any]], declared: str) -> None:
+        """As `walk`, which it asks once for each dtype and shape."""
+        looks = (value.dtype, value.shape, declared)
+        known = self._known.get(looks)
+        if known is None:
+            self.walk(path, value, declared)
+            node = self.flat.nodes.get(path)
+            if isinstance(node, LocalArray) and node.spec.kind == arrays.NUMPY:
+                self._known[looks] = node
+        else:
+            self._place(path, value, known)
 
     def _sharded(self, path: str, value: Sharded, declared: str) -> None:
         if declared != AUTO:
@@ -248,12 +266,17 @@ class _Walker:
         self.flat.nodes[path] = Plain(value, declared == PER_RANK)
 
     def _array(self, path: str, value: Any, spec: ArraySpec, box: Box, declared: str) -> None:
-        key = (arrays.memory_key(value, spec.kind), declared, box, spec.shape)
+        self._place(path, value, LocalArray(spec, box, declared))
+
+    def _place(self, path: str, value: Any, node: LocalArray) -> None:
+        key: tuple[object, ...] = (arrays.memory_key(value, node.spec.kind), node.declared)
+        if node.declared == SHARDED:  # of all others, the array's own shape says box and global shape
+            key = (*key, node.box, node.spec.shape)
         first = self._seen.setdefault(key, path)
         if first != path:
             self.flat.nodes[path] = Tie(first)
             return
-        self.flat.nodes[path] = LocalArray(spec, box, declared)
+        self.flat.nodes[path] = node
         self.flat.arrays[path] = value
         if self._object is not None:
             handle, name, root = self._object

@@ -7,6 +7,7 @@ written and the one being staged.
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +25,8 @@ from rl_ckpt.plan.inventory import take_inventory
 from rl_ckpt.plan.merge import merge
 from rl_ckpt.plan.retention import KeepRule
 from rl_ckpt.plan.stage import stage
-from rl_ckpt.state.tree import FlatTree
+from rl_ckpt.plan.standing import Standing, fixed_and_plains, standing
+from rl_ckpt.state.tree import FlatTree, Node
 from rl_ckpt.store.committer import Committer, SaveRequest, WrittenSave, info_of
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.shard_writer import write_files
@@ -63,6 +65,8 @@ class PlainSaver:
             self._buffers.put(np.empty(0, np.uint8))
         self._writer = ThreadPoolExecutor(1, "rl_ckpt-save")  # one: commits keep the order of the saves
         self.sweep_failure: str | None = None
+        self._last: tuple[dict[str, Node], Standing] | None = None  # nodes of the last save, and its plan
+        self._planning = threading.Lock()
 
     def save(self, request: SaveRequest, flat: FlatTree, begun: float) -> Future[CheckpointInfo]:
         """Stages a state; back as soon as the caller may change it.
@@ -82,10 +86,8 @@ class PlainSaver:
         buffer = self._buffer()
         checkpoint = ""
         try:
-            inventory = take_inventory(flat, self._options.chunk_bytes, 1)
-            merged = merge([inventory], self._options.chunk_bytes)
+            plan = self._plan(flat)
             checkpoint = self._committer.attempt(request)
-            plan = deal(merged, [_SERVER], self._options.write_streams, self._options.file_bytes)
             size = plan.staged_bytes.get(_SERVER, 0)
             if len(buffer) < size:
                 buffer = _pages(size)
@@ -99,6 +101,21 @@ class PlainSaver:
         job = self._writer.submit(self._write, staged)
         self._writer.submit(self._tidy)
         return job
+
+    def _plan(self, flat: FlatTree) -> SavePlan:
+        """The plan of the last save, where the state has the same shape; else a new one."""
+        options = self._options
+        fixed, plains = fixed_and_plains(flat.nodes)
+        with self._planning:
+            if self._last is not None and self._last[0] == fixed:
+                return self._last[1].renewed([plains])
+            self._last = None
+            inventories = [take_inventory(flat, options.chunk_bytes, 1)]
+            merged = merge(inventories, options.chunk_bytes)
+            plan = deal(merged, [_SERVER], options.write_streams, options.file_bytes)
+            stands = standing("", inventories, [_SERVER], plan, options.chunk_bytes)
+            self._last = (fixed, stands) if stands is not None else None
+        return plan
 
     def _buffer(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         try:

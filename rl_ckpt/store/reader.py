@@ -12,11 +12,12 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from rl_ckpt.errors import CorruptionError
+from rl_ckpt.format import records
 from rl_ckpt.format.digest import compare, digest, hasher
 from rl_ckpt.format.manifest import ArrayEntry, ArrayRef, Chunk, Manifest
 from rl_ckpt.plan.match import Match
@@ -28,9 +29,13 @@ from rl_ckpt.state.tree import Plain
 from rl_ckpt.store.base import ObjectMissingError, Store
 from rl_ckpt.store.parallel import run_all, spare_threads
 
+THREADS_FROM_BYTES = 256 << 10
+"""A chunk, on average: of smaller ones in mapped files, Python's own work is most, which threads don't share."""
 _LET_GO_FROM_BYTES = 64 << 10
 _PIECE_BYTES = 512 << 10  # fits a core's second cache
 _JOB_BYTES = 1 << 20  # of small chunks: so many that they pay a job
+
+_Item = TypeVar("_Item")
 
 
 class MappedFiles:
@@ -47,13 +52,18 @@ class MappedFiles:
         Raises:
             CorruptionError: The file is missing, or ends before them.
         """
+        return part(path, self.whole(path), offset, size_bytes)
+
+    def whole(self, path: str) -> memoryview:
+        """A file, for `part`.
+
+        Raises:
+            CorruptionError: The file is missing.
+        """
         with self._lock:
             if path not in self._maps:
                 self._maps[path] = _map(path)
-            whole = self._maps[path]
-        if offset + size_bytes > len(whole):
-            raise CorruptionError(f"{path} has {len(whole)} bytes; the checkpoint names {size_bytes} at {offset}")
-        return whole[offset : offset + size_bytes]
+            return self._maps[path]
 
     def let_go(self, path: str, offset: int, size_bytes: int) -> None:
         """Takes the pages of a range that was used out of this process's memory; they stay in the system's cache."""
@@ -61,6 +71,17 @@ class MappedFiles:
         if size_bytes >= _LET_GO_FROM_BYTES and isinstance(whole.obj, mmap.mmap):
             start = offset // mmap.PAGESIZE * mmap.PAGESIZE
             whole.obj.madvise(mmap.MADV_DONTNEED, start, offset + size_bytes - start)
+
+
+def part(path: str, whole: memoryview, offset: int, size_bytes: int) -> memoryview:
+    """Bytes of a mapped file, not copied.
+
+    Raises:
+        CorruptionError: It ends before them.
+    """
+    if offset + size_bytes > len(whole):
+        raise CorruptionError(f"{path} has {len(whole)} bytes; the checkpoint names {size_bytes} at {offset}")
+    return whole[offset : offset + size_bytes]
 
 
 def _map(path: str) -> memoryview:
@@ -106,9 +127,10 @@ def load_arrays(store: Store, manifest: Manifest, wanted: Iterable[int]) -> dict
     for index in out:
         for chunk in manifest.arrays[index].chunks:
             by_file.setdefault(chunk.file, []).append((index, chunk))
-    mapped = MappedFiles()
+    mapped, count, size = MappedFiles(), 0, 0
     jobs: list[Callable[[], None]] = []
     for file, chunks in by_file.items():
+        count, size = count + len(chunks), size + sum(chunk.bytes for _, chunk in chunks)
         path = store.local_path(manifest.files[file].name)
         if path is None:
             jobs.append(partial(_fetch, store, manifest, file, chunks, out))
@@ -116,21 +138,32 @@ def load_arrays(store: Store, manifest: Manifest, wanted: Iterable[int]) -> dict
         large = [(index, chunk) for index, chunk in chunks if chunk.bytes >= _PIECE_BYTES]
         jobs += [partial(_read_piecewise, store, manifest, index, chunk, out) for index, chunk in large]
         small = [(index, chunk) for index, chunk in chunks if chunk.bytes < _PIECE_BYTES]
-        jobs += [partial(_copy_mapped, store, manifest, mapped, path, batch, out) for batch in _batches(small)]
-    run_all(jobs, spare_threads())
+        jobs += [partial(_copy_mapped, store, manifest, mapped, path, batch, out) for batch in batches(small, _size)]
+    # A store far away is waited for.
+    alone = count * THREADS_FROM_BYTES > size and store.local_path(records.RUN_FILE) is not None
+    run_all(jobs, 1 if alone else spare_threads())
     return out
 
 
-def _batches(chunks: Sequence[tuple[int, Chunk]]) -> Iterator[Sequence[tuple[int, Chunk]]]:
-    """Small chunks for one job each."""
+def _size(item: tuple[int, Chunk]) -> int:
+    return item[1].bytes
+
+
+def batches(items: Sequence[_Item], size_bytes: Callable[[_Item], int]) -> Iterator[Sequence[_Item]]:
+    """Chunks for one job each: so many that they pay it.
+
+    Args:
+        items: The chunks, in order.
+        size_bytes: Of one of them.
+    """
     start = filled = 0
-    for i, (_, chunk) in enumerate(chunks):
-        filled += chunk.bytes
+    for i, item in enumerate(items):
+        filled += size_bytes(item)
         if filled >= _JOB_BYTES:
-            yield chunks[start : i + 1]
+            yield items[start : i + 1]
             start, filled = i + 1, 0
-    if start < len(chunks):
-        yield chunks[start:]
+    if start < len(items):
+        yield items[start:]
 
 
 def _read_piecewise(store: Store, manifest: Manifest, index: int, chunk: Chunk, out: Mapping[int, Host]) -> None:
@@ -144,12 +177,17 @@ def _read_piecewise(store: Store, manifest: Manifest, index: int, chunk: Chunk, 
         except ObjectMissingError as error:
             raise CorruptionError(_missing(store, manifest, name)) from error
         found.update(piece)
-    _compare(store, manifest, chunk, found.digest())
+    compare_chunk(store, manifest, chunk, found.digest())
     if not direct:
         _place(manifest, index, chunk, place, out)
 
 
-def _compare(store: Store, manifest: Manifest, chunk: Chunk, found: bytes) -> None:
+def compare_chunk(store: Store, manifest: Manifest, chunk: Chunk, found: bytes) -> None:
+    """Checks the digest of a chunk's bytes.
+
+    Raises:
+        CorruptionError: It is another one.
+    """
     expected = bytes.fromhex(chunk.digest)
     if found != expected:
         compare(chunk_name(manifest, chunk, store), found, expected, chunk.bytes)
@@ -163,10 +201,11 @@ def _copy_mapped(
     chunks: Sequence[tuple[int, Chunk]],
     out: Mapping[int, Host],
 ) -> None:
+    whole = mapped.whole(path)
+    store.stats.count_read(sum(chunk.bytes for _, chunk in chunks))
     for index, chunk in chunks:
-        data = mapped.view(path, chunk.offset, chunk.bytes)
-        store.stats.count_read(chunk.bytes)
-        _compare(store, manifest, chunk, digest(data))
+        data = part(path, whole, chunk.offset, chunk.bytes)
+        compare_chunk(store, manifest, chunk, digest(data))
         _place(manifest, index, chunk, data, out)
 
 
@@ -190,7 +229,7 @@ def _fetch(
     except ObjectMissingError as error:
         raise CorruptionError(_missing(store, manifest, name)) from error
     for (index, chunk), (place, direct) in zip(chunks, places, strict=True):
-        _compare(store, manifest, chunk, digest(place))
+        compare_chunk(store, manifest, chunk, digest(place))
         if not direct:
             _place(manifest, index, chunk, place, out)
 

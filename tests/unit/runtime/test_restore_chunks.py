@@ -10,7 +10,7 @@ import pytest
 
 from rl_ckpt import Checkpointer
 from rl_ckpt.errors import StorageError
-from rl_ckpt.format.manifest import Manifest
+from rl_ckpt.format.manifest import Chunk, Manifest
 from rl_ckpt.runtime import restore_chunks
 from rl_ckpt.runtime.messages import Sources, TryNext
 from rl_ckpt.runtime.restore_chunks import ChunkSource
@@ -39,13 +39,13 @@ def saved(tmp_path: Path) -> World:
 def checked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Offsets in the file of what was verified, in order."""
     seen: list[int] = []
-    check = restore_chunks.check
+    compare = restore_chunks.compare_chunk
 
-    def spy(name: str, data: memoryview, expected: bytes) -> None:
-        seen.append(int(name.split()[2]))
-        check(name, data, expected)
+    def spy(store: Store, manifest: Manifest, chunk: Chunk, found: bytes) -> None:
+        seen.append(chunk.offset)
+        compare(store, manifest, chunk, found)
 
-    monkeypatch.setattr(restore_chunks, "check", spy)
+    monkeypatch.setattr(restore_chunks, "compare_chunk", spy)
     return seen
 
 

@@ -9,6 +9,7 @@ import pytest
 from rl_ckpt.errors import CorruptionError, StorageError, WorkerFailuresError
 from rl_ckpt.options import Options
 from rl_ckpt.plan.match import Problems
+from rl_ckpt.plan.spread import Needs
 from rl_ckpt.runtime import restore_machine as rm
 from rl_ckpt.runtime.messages import Apply, Candidate, Failure, FetchDone, Matched, OpenRestore, Sources, TryNext
 from tests.unit.runtime.restore_bench import Bench, all_chunks, manifest
@@ -71,7 +72,7 @@ def test_peers_that_need_different_chunks_have_them_at_different_places() -> Non
     bench = Bench()
     bench.to_matching()
     for rank, needs in enumerate([all_chunks(), all_chunks()[1:]]):
-        matched = Matched("r", bench.token(rank, "r"), rank, f"server-{rank}", Problems(), tuple(needs))
+        matched = Matched("r", bench.token(rank, "r"), rank, f"server-{rank}", Problems(), Needs.of(needs))
         bench.do(bench.machine.match(matched))
     orders = {ask.server: ask.order for ask in bench.fetches}
     assert orders["server-0"].memory_bytes > orders["server-1"].memory_bytes
@@ -132,7 +133,20 @@ def test_files_that_workers_can_map_are_not_fetched() -> None:
     assert reply.bytes_from == {"files": 2 * TOTAL}
 
 
-def test_ranks_of_one_node_share_the_verifying_of_mapped_files_and_others_do_not() -> None:
+def test_ranks_of_one_node_verify_all_they_need_where_chunks_are_tiny() -> None:
+    bench = Bench(mappable=True)
+    for rank in range(2):
+        bench.open(rank)
+    bench.load()
+    for rank in range(2):
+        bench.match(rank)
+    assert [bench.reply(rank) for rank in range(2)] == [Sources(), Sources()]
+
+
+def test_ranks_of_one_node_share_the_verifying_of_mapped_files_and_others_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rm, "_SHARE_FROM_BYTES", 0)
     bench = Bench(mappable=True)
     for rank in range(3):
         bench.open(rank, world=3)

@@ -8,7 +8,6 @@ import torch
 
 from rl_ckpt import Sharded
 from rl_ckpt.state import arrays
-from rl_ckpt.state.arrays import ArraySpec
 from rl_ckpt.state.tree import LocalArray, flatten
 
 
@@ -29,7 +28,7 @@ def test_two_readings_of_the_same_memory_are_two_arrays() -> None:
 def test_a_backward_pass_over_values_that_a_restore_replaced_is_an_error() -> None:
     weights = torch.nn.Parameter(torch.ones(3))
     loss = (weights**2).sum()
-    host = arrays.in_place(weights, arrays.PARAMETER, ArraySpec(arrays.PARAMETER, "float32", (3,)))
+    host = arrays.in_place(weights, arrays.PARAMETER, np.dtype("float32"), (3,))
     assert host is not None
     host[...] = 100
     assert arrays.filled(weights, arrays.PARAMETER) is weights
