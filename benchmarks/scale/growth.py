@@ -71,7 +71,9 @@ def table(found: dict[Job, Figures]) -> str:
         "chunks",
         *PLANNED,
         "save, s",
-        "save, peak MB",
+        "peak MB",
+        "save again, s",
+        "peak MB",
         "restore, s",
         "peak MB",
         "manifest MB",
@@ -84,9 +86,11 @@ def table(found: dict[Job, Figures]) -> str:
         cells += [
             f"**{f.save_s:.2f}**",
             f"{f.save_peak_bytes / 1e6:,.0f}",
+            f"**{f.again_s:.2f}**",
+            f"{f.again_peak_bytes / 1e6:,.0f}",
             f"{f.restore_s:.2f}{' (mapped)' * f.mapped}",
         ]
-        cells += [f"{f.peak_bytes / 1e6:,.0f}", f"{f.manifest_bytes / 1e6:.1f}", f"{f.bytes_in / 1e6:,.0f}"]
+        cells += [f"{f.restore_peak_bytes / 1e6:,.0f}", f"{f.manifest_bytes / 1e6:.1f}", f"{f.bytes_in / 1e6:,.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -113,13 +117,15 @@ def series(found: dict[Job, Figures]) -> dict[str, list[tuple[float, Figures]]]:
 
 def exponents(found: dict[Job, Figures]) -> str:
     """The fitted exponents as a Markdown table."""
-    lines = ["| grows | from | to | save | restore | save, peak memory |", "|---|---|---|---|---|---|"]
+    lines = ["| grows | from | to | save | save again | restore | save, peak memory |", "|---" * 7 + "|"]
     for name, rows in series(found).items():
         save = exponent([(size, f.save_s) for size, f in rows])
+        again = exponent([(size, f.again_s) for size, f in rows])
         alike = [(size, f) for size, f in rows if f.mapped == rows[0][1].mapped]
         restore = f"{exponent([(size, f.restore_s) for size, f in alike]):.2f}" if len(alike) > 1 else ""
         memory = exponent([(size, float(f.save_peak_bytes)) for size, f in rows])
-        lines.append(f"| {name} | {rows[0][0]:,.0f} | {rows[-1][0]:,.0f} | {save:.2f} | {restore} | {memory:.2f} |")
+        cells = [name, f"{rows[0][0]:,.0f}", f"{rows[-1][0]:,.0f}", f"{save:.2f}", f"{again:.2f}", restore]
+        lines.append("| " + " | ".join([*cells, f"{memory:.2f}"]) + " |")
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ import pytest
 from rl_ckpt.errors import CorruptionError, StorageError, WorkerFailuresError
 from rl_ckpt.options import Options
 from rl_ckpt.plan.match import Problems
+from rl_ckpt.plan.spread import Needs
 from rl_ckpt.runtime import restore_machine as rm
 from rl_ckpt.runtime.messages import Apply, Candidate, Failure, FetchDone, Matched, OpenRestore, Sources, TryNext
 from tests.unit.runtime.restore_bench import Bench, all_chunks, manifest
@@ -71,7 +72,7 @@ def test_peers_that_need_different_chunks_have_them_at_different_places() -> Non
     bench = Bench()
     bench.to_matching()
     for rank, needs in enumerate([all_chunks(), all_chunks()[1:]]):
-        matched = Matched("r", bench.token(rank, "r"), rank, f"server-{rank}", Problems(), tuple(needs))
+        matched = Matched("r", bench.token(rank, "r"), rank, f"server-{rank}", Problems(), Needs.of(needs))
         bench.do(bench.machine.match(matched))
     orders = {ask.server: ask.order for ask in bench.fetches}
     assert orders["server-0"].memory_bytes > orders["server-1"].memory_bytes
