@@ -327,7 +327,7 @@ class SaveMachine:
         else:
             save.staged[message.rank] = message.digests
             save.stall_s = max(save.stall_s, message.stall_s)
-        if save.late():
+        if not save.hear(message.rank):
             return []
         save.state = SETTLING
         if save.stored is None:

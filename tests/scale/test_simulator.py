@@ -17,8 +17,8 @@ from rl_ckpt.plan.deal import Written, deal, entries, settle
 from rl_ckpt.plan.inventory import Inventory
 from rl_ckpt.plan.merge import merge
 from rl_ckpt.plan.spread import spread
-from rl_ckpt.runtime.messages import JoinAgain, JoinSave, RepeatSave, decode, encode
-from rl_ckpt.runtime.save_steps import Order
+from rl_ckpt.runtime.messages import JoinAgain, JoinSave, RepeatSave, Staged, decode, encode
+from rl_ckpt.runtime.save_steps import Instruction, Order
 from rl_ckpt.state import boxes
 from rl_ckpt.state.boxes import Box, check_tiling
 
@@ -154,6 +154,25 @@ def test_planning_grows_no_faster_than_the_chunks(kind: str) -> None:
 def test_planning_grows_no_faster_than_the_workers(kind: str) -> None:
     work = [planning(kind, workers, 1280) for workers in (32, 64, 128)]
     assert all(after < 2.3 * before for before, after in pairwise(work)), work
+
+
+def test_what_ranks_have_staged_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def staging(workers: int) -> int:
+        simulation, work = Simulation(Job("sharded", workers, 1280)), 0
+        real = simulation.saves.staged
+
+        def staged(message: Staged) -> list[Instruction]:
+            nonlocal work
+            out: list[Instruction] = []
+            work += calls(lambda: out.extend(real(message)))
+            return out
+
+        monkeypatch.setattr(simulation.saves, "staged", staged)
+        simulation.save(1)
+        return work
+
+    work = [staging(workers) for workers in (32, 64, 128)]
+    assert all(after < 1.5 * before for before, after in pairwise(work)), work  # the chunks are as many
 
 
 def test_more_replicas_of_the_same_cost_next_to_nothing() -> None:
