@@ -17,7 +17,8 @@ from rl_ckpt.plan.deal import Written, deal, entries, settle
 from rl_ckpt.plan.inventory import Inventory
 from rl_ckpt.plan.merge import merge
 from rl_ckpt.plan.spread import spread
-from rl_ckpt.runtime.messages import JoinAgain, JoinSave, RepeatSave, Staged, decode, encode
+from rl_ckpt.runtime import restore_machine
+from rl_ckpt.runtime.messages import JoinAgain, JoinSave, Matched, RepeatSave, Staged, decode, encode
 from rl_ckpt.runtime.save_steps import Instruction, Order
 from rl_ckpt.state import boxes
 from rl_ckpt.state.boxes import Box, check_tiling
@@ -215,6 +216,25 @@ def test_a_restore_of_replicas_is_planned_without_asking_every_server_for_every_
         return calls(lambda: spread(manifest, {f"s{i:02}": everything for i in range(servers)}))
 
     assert work(32) < 2 * work(4)
+
+
+def test_nodes_that_need_the_same_of_mapped_files_are_planned_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def matching(workers: int) -> int:
+        simulation, work = Simulation(Job("replicated", workers, 1600)), 0
+        real = simulation.restores.match
+
+        def match(message: Matched) -> list[restore_machine.Instruction]:
+            nonlocal work
+            out: list[restore_machine.Instruction] = []
+            work += calls(lambda: out.extend(real(message)))
+            return out
+
+        monkeypatch.setattr(simulation.restores, "match", match)
+        simulation.save(1)
+        simulation.restore(mappable=True)
+        return work
+
+    assert matching(128) < 1.5 * matching(32)
 
 
 def test_shards_along_any_axis_are_checked_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
