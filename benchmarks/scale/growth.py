@@ -134,10 +134,10 @@ def goal(found: dict[Job, Figures]) -> str:
     lines = []
     for job, f in found.items():
         if (job.workers, job.chunks) == GOAL:
-            met = f.save_s <= GOAL_S and f.save_peak_bytes <= GOAL_BYTES
-            lines.append(
-                f"- {job.kind}: {f.save_s:.2f} s, {f.save_peak_bytes / 1e9:.2f} GB: {'met' if met else 'not met'}"
-            )
+            saves = {"save": (f.save_s, f.save_peak_bytes), "save again": (f.again_s, f.again_peak_bytes)}
+            met = all(seconds <= GOAL_S and peak <= GOAL_BYTES for seconds, peak in saves.values())
+            texts = [f"{name} {seconds:.2f} s, {peak / 1e9:.2f} GB" for name, (seconds, peak) in saves.items()]
+            lines.append(f"- {job.kind}: {'; '.join(texts)}: {'met' if met else 'not met'}")
     return "\n".join(lines)
 
 
@@ -153,6 +153,8 @@ def plot(found: dict[Job, Figures], path: Path) -> None:
         axis = axes[0] if name.endswith("chunks") else axes[1]
         sizes = [size for size, _ in rows]
         (line,) = axis.loglog(sizes, [f.save_s for _, f in rows], marker="o", label=f"{name.split(',')[0]}: save")
+        again = {"marker": ".", "linestyle": ":", "color": line.get_color()}
+        axis.loglog(sizes, [f.again_s for _, f in rows], label=f"{name.split(',')[0]}: save again", **again)
         alike = [(size, f) for size, f in rows if not f.mapped]
         style = {"marker": "x", "linestyle": "--", "color": line.get_color()}
         axis.loglog(

@@ -86,6 +86,19 @@ def test_the_standing_plan_does_not_hold_where_replicas_part() -> None:
     assert [i.reply for i in asked[-1] if isinstance(i, Order)] == [JoinAgain()] * 4
 
 
+def test_what_replicas_say_by_the_standing_plan_is_held_once() -> None:
+    simulation = Simulation(Job("replicated", 6, 32))
+    simulation.save(1)
+    for rank, (plains, identities) in enumerate(simulation.job.repeats(Values(common=1))):
+        if rank < 5:  # the last one would end the joining
+            said = RepeatSave("save-2", rank, 6, 2, {}, None, None, simulation.plan_id, plains, identities)
+            simulation.saves.repeat(decode(encode(said), RepeatSave))
+    held = simulation.saves._saves["save-2"].repeats.values()
+    assert len(held) == 5
+    assert len({id(message.identities) for message in held}) == 1
+    assert len({message.plains for message in held}) == 5
+
+
 def test_figures_become_a_table() -> None:
     job = Job("mixed", 4, 64)
     lines = table({job: simulate(job)}).splitlines()
