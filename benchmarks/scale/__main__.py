@@ -28,6 +28,7 @@ def main() -> None:
     )
     grow.add_argument("--plot", type=Path, default=Path("docs/img/scaling.svg"))
     grow.add_argument("--most", type=int, default=None, help="stop after so many points")
+    grow.add_argument("--tries", type=int, default=3, help="of each point; the fastest counts")
     one = modes.add_parser("point")
     one.add_argument("kind")
     one.add_argument("workers", type=int)
@@ -39,7 +40,7 @@ def main() -> None:
     if args.mode == "point":
         growth.point(args.kind, args.workers, args.chunks)
     elif args.mode == "growth":
-        found = growth.measure(growth.POINTS[: args.most], args.json)
+        found = growth.measure(growth.POINTS[: args.most], args.json, args.tries)
         growth.plot(found, args.plot)
         print(growth.table(found), growth.exponents(found), growth.goal(found), sep="\n\n")
     elif args.mode == "model":

@@ -21,8 +21,9 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import rl_ckpt
-from benchmarks.actors import BenchWorker
+from benchmarks.harness import call_all, reach_actors
 from benchmarks.scale.model import Cluster, Load, predict_restore, predict_save
+from benchmarks.workers import BenchWorker
 from rl_ckpt.options import Options
 from tests.ray.holders import several_nodes
 from tests.s3_servers import ceph_is_installed, run_ceph, run_moto
@@ -51,6 +52,7 @@ class Measured:
 
 def measure(url: str, storage_options: Mapping[str, Any] | None, raylets: int) -> Iterator[Measured]:
     """Saves and restores sharded states of every size, one worker a raylet."""
+    reach_actors()
     with several_nodes(raylets):
         nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
         for size in SIZES:
@@ -60,13 +62,13 @@ def measure(url: str, storage_options: Mapping[str, Any] | None, raylets: int) -
                 )
                 for rank, node in enumerate(nodes)
             ]
-            ray.get([actor.ready.remote() for actor in actors])
+            call_all(actors, "ready")
             saves, restores = [], []
             where = f"{url}/{raylets}-{size}"
             keep = [rl_ckpt.LatestN(1)]
             with rl_ckpt.Checkpointer(where, storage_options=storage_options, keep=keep, grace_s=0) as ckpt:
                 for step in range(_WARM_UP + _ROUNDS):
-                    ray.get([actor.train.remote(step) for actor in actors])
+                    call_all(actors, "train", step)
                     begun = time.perf_counter()
                     ckpt.save(step, actors).result()
                     saves.append(time.perf_counter() - begun)

@@ -13,14 +13,14 @@ from pathlib import Path
 from benchmarks.scale.simulate import PLANNED, Figures, simulate
 from benchmarks.scale.synthetic import Job
 
+# The long ones, and those of much memory, last: `--most` leaves them out.
 POINTS = [
-    *(Job("mixed", workers, 100_000) for workers in (10, 100, 1000, 10_000)),
-    *(Job("mixed", 1000, chunks) for chunks in (1000, 10_000)),
+    *(Job("mixed", 1000, chunks) for chunks in (1000, 10_000, 100_000)),
     *(Job("sharded", 1000, chunks) for chunks in (1000, 10_000, 100_000)),
-    *(Job("replicated", 1000, chunks) for chunks in (1000, 10_000)),
-    *(Job("sharded", workers, 100_000) for workers in (10, 100)),
-    Job("replicated", 1000, 100_000),
+    *(Job("replicated", 1000, chunks) for chunks in (1000, 10_000, 100_000)),
+    *(Job(kind, workers, 100_000) for kind in ("mixed", "sharded") for workers in (10, 100)),
     Job("sharded", 10_000, 100_000),
+    Job("mixed", 10_000, 100_000),
     Job("sharded", 1000, 1_000_000),
     Job("mixed", 1000, 1_000_000),
 ]
@@ -71,7 +71,9 @@ def table(found: dict[Job, Figures]) -> str:
         "chunks",
         *PLANNED,
         "save, s",
-        "save, peak MB",
+        "peak MB",
+        "save again, s",
+        "peak MB",
         "restore, s",
         "peak MB",
         "manifest MB",
@@ -84,9 +86,11 @@ def table(found: dict[Job, Figures]) -> str:
         cells += [
             f"**{f.save_s:.2f}**",
             f"{f.save_peak_bytes / 1e6:,.0f}",
+            f"**{f.again_s:.2f}**",
+            f"{f.again_peak_bytes / 1e6:,.0f}",
             f"{f.restore_s:.2f}{' (mapped)' * f.mapped}",
         ]
-        cells += [f"{f.peak_bytes / 1e6:,.0f}", f"{f.manifest_bytes / 1e6:.1f}", f"{f.bytes_in / 1e6:,.0f}"]
+        cells += [f"{f.restore_peak_bytes / 1e6:,.0f}", f"{f.manifest_bytes / 1e6:.1f}", f"{f.bytes_in / 1e6:,.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -113,13 +117,15 @@ def series(found: dict[Job, Figures]) -> dict[str, list[tuple[float, Figures]]]:
 
 def exponents(found: dict[Job, Figures]) -> str:
     """The fitted exponents as a Markdown table."""
-    lines = ["| grows | from | to | save | restore | save, peak memory |", "|---|---|---|---|---|---|"]
+    lines = ["| grows | from | to | save | save again | restore | save, peak memory |", "|---" * 7 + "|"]
     for name, rows in series(found).items():
         save = exponent([(size, f.save_s) for size, f in rows])
+        again = exponent([(size, f.again_s) for size, f in rows])
         alike = [(size, f) for size, f in rows if f.mapped == rows[0][1].mapped]
         restore = f"{exponent([(size, f.restore_s) for size, f in alike]):.2f}" if len(alike) > 1 else ""
         memory = exponent([(size, float(f.save_peak_bytes)) for size, f in rows])
-        lines.append(f"| {name} | {rows[0][0]:,.0f} | {rows[-1][0]:,.0f} | {save:.2f} | {restore} | {memory:.2f} |")
+        cells = [name, f"{rows[0][0]:,.0f}", f"{rows[-1][0]:,.0f}", f"{save:.2f}", f"{again:.2f}", restore]
+        lines.append("| " + " | ".join([*cells, f"{memory:.2f}"]) + " |")
     return "\n".join(lines)
 
 
@@ -128,10 +134,10 @@ def goal(found: dict[Job, Figures]) -> str:
     lines = []
     for job, f in found.items():
         if (job.workers, job.chunks) == GOAL:
-            met = f.save_s <= GOAL_S and f.save_peak_bytes <= GOAL_BYTES
-            lines.append(
-                f"- {job.kind}: {f.save_s:.2f} s, {f.save_peak_bytes / 1e9:.2f} GB: {'met' if met else 'not met'}"
-            )
+            saves = {"save": (f.save_s, f.save_peak_bytes), "save again": (f.again_s, f.again_peak_bytes)}
+            met = all(seconds <= GOAL_S and peak <= GOAL_BYTES for seconds, peak in saves.values())
+            texts = [f"{name} {seconds:.2f} s, {peak / 1e9:.2f} GB" for name, (seconds, peak) in saves.items()]
+            lines.append(f"- {job.kind}: {'; '.join(texts)}: {'met' if met else 'not met'}")
     return "\n".join(lines)
 
 
@@ -147,6 +153,8 @@ def plot(found: dict[Job, Figures], path: Path) -> None:
         axis = axes[0] if name.endswith("chunks") else axes[1]
         sizes = [size for size, _ in rows]
         (line,) = axis.loglog(sizes, [f.save_s for _, f in rows], marker="o", label=f"{name.split(',')[0]}: save")
+        again = {"marker": ".", "linestyle": ":", "color": line.get_color()}
+        axis.loglog(sizes, [f.again_s for _, f in rows], label=f"{name.split(',')[0]}: save again", **again)
         alike = [(size, f) for size, f in rows if not f.mapped]
         style = {"marker": "x", "linestyle": "--", "color": line.get_color()}
         axis.loglog(

@@ -6,14 +6,16 @@ rank of a sharded path, one chunk a path that is a rank's own), over `workers` r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from rl_ckpt.format.digest import digest
 from rl_ckpt.format.manifest import ArrayRef, Manifest
+from rl_ckpt.plan.deal import StageItem
 from rl_ckpt.plan.inventory import Inventory, inventory_of
 from rl_ckpt.plan.spread import ChunkId
+from rl_ckpt.plan.standing import encode_plains
 from rl_ckpt.state.arrays import NUMPY, ArraySpec
 from rl_ckpt.state.boxes import Box
 from rl_ckpt.state.tree import AUTO, SHARDED, Container, LocalArray, Node, Plain
@@ -30,6 +32,19 @@ SHARES: dict[str, tuple[int, int, int]] = {
     "mixed": (1, 2, 1),
 }
 """By kind of job: quarters of the chunks that are replicated, sharded, a rank's own."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """Which values the arrays have: another number, other values."""
+
+    own: int = 0
+    """Of arrays that are a rank's own."""
+    common: int = 0
+    """Of the others: replicas and shards."""
+
+
+FIRST = Values()
 
 
 @dataclass(frozen=True)
@@ -67,22 +82,15 @@ class Job:
         return -(-self.chunks * self._quarters[2] // 4 // self.workers)
 
     @cached_property
-    def _common(self) -> tuple[dict[str, Node], dict[str, tuple[bytes, ...]]]:
+    def _weights(self) -> dict[str, Node]:
         names = tuple(f"layer-{i:06d}" for i in range(self.replicated))
-        nodes: dict[str, Node] = {"weights": Container("dict", names)}
-        digests: dict[str, tuple[bytes, ...]] = {}
         shape = (_PER_ARRAY * _ROWS, _COLUMNS)
         array = LocalArray(ArraySpec(NUMPY, "float32", shape), Box.whole(shape), AUTO)
-        for name in names:
-            nodes[f"weights/{name}"] = array
-            digests[f"weights/{name}"] = tuple(digest(f"{name} {c}".encode()) for c in range(_PER_ARRAY))
-        return nodes, digests
+        return {"weights": Container("dict", names), **{f"weights/{name}": array for name in names}}
 
-    def tree(self, rank: int, version: int = 0) -> tuple[dict[str, Node], dict[str, tuple[bytes, ...]]]:
-        """A rank's nodes and digests, by path; `version` changes the values that are a rank's own."""
-        common, known = self._common
-        nodes: dict[str, Node] = {"": Container("dict", ("weights", "moments", "own")), **common}
-        digests = dict(known)
+    def nodes(self, rank: int) -> dict[str, Node]:
+        """A rank's nodes, by path."""
+        nodes: dict[str, Node] = {"": Container("dict", ("weights", "moments", "own")), **self._weights}
         arrays, over = self.sharded
         held = range(arrays) if rank < over else range(0)
         nodes["moments"] = Container("dict", tuple(f"layer-{i:06d}" for i in held))
@@ -93,16 +101,35 @@ class Job:
         nodes["own"] = Container("dict", ("seed", *(f"buffer-{i:06d}" for i in range(self.own))))
         nodes["own/seed"] = Plain(rank)
         mine = LocalArray(ArraySpec(NUMPY, "float32", (_ROWS, _COLUMNS)), Box.whole((_ROWS, _COLUMNS)), AUTO)
-        for i in range(self.own):
-            nodes[f"own/buffer-{i:06d}"] = mine
-            digests[f"own/buffer-{i:06d}"] = (digest(f"{version} {rank} {i}".encode()),)
-        return nodes, digests
+        nodes |= {f"own/buffer-{i:06d}": mine for i in range(self.own)}
+        return nodes
 
-    def inventories(self, version: int = 0) -> Iterator[Inventory]:
-        """What each rank says, rank by rank."""
+    def _identities(self, values: Values) -> Iterator[dict[str, bytes]]:
+        """Of each rank's undeclared arrays, by path, in the order of its tree."""
+        common = {
+            f"weights/layer-{i:06d}": b"".join(digest(f"{values.common} {i} {c}".encode()) for c in range(_PER_ARRAY))
+            for i in range(self.replicated)
+        }
         for rank in range(self.workers):
-            nodes, digests = self.tree(rank, version)
-            yield inventory_of(nodes, digests)
+            own = {f"own/buffer-{i:06d}": digest(f"{values.own} {rank} {i}".encode()) for i in range(self.own)}
+            yield {**common, **own}
+
+    def inventories(self, values: Values) -> Iterator[Inventory]:
+        """What each rank says, rank by rank."""
+        for rank, identities in enumerate(self._identities(values)):
+            yield inventory_of(self.nodes(rank), identities)
+
+    def repeats(self, values: Values) -> Iterator[tuple[bytes, bytes]]:
+        """What each rank says by a standing plan, rank by rank: plain leaves, and identities joined."""
+        for rank, identities in enumerate(self._identities(values)):
+            yield encode_plains({"own/seed": Plain(rank)}), b"".join(identities.values())
+
+    def staged(self, items: Sequence[StageItem], rank: int, values: Values) -> tuple[bytes, ...]:
+        """Digests of what a rank stages."""
+        own, common = f"{values.own} {rank}", f"{values.common}"
+        return tuple(
+            digest(f"{own if i.path.startswith('own/') else common} {i.path} {i.box.offset}".encode()) for i in items
+        )
 
     def needs(self, manifest: Manifest) -> Iterator[list[ChunkId]]:
         """The chunks that each rank wants back, rank by rank, in the order of the tree."""

@@ -111,11 +111,14 @@ def _by_takers(needs: Mapping[str, set[ChunkId]]) -> dict[tuple[str, ...], list[
     return groups
 
 
-def share(manifest: Manifest, needs: Mapping[int, Iterable[ChunkId]]) -> dict[int, set[ChunkId]]:
+def share(
+    manifest: Manifest, twins: Mapping[ChunkId, ChunkId], needs: Mapping[int, Iterable[ChunkId]]
+) -> dict[int, set[ChunkId]]:
     """Deals out the verifying of chunks of mapped files over the ranks of one node, which share their pages.
 
     Args:
         manifest: For the chunks' sizes.
+        twins: From `canonical_chunks`.
         needs: Chunks that each rank wants.
 
     Returns:
@@ -123,7 +126,6 @@ def share(manifest: Manifest, needs: Mapping[int, Iterable[ChunkId]]) -> dict[in
     """
     if len(needs) == 1:
         return {rank: set(chunks) for rank, chunks in needs.items()}
-    twins = canonical_chunks(manifest)
     wanted = {f"{rank:09}": {twins[chunk] for chunk in needs[rank]} for rank in needs}
     dealt = {server: set(fetch.store) for server, fetch in spread(manifest, wanted).items()}
     return {rank: {chunk for chunk in needs[rank] if twins[chunk] in dealt[f"{rank:09}"]} for rank in needs}

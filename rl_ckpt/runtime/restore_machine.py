@@ -234,11 +234,18 @@ class RestoreMachine:
             answers: list[Instruction] = [Answer(restore.key, rank, Sources()) for rank in restore.matched]
             return [*answers, Arm(restore.token, VERIFYING, self.options.write_timeout_s)]
         answers = []
+        twins = canonical_chunks(restore.manifest)
+        known: dict[tuple[tuple[int, ...], ...], list[Sources]] = {}  # many nodes need the same parts
         for ranks in _neighbours(restore.servers).values():
-            mine = share(restore.manifest, {rank: list(restore.matched[rank].needs) for rank in ranks})
-            for rank in ranks:
-                others = tuple(i for i, chunk in enumerate(restore.matched[rank].needs) if chunk not in mine[rank])
-                answers.append(Answer(restore.key, rank, Sources(others=others)))
+            needs = [restore.matched[rank].needs for rank in ranks]
+            parts = tuple([tuple(map(id, need.parts)) for need in needs])
+            if parts not in known:
+                mine = share(restore.manifest, twins, dict(enumerate(map(list, needs))))
+                known[parts] = [
+                    Sources(others=tuple([n for n, chunk in enumerate(need) if chunk not in mine[i]]))
+                    for i, need in enumerate(needs)
+                ]
+            answers += [Answer(restore.key, rank, found) for rank, found in zip(ranks, known[parts], strict=True)]
         return [*answers, Arm(restore.token, VERIFYING, self.options.write_timeout_s)]
 
     def _fetch(self, restore: Restore) -> list[Instruction]:

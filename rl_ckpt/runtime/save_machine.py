@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from rl_ckpt.errors import (
     CheckpointError,
     InvalidInputError,
@@ -118,6 +120,9 @@ class SaveMachine:
         problem = join_problem(save, message)
         if problem:
             return [*out, *self._fail(save, InvalidInputError(problem), also=message.rank)]
+        first = next(iter(save.repeats.values()), message)
+        if first.identities == message.identities:  # a thousand replicas: held once, not a thousand times
+            message = msgspec.structs.replace(message, identities=first.identities)
         save.repeats[message.rank] = message
         if len(save.repeats) < save.world_size:
             return out
@@ -327,7 +332,7 @@ class SaveMachine:
         else:
             save.staged[message.rank] = message.digests
             save.stall_s = max(save.stall_s, message.stall_s)
-        if save.late():
+        if not save.hear(message.rank):
             return []
         save.state = SETTLING
         if save.stored is None:

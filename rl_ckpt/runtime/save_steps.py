@@ -129,6 +129,8 @@ class Save:
     staged: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
     objects: dict[int, dict[int, bytes]] = field(default_factory=dict)
     """Digests of what servers staged for ranks: by rank, and by index among its items."""
+    whole: set[int] = field(default_factory=set)
+    """Ranks whose chunks are all staged."""
     written: dict[str, Sequence[Written]] = field(default_factory=dict)
     stall_s: float = 0.0
     failure: Failure | None = None
@@ -138,9 +140,15 @@ class Save:
         """Ranks that take part so far."""
         return self.joined.keys() | self.repeats.keys()
 
+    def hear(self, rank: int) -> bool:
+        """Looks again at what a rank has staged; whether all chunks of all ranks are by now."""
+        if rank in self.staged and b"" not in self._digests(rank):
+            self.whole.add(rank)
+        return len(self.whole) == self.world_size
+
     def late(self) -> list[int]:
         """Ranks whose chunks are not all staged."""
-        return [rank for rank in range(self.world_size) if rank not in self.staged or b"" in self._digests(rank)]
+        return [rank for rank in range(self.world_size) if rank not in self.whole]
 
     def _digests(self, rank: int) -> list[bytes]:
         told = self.objects.get(rank, {})

@@ -16,7 +16,7 @@ def join_problem(save: Save, message: JoinSave | RepeatSave) -> str | None:
         return f"rank {message.rank} is not in 0 … {message.world_size - 1}"
     if message.world_size != save.world_size:
         return f"rank {message.rank} says there are {message.world_size} workers, others say {save.world_size}"
-    if message.rank in save.here:
+    if message.rank in save.joined or message.rank in save.repeats:
         return f"two workers joined the save of step {message.step} as rank {message.rank}; give each its own rank"
     other = next(iter(save.joined.values()), None)
     if isinstance(message, JoinSave) and other is not None and other.chunk_bytes != message.chunk_bytes:

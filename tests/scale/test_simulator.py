@@ -12,12 +12,14 @@ import pytest
 
 from benchmarks.scale.growth import exponent, table
 from benchmarks.scale.simulate import Simulation, simulate
-from benchmarks.scale.synthetic import SHARES, Job
+from benchmarks.scale.synthetic import FIRST, SHARES, Job, Values
 from rl_ckpt.plan.deal import Written, deal, entries, settle
 from rl_ckpt.plan.inventory import Inventory
 from rl_ckpt.plan.merge import merge
 from rl_ckpt.plan.spread import spread
-from rl_ckpt.runtime.messages import JoinSave, decode, encode
+from rl_ckpt.runtime import restore_machine
+from rl_ckpt.runtime.messages import JoinAgain, JoinSave, Matched, RepeatSave, Staged, decode, encode
+from rl_ckpt.runtime.save_steps import Instruction, Order
 from rl_ckpt.state import boxes
 from rl_ckpt.state.boxes import Box, check_tiling
 
@@ -44,11 +46,57 @@ def test_a_save_and_a_restore_are_whole(kind: str) -> None:
 
 def test_a_second_save_writes_what_changed() -> None:
     simulation = Simulation(Job("mixed", 8, 160))
-    first, second = simulation.save(1), simulation.save(2, version=1)
+    first, second = simulation.save(1), simulation.save(2, Values(own=1))
     old = {file.name for file in first.files}
     again = [c for a in second.arrays for c in a.chunks if second.files[c.file].name in old]
     assert len(again) == 120  # replicas and shards are as they were; what is a rank's own is new
     assert len([c for a in second.arrays for c in a.chunks]) == 160
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_a_save_by_the_standing_plan_is_whole(kind: str) -> None:
+    simulation = Simulation(Job(kind, 16, 320))
+    first = simulation.save(1)
+    received, plan = simulation.figures.bytes_in, simulation.plan_id
+    second = simulation.save_again(2, Values(own=1, common=1))
+    assert {file.name for file in first.files}.isdisjoint(file.name for file in second.files)  # all of it is new
+    assert second.nodes == first.nodes
+    boxes = [[[c.box for c in array.chunks] for array in manifest.arrays] for manifest in (first, second)]
+    assert boxes[0] == boxes[1]
+    assert simulation.plan_id == plan != ""
+    assert simulation.figures.bytes_in - received < received  # identities alone
+    assert simulation.figures.again_s > 0
+    third = simulation.save_again(3, Values(own=2, common=1))
+    old = {file.name for file in second.files}
+    kept = [c for array in third.arrays for c in array.chunks if third.files[c.file].name in old]
+    assert len(kept) == 320 * (4 - SHARES[kind][2]) // 4
+
+
+def test_the_standing_plan_does_not_hold_where_replicas_part() -> None:
+    simulation = Simulation(Job("replicated", 4, 32))
+    simulation.save(1)
+    repeats = list(simulation.job.repeats(Values(common=1)))
+    repeats[3] = (repeats[3][0], bytes(len(repeats[3][1])))
+    asked = [
+        simulation.saves.repeat(
+            RepeatSave("save-2", rank, 4, 2, {}, None, None, simulation.plan_id, plains, identities)
+        )
+        for rank, (plains, identities) in enumerate(repeats)
+    ]
+    assert [i.reply for i in asked[-1] if isinstance(i, Order)] == [JoinAgain()] * 4
+
+
+def test_what_replicas_say_by_the_standing_plan_is_held_once() -> None:
+    simulation = Simulation(Job("replicated", 6, 32))
+    simulation.save(1)
+    for rank, (plains, identities) in enumerate(simulation.job.repeats(Values(common=1))):
+        if rank < 5:  # the last one would end the joining
+            said = RepeatSave("save-2", rank, 6, 2, {}, None, None, simulation.plan_id, plains, identities)
+            simulation.saves.repeat(decode(encode(said), RepeatSave))
+    held = simulation.saves._saves["save-2"].repeats.values()
+    assert len(held) == 5
+    assert len({id(message.identities) for message in held}) == 1
+    assert len({message.plains for message in held}) == 5
 
 
 def test_figures_become_a_table() -> None:
@@ -81,7 +129,9 @@ def calls(work: Callable[[], Any]) -> int:
 
 def received(job: Job) -> list[Inventory]:
     """The inventories as the coordinator gets them: what ranks say alike is one object."""
-    joins = [JoinSave("k", r, job.workers, 1, {}, None, None, "s", 1 << 24, i) for r, i in enumerate(job.inventories())]
+    joins = [
+        JoinSave("k", r, job.workers, 1, {}, None, None, "s", 1 << 24, i) for r, i in enumerate(job.inventories(FIRST))
+    ]
     return [decode(encode(join), JoinSave).inventory for join in joins]
 
 
@@ -92,14 +142,14 @@ def planning(kind: str, workers: int, chunks: int) -> int:
     servers = [job.server(rank) for rank in range(workers)]
 
     def work() -> None:
-        plan = deal(merge(inventories, 1 << 24), servers, "1-x", {}, 4, 256 << 20)
+        plan = deal(merge(inventories, 1 << 24), servers, 4, 256 << 20)
         digests = {
             (server, column.offset): repr((server, column.offset)).encode()
             for server, files in plan.files.items()
             for file in files
             for column in file.columns
         }
-        settle(plan, digests, {})
+        plan = settle(plan, "1-x", digests, {})
         written = {
             server: [Written(1, tuple(range(len(f.columns)))) for f in files] for server, files in plan.files.items()
         }
@@ -118,6 +168,25 @@ def test_planning_grows_no_faster_than_the_chunks(kind: str) -> None:
 def test_planning_grows_no_faster_than_the_workers(kind: str) -> None:
     work = [planning(kind, workers, 1280) for workers in (32, 64, 128)]
     assert all(after < 2.3 * before for before, after in pairwise(work)), work
+
+
+def test_what_ranks_have_staged_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def staging(workers: int) -> int:
+        simulation, work = Simulation(Job("sharded", workers, 1280)), 0
+        real = simulation.saves.staged
+
+        def staged(message: Staged) -> list[Instruction]:
+            nonlocal work
+            out: list[Instruction] = []
+            work += calls(lambda: out.extend(real(message)))
+            return out
+
+        monkeypatch.setattr(simulation.saves, "staged", staged)
+        simulation.save(1)
+        return work
+
+    work = [staging(workers) for workers in (32, 64, 128)]
+    assert all(after < 1.5 * before for before, after in pairwise(work)), work  # the chunks are as many
 
 
 def test_more_replicas_of_the_same_cost_next_to_nothing() -> None:
@@ -147,7 +216,7 @@ def test_the_holders_of_many_chunks_are_not_hashed_for_each() -> None:
     for array in merged.arrays:
         for chunk in array.chunks:
             chunk.holders = holders
-    deal(merged, ["s"] * 16, "1-x", {}, 4, 256 << 20)
+    deal(merged, ["s"] * 16, 4, 256 << 20)
     assert 0 < _CountedRanks.hashed < 10
 
 
@@ -160,6 +229,25 @@ def test_a_restore_of_replicas_is_planned_without_asking_every_server_for_every_
         return calls(lambda: spread(manifest, {f"s{i:02}": everything for i in range(servers)}))
 
     assert work(32) < 2 * work(4)
+
+
+def test_nodes_that_need_the_same_of_mapped_files_are_planned_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def matching(workers: int) -> int:
+        simulation, work = Simulation(Job("replicated", workers, 1600)), 0
+        real = simulation.restores.match
+
+        def match(message: Matched) -> list[restore_machine.Instruction]:
+            nonlocal work
+            out: list[restore_machine.Instruction] = []
+            work += calls(lambda: out.extend(real(message)))
+            return out
+
+        monkeypatch.setattr(simulation.restores, "match", match)
+        simulation.save(1)
+        simulation.restore(mappable=True)
+        return work
+
+    assert matching(128) < 1.5 * matching(32)
 
 
 def test_shards_along_any_axis_are_checked_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,18 @@ from rl_ckpt.options import Options
 from rl_ckpt.plan.match import Problems
 from rl_ckpt.plan.spread import Needs
 from rl_ckpt.runtime import restore_machine as rm
-from rl_ckpt.runtime.messages import Apply, Candidate, Failure, FetchDone, Matched, OpenRestore, Sources, TryNext
+from rl_ckpt.runtime.messages import (
+    Apply,
+    Candidate,
+    Failure,
+    FetchDone,
+    Matched,
+    OpenRestore,
+    Sources,
+    TryNext,
+    decode,
+    encode,
+)
 from tests.unit.runtime.restore_bench import Bench, all_chunks, manifest
 
 DEAD = WorkerFailuresError("rank 1 died", {1: "rank 1 died"})
@@ -164,6 +175,28 @@ def test_ranks_of_one_node_share_the_verifying_of_mapped_files_and_others_do_not
     assert left[0] | left[2] == everything
     assert left[0] & left[2] == set(), "nothing is left out by both"
     assert left[0], "rank 2 takes a part"
+
+
+@pytest.mark.parametrize("fewer", [0, 1])
+def test_each_node_shares_its_own_needs_where_others_need_much_the_same(fewer: int) -> None:
+    bench = Bench(mappable=True)
+    for rank in range(4):
+        bench.open(rank, world=4)
+    bench.load()
+    needs = [all_chunks(), all_chunks(), all_chunks(), all_chunks()[fewer:]]
+    for rank in range(4):  # 0 and 2 are on one node, 1 and 3 on another
+        wanted = Needs.of(needs[rank])
+        matched = Matched("r", bench.token(rank, "r"), rank, f"server-{rank % 2}", Problems(), wanted)
+        bench.do(bench.machine.match(decode(encode(matched), Matched)))
+    replies = [bench.reply(rank) for rank in range(4)]
+    verified = [
+        {chunk for n, chunk in enumerate(needs[rank]) if n not in reply.others}
+        for rank, reply in enumerate(replies)
+        if isinstance(reply, Sources)
+    ]
+    for one, other in ((0, 2), (1, 3)):
+        assert verified[one] | verified[other] == set(all_chunks())
+        assert verified[one] & verified[other] == set()
 
 
 def fail_in_opening(bench: Bench) -> None:
