@@ -1,15 +1,12 @@
 """Reading values: chunks of a checkpoint into arrays, verified.
 
-Owns: getting a chunk's bytes (small ones of local files from a map, all others by ranged reads), checking its digest,
-and copying what is wanted of it. Promises: no byte is handed out whose chunk does not have the digest that was
-committed.
+Owns: getting a chunk's bytes (out of local files, or by ranged reads), checking its digest, and copying what is wanted
+of it. Promises: no byte is handed out whose chunk does not have the digest that was committed.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
-import threading
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -23,75 +20,18 @@ from rl_ckpt.format.manifest import ArrayEntry, ArrayRef, Chunk, Manifest
 from rl_ckpt.plan.match import Match
 from rl_ckpt.state import arrays, leaves
 from rl_ckpt.state.arrays import BYTES, DTENSOR, NUMPY, PICKLE, STR, TORCH, Host
-from rl_ckpt.state.boxes import Box, slices
+from rl_ckpt.state.boxes import Box, overlap, slices
 from rl_ckpt.state.dtypes import dtype_from_name
 from rl_ckpt.state.tree import Plain
 from rl_ckpt.store.base import ObjectMissingError, Store
+from rl_ckpt.store.local_files import PIECE_BYTES, LocalFiles
 from rl_ckpt.store.parallel import run_all, spare_threads
 
 THREADS_FROM_BYTES = 256 << 10
-"""A chunk, on average: of smaller ones in mapped files, Python's own work is most, which threads don't share."""
-_LET_GO_FROM_BYTES = 64 << 10
-_PIECE_BYTES = 512 << 10  # fits a core's second cache
+"""A chunk, on average: of smaller ones in local files, Python's own work is most, which threads don't share."""
 _JOB_BYTES = 1 << 20  # of small chunks: so many that they pay a job
 
 _Item = TypeVar("_Item")
-
-
-class MappedFiles:
-    """Read-only maps of local files, one a file. Thread-safe. Views handed out keep their map alive."""
-
-    def __init__(self) -> None:
-        """No files yet."""
-        self._maps: dict[str, memoryview] = {}
-        self._lock = threading.Lock()
-
-    def view(self, path: str, offset: int, size_bytes: int) -> memoryview:
-        """Bytes of a file, not copied.
-
-        Raises:
-            CorruptionError: The file is missing, or ends before them.
-        """
-        return part(path, self.whole(path), offset, size_bytes)
-
-    def whole(self, path: str) -> memoryview:
-        """A file, for `part`.
-
-        Raises:
-            CorruptionError: The file is missing.
-        """
-        with self._lock:
-            if path not in self._maps:
-                self._maps[path] = _map(path)
-            return self._maps[path]
-
-    def let_go(self, path: str, offset: int, size_bytes: int) -> None:
-        """Takes the pages of a range that was used out of this process's memory; they stay in the system's cache."""
-        whole = self._maps[path]
-        if size_bytes >= _LET_GO_FROM_BYTES and isinstance(whole.obj, mmap.mmap):
-            start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-            whole.obj.madvise(mmap.MADV_DONTNEED, start, offset + size_bytes - start)
-
-
-def part(path: str, whole: memoryview, offset: int, size_bytes: int) -> memoryview:
-    """Bytes of a mapped file, not copied.
-
-    Raises:
-        CorruptionError: It ends before them.
-    """
-    if offset + size_bytes > len(whole):
-        raise CorruptionError(f"{path} has {len(whole)} bytes; the checkpoint names {size_bytes} at {offset}")
-    return whole[offset : offset + size_bytes]
-
-
-def _map(path: str) -> memoryview:
-    try:
-        with open(path, "rb") as file:
-            if not os.fstat(file.fileno()).st_size:
-                return memoryview(b"")
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except FileNotFoundError as error:
-        raise CorruptionError(f"{path} is missing, though a checkpoint names it") from error
 
 
 def chunk_name(manifest: Manifest, chunk: Chunk, store: Store) -> str:
@@ -127,22 +67,38 @@ def load_arrays(store: Store, manifest: Manifest, wanted: Iterable[int]) -> dict
     for index in out:
         for chunk in manifest.arrays[index].chunks:
             by_file.setdefault(chunk.file, []).append((index, chunk))
-    mapped, count, size = MappedFiles(), 0, 0
-    jobs: list[Callable[[], None]] = []
-    for file, chunks in by_file.items():
-        count, size = count + len(chunks), size + sum(chunk.bytes for _, chunk in chunks)
-        path = store.local_path(manifest.files[file].name)
-        if path is None:
-            jobs.append(partial(_fetch, store, manifest, file, chunks, out))
-            continue
-        large = [(index, chunk) for index, chunk in chunks if chunk.bytes >= _PIECE_BYTES]
-        jobs += [partial(_read_piecewise, store, manifest, index, chunk, out) for index, chunk in large]
-        small = [(index, chunk) for index, chunk in chunks if chunk.bytes < _PIECE_BYTES]
-        jobs += [partial(_copy_mapped, store, manifest, mapped, path, batch, out) for batch in batches(small, _size)]
-    # A store far away is waited for.
-    alone = count * THREADS_FROM_BYTES > size and store.local_path(records.RUN_FILE) is not None
-    run_all(jobs, 1 if alone else spare_threads())
+    if store.local_path(records.RUN_FILE) is not None:
+        _load_local(store, manifest, list(itertools.chain.from_iterable(by_file.values())), out)
+    else:
+        run_all([partial(_fetch, store, manifest, f, chunks, out) for f, chunks in by_file.items()], spare_threads())
     return out
+
+
+def _load_local(store: Store, manifest: Manifest, chunks: list[tuple[int, Chunk]], out: Mapping[int, Host]) -> None:
+    files = LocalFiles(store, manifest)
+    try:
+        files.open_all(chunk for _, chunk in chunks)
+        chunks.sort(key=lambda item: (item[1].file, item[1].offset))
+        jobs = [partial(_read_local, store, manifest, files, batch, out) for batch in batches(chunks, _size)]
+        alone = len(chunks) * THREADS_FROM_BYTES > sum(map(_size, chunks))
+        run_all(jobs, 1 if alone else spare_threads())
+    finally:
+        files.close()
+
+
+def _read_local(
+    store: Store, manifest: Manifest, files: LocalFiles, chunks: Sequence[tuple[int, Chunk]], out: Mapping[int, Host]
+) -> None:
+    by_place: dict[tuple[int, int], list[tuple[int, Chunk]]] = {}  # equal bytes may be chunks of several arrays
+    for index, chunk in chunks:
+        by_place.setdefault((chunk.file, chunk.offset), []).append((index, chunk))
+    for found, view in files.small([same[0][1] for same in by_place.values()]):
+        compare_chunk(store, manifest, found, digest(view))
+        for index, chunk in by_place[found.file, found.offset]:
+            _place(manifest, index, chunk, view, out)
+    for index, chunk in chunks:
+        if chunk.bytes >= PIECE_BYTES:
+            _read_piecewise(store, manifest, files, index, chunk, out)
 
 
 def _size(item: tuple[int, Chunk]) -> int:
@@ -166,16 +122,15 @@ def batches(items: Sequence[_Item], size_bytes: Callable[[_Item], int]) -> Itera
         yield items[start:]
 
 
-def _read_piecewise(store: Store, manifest: Manifest, index: int, chunk: Chunk, out: Mapping[int, Host]) -> None:
+def _read_piecewise(
+    store: Store, manifest: Manifest, files: LocalFiles, index: int, chunk: Chunk, out: Mapping[int, Host]
+) -> None:
     """Reads a chunk to its place, and hashes each piece while it is in the core's cache: memory is read once less."""
-    name, found = manifest.files[chunk.file].name, hasher()
+    found = hasher()
     place, direct = _destination(manifest, index, chunk, out)
-    for start in range(0, chunk.bytes, _PIECE_BYTES):
-        piece = place[start : start + _PIECE_BYTES]
-        try:
-            store.read_into(name, [(chunk.offset + start, piece)])
-        except ObjectMissingError as error:
-            raise CorruptionError(_missing(store, manifest, name)) from error
+    for start in range(0, chunk.bytes, PIECE_BYTES):
+        piece = place[start : start + PIECE_BYTES]
+        files.read(chunk, piece, start)
         found.update(piece)
     compare_chunk(store, manifest, chunk, found.digest())
     if not direct:
@@ -191,22 +146,6 @@ def compare_chunk(store: Store, manifest: Manifest, chunk: Chunk, found: bytes) 
     expected = bytes.fromhex(chunk.digest)
     if found != expected:
         compare(chunk_name(manifest, chunk, store), found, expected, chunk.bytes)
-
-
-def _copy_mapped(
-    store: Store,
-    manifest: Manifest,
-    mapped: MappedFiles,
-    path: str,
-    chunks: Sequence[tuple[int, Chunk]],
-    out: Mapping[int, Host],
-) -> None:
-    whole = mapped.whole(path)
-    store.stats.count_read(sum(chunk.bytes for _, chunk in chunks))
-    for index, chunk in chunks:
-        data = part(path, whole, chunk.offset, chunk.bytes)
-        compare_chunk(store, manifest, chunk, digest(data))
-        _place(manifest, index, chunk, data, out)
 
 
 def _missing(store: Store, manifest: Manifest, name: str) -> str:
@@ -236,11 +175,16 @@ def _fetch(
 
 def _destination(manifest: Manifest, index: int, chunk: Chunk, out: Mapping[int, Host]) -> tuple[memoryview, bool]:
     """Where to read a chunk to, and whether that is its place in the array."""
-    whole = Box.whole(manifest.arrays[index].spec.shape)
-    part = out[index][slices(chunk.box, whole)]
-    if part.flags.c_contiguous:
-        return part.reshape(-1).view(np.uint8).data.cast("B"), True
-    return memoryview(bytearray(chunk.bytes)), False
+    place = place_in(out[index], Box.whole(manifest.arrays[index].spec.shape), chunk.box)
+    return (place, True) if place is not None else (memoryview(bytearray(chunk.bytes)), False)
+
+
+def place_in(host: Host, have: Box, box: Box) -> memoryview | None:
+    """The memory of a box within an array that holds `have`; None where it is not one piece, or not all there."""
+    if overlap(have, box) != box:
+        return None
+    part = host[slices(box, have)]
+    return part.reshape(-1).view(np.uint8).data.cast("B") if part.flags.c_contiguous else None
 
 
 def refuse_pickles(manifest: Manifest, match: Match, allow_pickle: bool) -> None:

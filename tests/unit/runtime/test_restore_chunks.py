@@ -1,8 +1,8 @@
-"""A rank's chunks in mapped files: what is verified, in which order, what is copied, and what stays in memory."""
+"""A rank's chunks in local files: what is verified, in which order, what is copied, and what stays open."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
 from pathlib import Path
 
 import numpy as np
@@ -129,31 +129,51 @@ def test_a_folder_that_is_not_on_this_node_is_named(saved: World) -> None:
 def test_a_box_is_copied(saved: World, threads: int, box: Box) -> None:
     target = np.full(box.shape, -1.0)
     (a, b), (n, m) = box.offset, box.shape
-    assert ChunkSource(*saved, threads).copy([(0, target, box)]) == target.nbytes
+    chunks = ChunkSource(*saved, threads)
+    assert chunks.verify(nothing, 0.0) == ""
+    assert chunks.copy([(0, target, box)]) == target.nbytes
     assert target.tobytes() == VALUES[a : a + n, b : b + m].tobytes()
 
 
-def resident(path: str) -> int:
-    """Bytes of a mapped file that are in this process's memory."""
-    size, mine = 0, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if "-" in line.split()[0]:
-            mine = line.endswith(path)
-        elif mine and line.startswith("Rss:"):
-            size += int(line.split()[1]) << 10
-    return size
+def everything_is_others() -> Sources:
+    return Sources(others=tuple(range(COUNT)))
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells what is resident")
-@pytest.mark.parametrize(
-    "use", [lambda c, t: c.verify(nothing, 0.0), lambda c, t: c.copy([(0, t, Box.whole(t.shape))])]
-)
-def test_mapped_pages_are_let_go_behind_their_use(saved: World, use: Callable[..., object]) -> None:
-    store, manifest, _ = saved
-    path = str(store.local_path(manifest.files[0].name))
-    chunks = ChunkSource(*saved, 1)
-    chunks._mapped.view(path, 0, 1)
-    assert bytes(chunks._mapped.view(path, 0, 64 << 10)), "touched"
-    assert resident(path) > 0, "this test can see it"
-    use(chunks, np.empty_like(VALUES))
-    assert resident(path) < CHUNK
+def test_files_that_go_after_the_word_of_all_ranks_fail_no_rank(
+    saved: World, checked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another rank verified them: this one has them open all the same."""
+    monkeypatch.setattr(restore_chunks, "_LOOK_BYTES", 0)
+    chunks, target = ChunkSource(*saved, 1), np.empty_like(VALUES)
+    assert chunks.verify(everything_is_others, 0.0) == ""
+    assert checked == []
+    for path in Path(str(saved[0].local_path("run.json"))).parent.rglob("*.arrow"):
+        path.unlink()
+    chunks.copy([(0, target, Box.whole(target.shape))])
+    assert target.tobytes() == VALUES.tobytes()
+    chunks.close()
+
+
+@pytest.mark.parametrize("left", [0, 1000])
+def test_a_short_file_is_found_before_the_word_whoever_verifies_it(
+    saved: World, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restore_chunks, "_LOOK_BYTES", 0)
+    for path in Path(str(saved[0].local_path("run.json"))).parent.rglob("*.arrow"):
+        path.write_bytes(path.read_bytes()[:left])
+    said = ChunkSource(*saved, 1).verify(everything_is_others, 0.0)
+    assert f"has {left} bytes; checkpoint {saved[1].id} names" in said
+
+
+def test_closing_gives_the_files_back(saved: World) -> None:
+    path = os.path.realpath(str(saved[0].local_path(saved[1].files[0].name)))
+
+    def held() -> int:
+        there = (os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd"))
+        return sum(os.path.realpath(link) == path for link in there)
+
+    chunks = ChunkSource(*saved, 2)
+    assert chunks.verify(nothing, 0.0) == ""
+    assert held() == 1
+    chunks.close()
+    assert held() == 0

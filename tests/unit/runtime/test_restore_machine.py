@@ -178,7 +178,10 @@ def test_ranks_of_one_node_share_the_verifying_of_mapped_files_and_others_do_not
 
 
 @pytest.mark.parametrize("fewer", [0, 1])
-def test_each_node_shares_its_own_needs_where_others_need_much_the_same(fewer: int) -> None:
+def test_each_node_shares_its_own_needs_where_others_need_much_the_same(
+    fewer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rm, "_SHARE_FROM_BYTES", 0)  # these chunks are tiny
     bench = Bench(mappable=True)
     for rank in range(4):
         bench.open(rank, world=4)
