@@ -16,6 +16,7 @@ from rl_ckpt.format.manifest import ArrayRef, SavedNode, Variant
 from rl_ckpt.plan.inventory import Inventory, Part, box_bytes, chunk_boxes, chunk_digests
 from rl_ckpt.state.arrays import ArraySpec
 from rl_ckpt.state.boxes import Box, check_tiling
+from rl_ckpt.state.collector import paused
 from rl_ckpt.state.tree import PER_RANK, REPLICATED, SHARDED, LocalArray, Node, Plain
 
 
@@ -72,11 +73,12 @@ def merge(inventories: Sequence[Inventory], chunk_bytes: int) -> Merged:
             replicated or sharded, or shards that do not tile their array. All such paths are listed.
     """
     merged, problems = Merged(len(inventories)), []
-    for path, held in _by_path(inventories).items():
-        try:
-            merged.nodes[path] = variants(path, held, merged, chunk_bytes)
-        except InvalidInputError as problem:
-            problems.append(str(problem))
+    with paused():
+        for path, held in _by_path(inventories).items():
+            try:
+                merged.nodes[path] = variants(path, held, merged, chunk_bytes)
+            except InvalidInputError as problem:
+                problems.append(str(problem))
     if problems:
         raise InvalidInputError(
             "the workers' states don't fit together (nothing was written):\n  " + "\n  ".join(problems)

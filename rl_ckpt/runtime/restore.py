@@ -35,6 +35,7 @@ from rl_ckpt.runtime.spec import Place, RunSpec
 from rl_ckpt.state import arrays, leaves
 from rl_ckpt.state.arrays import ArraySpec, Host
 from rl_ckpt.state.boxes import Box, overlap
+from rl_ckpt.state.collector import paused
 from rl_ckpt.state.dtypes import dtype_from_name
 from rl_ckpt.state.tree import FlatTree, LocalArray, Node, Plain, Tie, flatten, unflatten
 from rl_ckpt.store.parallel import spare_threads
@@ -80,17 +81,20 @@ def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: An
     Raises:
         CheckpointError: As `Checkpointer.restore`.
     """
-    link, flat = coordinator(spec), None if state is None else flatten(state, True, open_object)
-    store, server = open_store(spec.url, spec.storage_options), ensure_server(spec)
+    link, server = coordinator(spec), ensure_server(spec)
+    opened = encode(OpenRestore(place.key, place.rank, place.world_size, request.step, server))
+    asked = Asked(link.open_restore.remote(opened), Candidate)  # which reads the manifest while the tree is walked
+    flat = None if state is None else flatten(state, True, open_object)
+    store = open_store(spec.url, spec.storage_options)
     mapped = store.local_path(records.RUN_FILE) is not None
     while True:
-        opened = OpenRestore(place.key, place.rank, place.world_size, request.step, server)
-        candidate = ask(link.open_restore, opened, Candidate)
-        manifest = msgspec.json.decode(candidate.manifest, type=Manifest)
-        match = _match(manifest, place.rank, flat, request)
-        refuse_pickles(manifest, match, spec.options.allow_pickle)
-        targets = _targets(manifest, match, flat)
-        needs = _needs(manifest, targets.by_place.values())
+        candidate = asked.get()
+        with paused():
+            manifest = msgspec.json.decode(candidate.manifest, type=Manifest)
+            match = _match(manifest, place.rank, flat, request)
+            refuse_pickles(manifest, match, spec.options.allow_pickle)
+            targets = _targets(manifest, match, flat)
+            needs = _needs(manifest, targets.by_place.values())
         matched = Matched(place.key, candidate.token, place.rank, server, match.problems, Needs.of(needs))
         sources = Asked(link.match.remote(encode(matched)), Sources | TryNext)
         chunks = ChunkSource(store, manifest, needs, spare_threads(candidate.neighbours))
@@ -100,13 +104,16 @@ def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: An
             damaged = chunks.verify(sources.if_there, candidate.neighbour / candidate.neighbours)
         found = sources.get()
         if isinstance(found, TryNext):
+            asked = Asked(link.open_restore.remote(opened), Candidate)
             continue
         chunks.take(found)
         verified = ask(link.verified, Verified(place.key, candidate.token, place.rank, damaged), Apply | TryNext)
         if isinstance(verified, TryNext):
             chunks.close()
+            asked = Asked(link.open_restore.remote(opened), Candidate)
             continue
-        tree, size = _set(match, flat, targets, chunks, spec.options.allow_pickle)
+        with paused():
+            tree, size = _set(match, flat, targets, chunks, spec.options.allow_pickle)
         link.applied.remote(place.key, place.rank)
         report = RestoredRank(
             manifest.id,
@@ -165,9 +172,10 @@ def _set(
             values[path] = leaves.decode(node.value, path, allow_pickle)
     size, made = 0, dict[object, Any]()
     for in_place in (False, True):
-        now = {place: target for place, target in targets.by_place.items() if target.in_place == in_place}
-        size += chunks.copy([(target.index, target.host, target.box) for target in now.values()])
-        made |= {place: target.leaf(allow_pickle) for place, target in now.items()}
+        now = [(place, target) for place, target in targets.by_place.items() if target.in_place == in_place]
+        size += chunks.copy([(target.index, target.host, target.box) for _, target in now])
+        for place, target in now:
+            made[place] = target.leaf(allow_pickle)
     values |= {path: made[place] for path, place in targets.places.items()}
     chunks.close()
     nodes = match.grown if flat is None else {**flat.nodes, **match.grown}

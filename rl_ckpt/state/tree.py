@@ -21,6 +21,7 @@ from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.state import arrays, leaves
 from rl_ckpt.state.arrays import ArraySpec, UnsupportedLeafError
 from rl_ckpt.state.boxes import Box
+from rl_ckpt.state.collector import paused
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
 from rl_ckpt.state.dtypes import dtype_from_name
 from rl_ckpt.state.leaves import Json
@@ -111,7 +112,8 @@ def flatten(tree: Any, allow_pickle: bool = False, opener: Opener | None = None)
     """
     walker = _Walker(allow_pickle, opener)
     try:
-        walker.walk("", tree, AUTO)
+        with paused():
+            walker.walk("", tree, AUTO)
     except RecursionError as error:
         raise InvalidInputError(
             "the state is nested deeper than Python can follow; flatten it (nothing was written)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from rl_ckpt import (
     SaveTimeoutError,
     StorageError,
 )
+from rl_ckpt.plan.deal import SavePlan
 from rl_ckpt.store import plain_save
 from tests.plain.slow import gated
 from tests.unit.store.faulty import faulty, once
@@ -231,3 +233,34 @@ def test_an_unchanged_state_costs_next_to_nothing(tmp_path: Path) -> None:
     assert first.bytes == second.bytes == 1 << 20
     assert first.bytes_written > 1 << 20
     assert second.bytes_written < 0.02 * second.bytes
+
+
+def test_saves_of_one_shape_use_one_plan_with_the_plain_leaves_of_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[int] = []
+    deal = plain_save.deal
+
+    def spy(*args: Any) -> SavePlan:
+        planned.append(len(planned))
+        return deal(*args)
+
+    monkeypatch.setattr(plain_save, "deal", spy)
+    w, moments = np.zeros(4), [np.ones(3), np.ones((2, 2))]
+    states: list[Any] = [
+        {"w": w, "step": 1, "moments": moments, "name": "a"},
+        {"w": w + 1, "step": 2.0, "moments": moments, "name": None},
+        {"w": w + 2, "step": "x" * 20, "moments": [m * 2 for m in moments], "name": "b"},  # the third of the same shape
+        {"step": 3, "w": w, "moments": moments, "name": "a"},  # other order
+        {"step": 3, "w": w.astype(np.float32), "moments": moments, "name": "a"},
+        {"step": 3, "w": w.astype(np.float32), "moments": tuple(moments), "name": "a"},
+        {"step": 3, "w": w.astype(np.float32), "moments": (moments[1], moments[1]), "name": "a"},
+        {"step": 3, "w": 5, "moments": (moments[1], moments[1]), "name": "a"},
+    ]
+    with Checkpointer(str(tmp_path / "run")) as ckpt:
+        pending = [ckpt.save_state(step, state) for step, state in enumerate(states)]
+        for save in pending:
+            save.result(60)
+        for step, state in enumerate(states):
+            assert_same(ckpt.load_state(step), state)
+    assert len(planned) == len(states) - 2

@@ -91,6 +91,12 @@ def test_select_that_chooses_nothing_says_what_there_is() -> None:
         into(blank(), select="nothing")
 
 
+def test_of_many_names_at_the_top_a_message_names_the_first() -> None:
+    many = {f"k{i:02}": i for i in range(23)}
+    with pytest.raises(InvalidInputError, match=r"has: k00, (k\d\d, ){18}k19 … and 3 more$"):
+        into(many, saved=many, select="nothing")
+
+
 def test_rename_moves_a_prefix_and_a_leaf() -> None:
     template = {"policy": {"w": W * 0, "bias": B * 0}, "opt": {"m": W * 0, "n": 0}, "steps": [0, 0]}
     found, match = into(template, rename={"net": "policy", "net/b": "policy/bias"})

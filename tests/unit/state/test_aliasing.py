@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from rl_ckpt import Sharded
+from rl_ckpt import PerRank, Replicated, Sharded
 from rl_ckpt.state import arrays
-from rl_ckpt.state.tree import LocalArray, flatten
+from rl_ckpt.state.tree import LocalArray, Tie, flatten
 
 
 def test_empty_shards_are_not_taken_for_one_array() -> None:
@@ -34,3 +34,23 @@ def test_a_backward_pass_over_values_that_a_restore_replaced_is_an_error() -> No
     assert arrays.filled(weights, arrays.PARAMETER) is weights
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_ties_are_found_by_memory_shape_strides_and_dtype_whatever_came_before() -> None:
+    w = np.arange(6, dtype=np.int32).reshape(2, 3)
+    tree = {
+        "w": w,
+        "same": w.view(),
+        "other": w.copy(),
+        "turned": w.T,
+        "square": np.arange(9, dtype=np.int32).reshape(3, 3),
+        "floats": w.view(np.float32),
+        "own": PerRank(w),
+        "all": Replicated([w, w]),
+    }
+    nodes = flatten(tree).nodes
+    ties = {path: node.path for path, node in nodes.items() if isinstance(node, Tie)}
+    assert ties == {"same": "w", "all/1": "all/0"}
+    declared = {path: node.declared for path, node in nodes.items() if isinstance(node, LocalArray)}
+    assert (declared["w"], declared["own"], declared["all/0"]) == ("auto", "per_rank", "replicated")
+    assert {path: nodes[path].spec.shape for path in ("other", "turned")} == {"other": (2, 3), "turned": (3, 2)}  # type: ignore[union-attr]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl_ckpt.state.paths import Selector, escape, join, parents, renamed, split, unescape
+from rl_ckpt.state.paths import Selector, above, escape, join, parents, renamed, split, unescape
 from tests.unit.trees import keys
 
 any_keys = st.lists(keys, min_size=1, max_size=5).map(tuple)
@@ -39,6 +39,11 @@ def test_paths_are_unique_and_split_into_their_keys(one: tuple[str | int, ...], 
 @given(any_keys)
 def test_parents_are_all_containers_from_the_root(parts: tuple[str | int, ...]) -> None:
     assert parents(path_of(parts)) == [path_of(parts[:i]) for i in range(len(parts))]
+
+
+@given(st.lists(st.lists(st.sampled_from(["a", "b", 0, ""]), max_size=4).map(tuple).map(path_of), max_size=6))
+def test_above_many_paths_are_the_parents_of_each(paths: list[str]) -> None:
+    assert above(paths) == {parent for path in paths for parent in parents(path)}
 
 
 def test_the_root_has_no_parents() -> None:
