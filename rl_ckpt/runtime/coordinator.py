@@ -61,13 +61,15 @@ class Coordinator:
     def __init__(self, spec: RunSpec) -> None:
         """Ready at once: the store is opened when it is first needed."""
         self._spec = spec
-        self._saves = SaveMachine(spec.options)
-        self._restores = rm.RestoreMachine(spec.options, f"{uuid.uuid4().hex[:8]}-")
+        incarnation = f"{uuid.uuid4().hex[:8]}-"
+        self._saves = SaveMachine(spec.options, incarnation)
+        self._restores = rm.RestoreMachine(spec.options, incarnation)
         self._waiting: dict[tuple[str, int], list[asyncio.Future[bytes]]] = {}
         self._outcomes: OrderedDict[str, asyncio.Future[SaveOutcome]] = OrderedDict()
         self._servers: dict[str, Any] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._committing = ThreadPoolExecutor(1, "rl_ckpt-commit")  # the committer is for one thread
+        self._naming = ThreadPoolExecutor(1, "rl_ckpt-name")
         self._reading = ThreadPoolExecutor(4, "rl_ckpt-read")
         self._committer: Committer | None = None
         self._reader: Run | None = None
@@ -102,7 +104,7 @@ class Coordinator:
     async def lost_save(self, data: bytes) -> None:
         """A rank can't go on with a save."""
         message = self._read(data, Lost)
-        self._do(self._saves.lost(message.key, message.rank, message.world_size, message.failure))
+        self._do(self._saves.lost(message))
 
     async def wait_save(self, checkpoint: str) -> bytes:
         """Answers once the save of `checkpoint` is decided."""
@@ -150,7 +152,8 @@ class Coordinator:
     async def configure(self, spec: RunSpec) -> None:
         """Takes over the rules and options of the driver that saves (a coordinator may be found, not made)."""
         self._spec = spec
-        self._saves.options = self._restores.options = spec.options
+        self._saves.configure(spec.options)
+        self._restores.options = spec.options
         if spec.storage_options != self._opened_with and not self._saves.busy():
             # Rotated keys, say: everything is opened anew.
             self._opened_with = spec.storage_options
@@ -287,8 +290,11 @@ class Coordinator:
     # Instructions of saves.
 
     async def _name(self, key: str, request: Any) -> Iterable[Any]:
-        # At once: an earlier save's commit and sweep are not waited for.
-        return self._saves.named(key, (await self._opened()).attempt(request))
+        # In a thread of its own: an earlier save's commit and sweep are not waited for.
+        committer = self._committer
+        if committer is None or await self._in_thread(self._naming, committer.is_gone):
+            committer = await self._opened()
+        return self._saves.named(key, await self._in_thread(self._naming, partial(committer.attempt, request)))
 
     async def _open(self, key: str) -> Iterable[Any]:
         await self._opened()
@@ -304,8 +310,6 @@ class Coordinator:
                 self._committer = Committer(run, spec.keep, spec.options.grace_s)
             return self._committer
 
-        if self._committer is not None and not self._committer.is_gone():
-            return self._committer
         opened: Committer = await self._in_thread(self._committing, work)
         return opened
 

@@ -27,6 +27,7 @@ _STEP_BYTES = 32 << 20
 _THREADS = 2
 _MADV_POPULATE_WRITE = 23
 _MADV_COLLAPSE = 25
+_PUNCH_HOLE = 0x1 | 0x2  # and keep the size, so that a late write meets no end of file
 _MAP_NORESERVE = 0x4000
 _MAP_FIXED = 0x10
 _NO_MORE = (errno.EINVAL, errno.ENOMEM, errno.ENOSPC)
@@ -90,6 +91,12 @@ def populate(view: memoryview) -> None:
         _libc().madvise(first, start + view.nbytes - first, _MADV_POPULATE_WRITE)
 
 
+def empty(fd: int, size_bytes: int) -> None:
+    """Gives a file's memory back, whoever still maps it: they find zeros, and what they write is lost."""
+    if sys.platform == "linux" and size_bytes:
+        _libc().fallocate(fd, _PUNCH_HOLE, 0, size_bytes)  # where it can't: the memory goes with the last map
+
+
 def _collapse(fd: int, view: memoryview, start: int, size_bytes: int) -> bool:
     """Makes huge pages of one part of a file; answers whether all of it got them."""
     try:
@@ -114,5 +121,6 @@ def _libc() -> Any:
     size, pointer = ctypes.c_size_t, ctypes.c_void_p
     libc.mmap.argtypes = [pointer, size, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
     libc.mmap.restype = pointer
+    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
     libc.madvise.argtypes = [pointer, size, ctypes.c_int]
     return libc

@@ -19,7 +19,7 @@ _RANKS_AT_ONCE = 20_000  # calls that may wait in the coordinator: more than the
 
 _coordinators: dict[str, Any] = {}
 _servers: dict[str, str] = {}  # service id → this node's shard server, once it has answered
-_handles: dict[str, Any] = {}  # shard server → its handle
+_handles: dict[str, Any] = {}  # service id → the handle of that server
 
 
 def start_coordinator(spec: RunSpec) -> RunSpec:
@@ -89,10 +89,9 @@ def ensure_server(spec: RunSpec) -> str:
 
 def server(spec: RunSpec) -> Any:
     """The handle of this node's shard server, in any process that has called `ensure_server`."""
-    name = _servers[spec.service]
-    if name not in _handles:
-        _handles[name] = ray.get_actor(name, namespace=NAMESPACE)
-    return _handles[name]
+    if spec.service not in _handles:
+        _handles[spec.service] = ray.get_actor(_servers[spec.service], namespace=NAMESPACE)
+    return _handles[spec.service]
 
 
 class ToldError(Exception):

@@ -51,6 +51,7 @@ class ServerMemory:
     def __init__(self, name: str) -> None:
         """Takes over the folder of `name`, and removes folders whose cluster is gone."""
         self._folder = _root() / name
+        self._renewing = threading.Lock()
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         parent = psutil.Process(os.getppid())
         owner = _Owner(parent.pid, parent.create_time(), _pid_namespace())
@@ -95,11 +96,13 @@ class ServerMemory:
             StorageError: The shared memory is too small.
         """
         path = self._folder / name
-        if path.exists() and path.stat().st_size == max(size_bytes, 1):
-            return str(path)  # asked twice: what was staged meanwhile stays
-        for old in self._folder.glob(f"{prefix}*"):
-            old.unlink(missing_ok=True)
-        return self.make(name, size_bytes)
+        with self._renewing:  # a server may be asked twice at once
+            if path.exists() and path.stat().st_size == max(size_bytes, 1):
+                return str(path)  # asked twice: what was staged meanwhile stays
+            for old in self._folder.glob(f"{prefix}*"):
+                _empty(old)
+                old.unlink(missing_ok=True)
+            return self.make(name, size_bytes)
 
     def _too_small(self, size_bytes: int) -> StorageError:
         free = shutil.disk_usage(self._folder).free
@@ -118,9 +121,17 @@ class ServerMemory:
 
     def close(self) -> None:
         """Gives everything back."""
+        for generation in self._folder.glob("generation-*"):
+            _empty(generation)
         shutil.rmtree(self._folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # other runs still have folders here
             _root().rmdir()
+
+
+def _empty(path: Path) -> None:
+    """Gives a generation's memory back though workers have it mapped: nobody reads there any more."""
+    with contextlib.suppress(FileNotFoundError), open(path, "r+b") as file:
+        huge_pages.empty(file.fileno(), path.stat().st_size)
 
 
 def remove_orphans() -> int:
@@ -166,8 +177,7 @@ def mapped(path: str) -> memoryview:
         known = _maps.get(path)
         if known is not None and known[:2] == (found.st_ino, found.st_size):
             return known[2]
-        for stale in [p for p in _maps if not os.path.exists(p)]:
-            del _maps[stale]
+        _drop_gone()
         with open(path, "r+b") as file:
             view = huge_pages.map_file(file.fileno(), found.st_size)
         _maps[path] = (found.st_ino, found.st_size, view)
@@ -181,6 +191,17 @@ def prefault(path: str) -> None:
         StorageError: The file is gone: its server was ended.
     """
     huge_pages.populate(mapped(path))
+
+
+def drop_gone() -> None:
+    """Unmaps what has no file any more: its memory is free once nobody maps it."""
+    with _maps_lock:
+        _drop_gone()
+
+
+def _drop_gone() -> None:
+    for stale in [path for path in _maps if not os.path.exists(path)]:
+        del _maps[stale]
 
 
 def forget(path: str) -> None:

@@ -147,6 +147,8 @@ class Lost(msgspec.Struct, frozen=True):
     rank: int
     world_size: int
     failure: Failure
+    checkpoint: str = ""
+    """Of the save, where it has a name already: a later one may have the same key."""
 
 
 class WriteOrder(msgspec.Struct, frozen=True):

@@ -28,6 +28,7 @@ from rl_ckpt.runtime.messages import (
     Failure,
     JoinAgain,
     JoinSave,
+    Lost,
     RepeatOrders,
     RepeatSave,
     SaveDone,
@@ -67,9 +68,16 @@ _FAILED_KEPT = 64  # failed saves that some ranks have not heard of yet
 class SaveMachine:
     """All saves of a run. Every method is an event and returns what is to be done about it."""
 
-    def __init__(self, options: Options) -> None:
-        """No saves yet."""
+    def __init__(self, options: Options, incarnation: str = "") -> None:
+        """No saves yet.
+
+        Args:
+            options: Of the run.
+            incarnation: Of the coordinator, so that its tokens, and what is named after them (plans, files of staging
+                memory), are not those of one before it.
+        """
         self.options = options
+        self._incarnation = incarnation
         self._saves: dict[str, Save] = {}
         self._begun = 0
         self._generations = Generations()
@@ -77,6 +85,11 @@ class SaveMachine:
         self._standing: Standing | None = None
         self._queue: list[str] = []  # waiting for a generation, in the order in which they were complete
         self._line: list[str] = []  # hold a generation, in the order in which they must commit
+
+    def configure(self, options: Options) -> None:
+        """Takes a driver's options, from the next save on; what was planned by others does not stand any more."""
+        if options != self.options:
+            self.options, self._standing = options, None
 
     def busy(self) -> bool:
         """Whether any save is under way."""
@@ -148,7 +161,7 @@ class SaveMachine:
 
     def _begin(self, key: str, request: SaveRequest, world_size: int) -> Save:
         self._begun += 1
-        save = self._saves[key] = Save(key, f"{key}#{self._begun}", request, world_size)
+        save = self._saves[key] = Save(key, f"{key}#{self._incarnation}{self._begun}", request, world_size)
         return save
 
     def _current(self, token: str) -> Save | None:
@@ -174,7 +187,9 @@ class SaveMachine:
 
     def _complete_repeat(self, save: Save, plan: Standing) -> list[Instruction]:
         ranks = range(save.world_size)
-        if not plan.holds_for([save.repeats[rank].identities for rank in ranks]):
+        # Another group's plan may have come to stand since the first of them was heard.
+        alike = all(message.plan == plan.id for message in save.repeats.values())
+        if not alike or not plan.holds_for([save.repeats[rank].identities for rank in ranks]):
             save.repeats.clear()
             return [Order(save.key, rank, JoinAgain()) for rank in ranks]
         save.servers, save.plan_id = plan.servers, plan.id
@@ -222,10 +237,11 @@ class SaveMachine:
         promised = self._generations.promise(save.plan_id, sizes)
         # The other generation's file is named too, so that the rank maps it and touches its pages.
         other = {s: self._generations.path(s, g) for g in save.generations for s in sizes}
+        plan_id = save.plan_id if save.plan_id == self._standing_id() else ""  # another group's may stand by now
         out: list[Instruction] = []
         for rank, server in enumerate(save.servers):
             items = tuple(save.plan.stage[rank])
-            reply = SaveOrders("", other.get(server, ""), items, self._standing_id(), promised.get(server, ""))
+            reply = SaveOrders("", other.get(server, ""), items, plan_id, promised.get(server, ""))
             out.append(Order(save.key, rank, reply))
         save.state = DONE
         del self._saves[save.key]
@@ -389,11 +405,13 @@ class SaveMachine:
         save = self._current(token)
         return self._fail(save, error) if save is not None and save.state not in (DONE, FAILED) else []
 
-    def lost(self, key: str, rank: int, world_size: int, failure: Failure) -> list[Instruction]:
+    def lost(self, message: Lost) -> list[Instruction]:
         """A rank can't go on: it died, its state can't be saved, or it changed while it was staged."""
-        save = self._saves.get(key)
+        save, rank, failure = self._saves.get(message.key), message.rank, message.failure
+        if message.checkpoint and (save is None or save.checkpoint != message.checkpoint):
+            return []  # of an attempt that is over
         if save is None:
-            save = self._begin(key, SaveRequest(0), world_size)
+            save = self._begin(message.key, SaveRequest(0), message.world_size)
         if save.state == FAILED:
             save.told.add(rank)
             self._drop_told(save)

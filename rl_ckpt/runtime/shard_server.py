@@ -90,7 +90,7 @@ class ShardServer:
         try:
             digests = stage_objects(order, objects, self._spec.options.allow_pickle)
         except CheckpointError as error:
-            link.lost_save.remote(encode(Lost(order.key, order.rank, order.world_size, Failure.of(error))))
+            link.lost_save.remote(encode(Lost(order.key, order.rank, order.world_size, Failure.of(error), order.checkpoint)))
         else:
             link.staged_objects.remote(encode(StagedObjects(order.key, order.rank, order.checkpoint, digests)))
 

@@ -7,9 +7,10 @@ stages into memory that was promised to it while it tells the coordinator so. Pr
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -48,16 +49,29 @@ class StagedRank(msgspec.Struct, frozen=True, tag="staged"):
 class _Last:
     """What a rank remembers of its last save."""
 
-    plan: str
+    plan: str = ""
     """Id of the standing plan; empty where there is none."""
-    items: tuple[StageItem, ...]
-    fixed: dict[str, Node]
+    items: tuple[StageItem, ...] = ()
+    fixed: dict[str, Node] = field(default_factory=dict)
     """Its nodes but the plain leaves."""
-    promised: str
+    promised: str = ""
     """File of staging memory that it may write before it is told to; empty where there is none."""
 
 
-_last: dict[tuple[str, int, int], _Last] = {}  # by service, rank and number of workers
+_Key = tuple[str, int, int, int]
+"""Service, rank, number of workers, and how arrays are cut."""
+_last: dict[_Key, _Last] = {}
+
+
+@contextlib.contextmanager
+def _remembered(spec: RunSpec, place: Place) -> Iterator[_Last]:
+    """What this rank remembers, for one save alone: another thread's knows of no promise, and stages elsewhere."""
+    key = (spec.service, place.rank, place.world_size, spec.options.chunk_bytes)
+    last = _last.pop(key, None) or _Last()
+    try:
+        yield last
+    finally:
+        _last[key] = last
 
 
 def save_rank(spec: RunSpec, place: Place, request: SaveRequest, state: Any, begun: float) -> StagedRank:
@@ -66,8 +80,10 @@ def save_rank(spec: RunSpec, place: Place, request: SaveRequest, state: Any, beg
     Raises:
         CheckpointError: As `Checkpointer.save`.
     """
+    memory.drop_gone()
     flat = flatten(state, spec.options.allow_pickle, open_object)
-    checkpoint, digests = _repeat(spec, place, request, flat) or _join(spec, place, request, flat)
+    with _remembered(spec, place) as last:
+        checkpoint, digests = _repeat(spec, place, request, flat, last) or _join(spec, place, request, flat, last)
     stall_s = time.monotonic() - begun
     # Not waited for: if it is lost, so is the coordinator, and whoever waits for the save's result is told.
     coordinator(spec).staged.remote(encode(Staged(place.key, place.rank, checkpoint, tuple(digests), stall_s)))
@@ -81,22 +97,23 @@ def prepare_rank(spec: RunSpec, place: Place, state: Any) -> None:
         CheckpointError: As `Checkpointer.prepare`.
     """
     flat = flatten(state, spec.options.allow_pickle, open_object)
-    orders = _orders(spec, place, SaveRequest(0), flat, prepare=True)
+    with _remembered(spec, place) as last:
+        orders = _orders(spec, place, SaveRequest(0), flat, last, prepare=True)
     for path in {orders.memory, orders.next_memory} - {""}:
         memory.prefault(path)
 
 
-def _join(spec: RunSpec, place: Place, request: SaveRequest, flat: FlatTree) -> tuple[str, list[bytes]]:
+def _join(spec: RunSpec, place: Place, request: SaveRequest, flat: FlatTree, last: _Last) -> tuple[str, list[bytes]]:
     """Takes part with an inventory, and stages as it is told."""
-    orders = _orders(spec, place, request, flat, prepare=False)
+    orders = _orders(spec, place, request, flat, last, prepare=False)
     own = [item for item in orders.items if item.path not in flat.objects]
     digests = stage(flat, own, memory.mapped(orders.memory)) if own else []
     return orders.checkpoint, _with_objects(spec, place, flat, orders, orders.items, digests)
 
 
-def _orders(spec: RunSpec, place: Place, request: SaveRequest, flat: FlatTree, prepare: bool) -> SaveOrders:
-    key = (spec.service, place.rank, place.world_size)
-    last = _last.pop(key, None)
+def _orders(
+    spec: RunSpec, place: Place, request: SaveRequest, flat: FlatTree, last: _Last, prepare: bool
+) -> SaveOrders:
     join = JoinSave(
         place.key,
         place.rank,
@@ -108,19 +125,21 @@ def _orders(spec: RunSpec, place: Place, request: SaveRequest, flat: FlatTree, p
         ensure_server(spec),
         spec.options.chunk_bytes,
         take_inventory(flat, spec.options.chunk_bytes, place.world_size),
-        last.promised if last else "",
+        last.promised,
         prepare,
     )
     reply: SaveOrders = ask(coordinator(spec).join_save, join, SaveOrders)
-    items = tuple(msgspec.structs.replace(item, digest=b"") for item in reply.items)
-    _last[key] = _Last(reply.plan, items, fixed_and_plains(flat.nodes)[0], reply.next_memory)
+    last.plan, last.promised = reply.plan, reply.next_memory
+    last.items = tuple(msgspec.structs.replace(item, digest=b"") for item in reply.items)
+    last.fixed = fixed_and_plains(flat.nodes)[0]
     return reply
 
 
-def _repeat(spec: RunSpec, place: Place, request: SaveRequest, flat: FlatTree) -> tuple[str, list[bytes]] | None:
+def _repeat(
+    spec: RunSpec, place: Place, request: SaveRequest, flat: FlatTree, last: _Last
+) -> tuple[str, list[bytes]] | None:
     """Takes part with the plan of the last save; None where it does not hold any more."""
-    last = _last.get((spec.service, place.rank, place.world_size))
-    if last is None or not last.plan:
+    if not last.plan:
         return None
     fixed, plains = fixed_and_plains(flat.nodes)
     if fixed != last.fixed:

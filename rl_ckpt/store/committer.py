@@ -132,7 +132,8 @@ class Committer:
     def _line(self, parent: str | None) -> set[str]:
         """Ids of the checkpoint that the job continues and its ancestors; with saves under way, as for the newest."""
         if parent is None and self._open:
-            return next(reversed(self._open.values())).line
+            last = next(reversed(self._open))
+            return self._open[last].line | {last}
         start = next((c for c in self._commits if c.id == parent), self._commits[-1] if self._commits else None)
         return {start.id, *lineage(start, self._commits)} if start else set()
 
@@ -149,6 +150,10 @@ class Committer:
             return {}  # given up meanwhile
         stored = self._stored_for(attempt.parent)
         self._sweeper.protect(checkpoint, {file.name for file, _ in stored.values()})
+        with self._lock:
+            given_up = checkpoint not in self._open
+        if given_up:  # while the store was asked
+            self._sweeper.release(checkpoint)
         return stored
 
     def _stored_for(self, parent: str | None) -> Stored:

@@ -29,6 +29,8 @@ _WRITE_BYTES = 16 << 20
 """Largest single write. 8 MiB or one write for all are as fast; early writeback and fallocate gain nothing."""
 _BLOCK_BYTES = 4096
 """Addresses, offsets and sizes of direct writes are multiples of it: no file system asks for more."""
+_REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)
+"""What file systems say that take no direct writes, or none like this."""
 _BOUNCE_BYTES = 1 << 20
 _IOV_MAX = 1024
 
@@ -105,7 +107,7 @@ class _DirectWriter:
             except OSError as error:
                 # The file system wants larger blocks, or a disk that is nearly full took part of one: as far as it
                 # got the file is good, and the page cache takes any size.
-                if error.errno != errno.EINVAL or not self._direct:
+                if error.errno not in _REFUSED or not self._direct:
                     raise
                 self._leave_direct()
                 continue
@@ -127,7 +129,7 @@ def _set_direct(fd: int, on: bool) -> bool:
     try:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno not in _REFUSED:
             raise
         return False  # this file system has no such thing
     return True

@@ -59,7 +59,7 @@ class Sweeper:
         """Says that an attempt was given up."""
         with self._lock:
             self._in_flight.pop(checkpoint, None)
-        self._look = True
+            self._look = True
 
     def sweep(self, dropped: Sequence[CommitRecord], live: Sequence[CommitRecord]) -> set[str]:
         """Deletes dropped checkpoints' records, and orphans past their grace.
@@ -77,7 +77,8 @@ class Sweeper:
         """
         if not dropped and not self._orphans and not self._look:
             return set()
-        looking, self._look = self._look, False  # another thread may set it while this one looks
+        with self._lock:  # another thread may set it while this one looks
+            looking, self._look = self._look, False
         try:
             return self._sweep(dropped, live, looking)
         except StorageError:

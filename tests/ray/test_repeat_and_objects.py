@@ -181,6 +181,14 @@ class TestObjects:
         for found in restored(ckpt, workers, 0):
             assert np.array_equal(found["object"], np.arange(2_000_000.0))
 
+    def test_the_next_checkpointer_has_servers_of_its_own(self, tmp_path: Path, workers: list[Any]) -> None:
+        """The workers live on, and their nodes' servers have the names of before."""
+        reference = ray.put(np.arange(100_000.0))
+        ray.get([w.look.remote(_take_object, [reference], {}) for w in workers])
+        for step in range(2):
+            with Checkpointer(str(tmp_path / "run"), join_timeout_s=20.0) as ckpt:
+                assert ckpt.save(step, workers).result(WAIT_S).step == step
+
     def test_restored_arrays_are_the_workers_own(self, ckpt: Checkpointer, workers: list[Any]) -> None:
         """torch does not know that memory of the object store is read-only: filling it would change what others see."""
         reference = ray.put({"t": torch.arange(50_000.0)})

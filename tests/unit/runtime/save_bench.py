@@ -17,6 +17,7 @@ from rl_ckpt.runtime.generations import StagingFile
 from rl_ckpt.runtime.messages import (
     Failure,
     JoinSave,
+    Lost,
     RepeatOrders,
     RepeatSave,
     SaveDone,
@@ -196,7 +197,7 @@ class Bench:
         self.do(self.machine.failed(asked.token, error))
 
     def lost(self, rank: int, step: int, error: CheckpointError, world: int = 2) -> None:
-        self.do(self.machine.lost(f"save-{step}", rank, world, Failure.of(error)))
+        self.do(self.machine.lost(Lost(f"save-{step}", rank, world, Failure.of(error))))
 
     def time_out(self, state: str) -> None:
         """Fires the newest timer of a state."""

@@ -133,3 +133,23 @@ def test_a_file_that_is_there_is_kept(owned: memory.ServerMemory) -> None:
     assert not Path(path).exists()
     assert Path(other).stat().st_size == 100
     memory.forget(path)
+
+
+def test_a_generation_that_is_renewed_takes_no_memory_though_it_is_mapped(owned: memory.ServerMemory) -> None:
+    """A state that grows would not fit beside memory that only a worker between two saves still maps."""
+    path = owned.renew("generation-0-", "generation-0-a", SIZE)
+    held = os.open(path, os.O_RDONLY)
+    view = memory.mapped(path)
+    view[: SIZE // 2] = b"\1" * (SIZE // 2)
+    owned.renew("generation-0-", "generation-0-b", SIZE)
+    assert os.fstat(held).st_blocks == 0
+    view[0] = 2  # a straggler meets no signal
+    os.close(held)
+
+
+def test_what_has_no_file_is_unmapped_at_the_next_save(owned: memory.ServerMemory) -> None:
+    path = owned.make("a", SIZE)
+    memory.mapped(path)
+    owned.remove("a")
+    memory.drop_gone()
+    assert path not in memory._maps

@@ -11,7 +11,10 @@ import pytest
 from rl_ckpt.errors import InvalidInputError, StorageError, WorkerFailuresError
 from rl_ckpt.options import Options
 from rl_ckpt.runtime import save_steps as sm
-from rl_ckpt.runtime.messages import Failure, JoinAgain, RepeatOrders, SaveOrders, StagedObjects
+from rl_ckpt.runtime import staging
+from rl_ckpt.runtime.messages import Failure, JoinAgain, Lost, RepeatOrders, SaveOrders, StagedObjects
+from rl_ckpt.runtime.save_machine import SaveMachine
+from rl_ckpt.runtime.spec import Place, RunSpec
 from rl_ckpt.state.tree import Plain
 from tests.unit.runtime.save_bench import Bench, join, repeat
 
@@ -314,3 +317,74 @@ def test_a_rank_that_is_lost_while_the_others_repeat_fails_the_save_for_all(lost
     bench.repeat_all(1, plan)
     bench.name()
     finish(bench, 1)
+
+
+class TestSeveralGroups:
+    """Groups of workers that save to one run: a plan is for those who made it."""
+
+    def test_a_plan_that_does_not_stand_any_more_is_told_to_nobody(self) -> None:
+        bench = Bench()
+        for rank in range(2):
+            bench.do(bench.machine.join(msgspec.structs.replace(join(rank, 0, key="prepare"), prepare=True)))
+        bench.join_all(5, state={"other": np.zeros(4)})  # its plan stands now
+        bench.reserve()
+        bench.do(bench.machine.opened(bench.opens.pop().token))
+        reply = bench.replies["prepare", 0][-1]
+        assert isinstance(reply, SaveOrders)
+        assert reply.plan == ""
+
+    def test_ranks_that_repeat_different_plans_all_join(self) -> None:
+        bench, plan = prepared()
+        bench.do(bench.machine.repeat(repeat(0, 9, plan)))
+        bench.save(5)  # by others: another plan stands
+        assert bench.plan(5) != plan
+        bench.do(bench.machine.repeat(repeat(1, 9, bench.plan(5))))
+        for rank in range(2):
+            assert isinstance(bench.reply(9, rank), JoinAgain)
+
+    def test_plans_and_files_of_one_coordinator_are_not_those_of_the_next(self) -> None:
+        plans, tokens = set(), set()
+        for incarnation in ("a-", "b-"):
+            bench = Bench()
+            bench.machine = SaveMachine(Options(), incarnation)
+            bench.save(0)
+            plans.add(bench.plan(0))
+            tokens |= set(bench.commit_tokens)
+        assert len(plans) == len(tokens) == 2
+
+    def test_other_options_end_a_plan(self) -> None:
+        bench, plan = prepared()
+        bench.machine.configure(Options())
+        bench.do(bench.machine.repeat(repeat(0, 0, plan)))
+        assert ("save-0", 0) not in bench.replies
+        bench.machine.configure(Options(write_streams=1))
+        bench.do(bench.machine.repeat(repeat(1, 1, plan)))
+        assert isinstance(bench.reply(1, 1), JoinAgain)
+
+
+def test_what_is_said_of_an_attempt_that_is_over_fails_no_later_one() -> None:
+    bench = Bench()
+    bench.to_staging(0)
+    late = Lost("save-0", 0, 2, Failure.of(DEAD), bench.orders(0, 0).checkpoint)
+    bench.time_out(sm.STAGING)
+    bench.to_staging(0)
+    bench.do(bench.machine.lost(late))
+    finish(bench, 0)
+    assert bench.committed == [0]
+    bench.do(bench.machine.lost(late))
+    assert not bench.machine.busy()
+
+
+def test_a_rank_remembers_for_one_save_at_a_time() -> None:
+    """A thread of the same actor that saves meanwhile knows of no promise, and stages where the other does not."""
+    spec = RunSpec("file:///r", {}, (), Options(), "get", "set", "service")
+    place = Place("k", 0, 1)
+    with staging._remembered(spec, place) as mine:
+        mine.plan, mine.promised = "p", "/shm/promised"
+    with staging._remembered(spec, place) as mine:
+        assert mine.promised == "/shm/promised"
+        with staging._remembered(spec, place) as other:
+            assert (other.plan, other.promised) == ("", "")
+    cut_otherwise = RunSpec("file:///r", {}, (), Options(chunk_bytes=1), "get", "set", "service")
+    with staging._remembered(cut_otherwise, place) as mine:
+        assert mine.plan == ""
