@@ -146,8 +146,11 @@ class S3Store(Store):
                 wait = tries.next_wait_s(known=self._connection.answered) if s3_errors.is_transient(error) else None
                 if wait is None:
                     url = self.object_url(name)
-                    said = s3_errors.explain(error, operation, url, self._connection.endpoint(), tries.told())
-                    raise s3_errors.signal(error, url) or said from error
+                    endpoint, told = self._connection.endpoint(), tries.told()
+                    # In no variable: a cycle with its traceback would keep the caller's buffers.
+                    raise (
+                        s3_errors.signal(error, url) or s3_errors.explain(error, operation, url, endpoint, told)
+                    ) from error
             self.stats.count_retry()
             await asyncio.sleep(wait)
 
@@ -314,7 +317,12 @@ async def _all_of(coroutines: Iterable[Coroutine[Any, Any, T]], at_once: int, fi
         waiting.clear()
         if finish_s and workers:
             await asyncio.wait(workers, timeout=finish_s)
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
+        await _end(workers)
+        workers.clear()  # their error has this frame in its traceback: a cycle, which would keep the caller's buffers
     return [results[number] for number in range(count)]
+
+
+async def _end(workers: Sequence[asyncio.Future[None]]) -> None:
+    for worker in workers:
+        worker.cancel()
+    await asyncio.gather(*workers, return_exceptions=True)
