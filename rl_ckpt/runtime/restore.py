@@ -94,31 +94,33 @@ def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: An
         matched = Matched(place.key, candidate.token, place.rank, server, match.problems, Needs.of(needs))
         sources = Asked(link.match.remote(encode(matched)), Sources | TryNext)
         chunks = ChunkSource(store, manifest, needs, spare_threads(candidate.neighbours))
-        # Files that this rank can map are verified while the others say what they need.
-        damaged = ""
-        if mapped and not match.problems:
-            damaged = chunks.verify(sources.if_there, candidate.neighbour / candidate.neighbours)
-        found = sources.get()
-        if isinstance(found, TryNext):
-            continue
-        chunks.take(found)
-        verified = ask(link.verified, Verified(place.key, candidate.token, place.rank, damaged), Apply | TryNext)
-        if isinstance(verified, TryNext):
+        try:
+            # Files that this rank can map are verified while the others say what they need.
+            damaged = ""
+            if mapped and not match.problems:
+                damaged = chunks.verify(sources.if_there, candidate.neighbour / candidate.neighbours)
+            found = sources.get()
+            if isinstance(found, TryNext):
+                continue
+            chunks.take(found)
+            verified = ask(link.verified, Verified(place.key, candidate.token, place.rank, damaged), Apply | TryNext)
+            if isinstance(verified, TryNext):
+                continue
+            tree, size = _set(match, flat, targets, chunks, spec.options.allow_pickle)
+            link.applied.remote(place.key, place.rank)
+            report = RestoredRank(
+                manifest.id,
+                manifest.step,
+                manifest.world_size,
+                size,
+                verified.bytes_from,
+                tuple(match.kept),
+                tuple(match.ignored),
+                candidate.fell_back,
+            )
+            return tree, report
+        finally:  # by an error too: else the restore's memory stays mapped as long as the worker lives
             chunks.close()
-            continue
-        tree, size = _set(match, flat, targets, chunks, spec.options.allow_pickle)
-        link.applied.remote(place.key, place.rank)
-        report = RestoredRank(
-            manifest.id,
-            manifest.step,
-            manifest.world_size,
-            size,
-            verified.bytes_from,
-            tuple(match.kept),
-            tuple(match.ignored),
-            candidate.fell_back,
-        )
-        return tree, report
 
 
 def _match(manifest: Manifest, rank: int, flat: FlatTree | None, request: RestoreRequest) -> Match:
@@ -169,7 +171,6 @@ def _set(
         size += chunks.copy([(target.index, target.host, target.box) for target in now.values()])
         made |= {place: target.leaf(allow_pickle) for place, target in now.items()}
     values |= {path: made[place] for path, place in targets.places.items()}
-    chunks.close()
     nodes = match.grown if flat is None else {**flat.nodes, **match.grown}
     return unflatten(nodes, values), size
 
