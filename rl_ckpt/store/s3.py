@@ -239,12 +239,20 @@ class S3Store(Store):
             await receive(body.raw_stream, span)
 
     def _check_range(self, name: str, span: Span, answer: dict[str, Any]) -> None:
-        if answer["ContentLength"] == span.size_bytes and "ContentRange" in answer:
-            return
-        if "ContentRange" not in answer:
+        said = answer.get("ContentRange")
+        if said is None:
             raise StorageError(f"read of {self.object_url(name)}: the server ignores ranges (no Content-Range)")
-        found = int(answer["ContentRange"].rpartition("/")[2])
-        raise CorruptionError(short_message(self.object_url(name), span.end_bytes, found))
+        first, _, last = said.removeprefix("bytes ").partition("/")[0].partition("-")
+        asked = (str(span.offset_bytes), str(span.end_bytes - 1))
+        if (first, last) == asked and answer.get("ContentLength", span.size_bytes) == span.size_bytes:
+            return  # a body without a length is counted as it comes
+        size = said.rpartition("/")[2]
+        if first == asked[0] and size.isdecimal() and int(size) < span.end_bytes:
+            raise CorruptionError(short_message(self.object_url(name), span.end_bytes, int(size)))
+        raise StorageError(
+            f"read of {self.object_url(name)}: bytes {'-'.join(asked)} were asked for, the server sends {said!r}, "
+            f"{answer.get('ContentLength', 'an unknown number of')} bytes long. Look at the server, or a proxy before it"
+        )
 
     async def _list(self, prefix: str) -> Listing:
         found: list[StoredObject] = []
