@@ -40,7 +40,7 @@ def measure(settings: Settings) -> list[Row]:
             **rest.saves(),
         }
         saves = harness.rounds(settings.rounds, saving, raw.before)
-        harness.save(ckpt, harness.next_step(), actors)  # the last save of a round may be another way's, of other values
+        harness.save(ckpt, harness.next_step(), actors)  # a round may end with another way's, of other values
         saved = harness.call_all(actors, "checksum")
         restoring: harness.Ways = {
             "ours": lambda _: {"restore": harness.timed(lambda: ckpt.restore(actors))},

@@ -2,7 +2,8 @@
 
 Promises: a chunk is passed on only once its digest was found right here, and as soon as that is so; what a peer sends
 damaged, or not at all, is read from the store once more before the checkpoint is given up. The ways from a peer, in
-order: a socket, Ray's object store, and the store itself. Decides nothing else: who fetches what is in the order.
+order: a socket, Ray's object store, and the store itself. When a fetch is over, failed or not, nothing of it uses the
+memory any more; one whose memory was withdrawn ends early. Decides nothing else: who fetches what is in the order.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Protocol, TypeVar
 
-from rl_ckpt.errors import CheckpointError, CorruptionError
+from rl_ckpt.errors import CheckpointError, CorruptionError, StorageError
 from rl_ckpt.format.digest import digest
 from rl_ckpt.format.shard_file import ALIGNMENT
 from rl_ckpt.runtime.messages import FetchItem, FetchOrder, PassItem
@@ -81,6 +82,7 @@ class Fetch:
         self._checks = ThreadPoolExecutor(_CHECKS_AT_ONCE, "rl_ckpt-check")
         self._lock = threading.Lock()
         self._bytes: dict[str, int] = {}
+        self._stopped = False
 
     def run(self) -> dict[str, int]:
         """Brings everything in.
@@ -91,10 +93,12 @@ class Fetch:
 
         Raises:
             CorruptionError: A chunk is damaged or missing at its last source.
-            CheckpointError: The store failed, or a peer that read from it.
+            CheckpointError: The store failed, or a peer that read from it, or the memory was withdrawn.
         """
+        work: list[Future[None]] = []
+        done: Future[None] | None = None
         try:
-            work: list[Future[None]] = [
+            work += [
                 self._reads.submit(self._read, name, batch, "store")
                 for name, items in self._order.files.items()
                 for batch in _batches(items, _READ_BYTES)
@@ -106,13 +110,24 @@ class Fetch:
             self._shelf.fail(self._name, error)
             raise
         finally:
-            # Not waited for: after an error the memory is forgotten, and nobody sees what they still write there.
+            # Waited for: the memory must be free when the next candidate needs some. What is queued still runs, and
+            # ends at once: who waits for a future that a pool cancels is not told. Pulls first: they use the others.
+            self._stopped = True
             for pool in (self._pulls, self._checks, self._reads):
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown()
+            # A future's error has this frame in its traceback: a cycle, which would keep the memory mapped.
+            work.clear()
+            done = None
         return dict(self._bytes)
+
+    def _go_on(self) -> None:
+        """Raises StorageError where what is still to be done is for nothing."""
+        if self._stopped or self._shelf.is_withdrawn(self._name):
+            raise StorageError(f"{self._name} was given up")
 
     def _read(self, name: str, items: Sequence[FetchItem], source: str) -> None:
         """Chunks of one file of the store, verified and put up for peers."""
+        self._go_on()
         url = self._store.object_url(name)
         try:
             self._store.read_into(name, [(i.source_offset, self._view(i.offset, i.size_bytes)) for i in items])
@@ -131,14 +146,17 @@ class Fetch:
 
     def _pass(self, peer: str, items: Sequence[PassItem]) -> None:
         """Chunks that a peer reads from the store and passes on."""
+        self._go_on()
         missing, checks, why = {item.offset: item for item in items}, list[Future[list[PassItem]]](), ""
         for way, take in (("peers", self._by_socket), ("peers_ray", self._by_ray)):
             try:
                 for taken in take(peer, list(missing.values())):
+                    self._go_on()
                     for item in taken:
                         del missing[item.offset]
                     checks.append(self._checks.submit(self._damaged, way, taken))
             except (TransportError, OSError) as error:
+                self._go_on()
                 why = why or f"{type(error).__name__}: {error}"
                 if way == "peers":
                     _log.warning("chunks of %s come through Ray's object store, not over a socket: %s", peer, why)
@@ -147,6 +165,7 @@ class Fetch:
         damaged = [item for check in checks for item in check.result()]
         again = [*missing.values(), *damaged]
         if again:
+            self._go_on()
             _log.warning(
                 "%d chunks of %s are read from the store: %d came damaged; %s", len(again), peer, len(damaged), why
             )
@@ -164,12 +183,13 @@ class Fetch:
             )
             for group in groups
         ]
-        for number in pull(door, self._name, pieces, by=self._by):
+        for number in pull(door, self._name, pieces, by=self._by, go_on=self._go_on):
             yield groups[number]
 
     def _by_ray(self, peer: str, items: list[PassItem]) -> Iterable[list[PassItem]]:
         server = self._find(peer)
         for batch in _batches(items, _PASS_BYTES):
+            self._go_on()
             ranges = [(item.source_offset, item.size_bytes) for item in batch]
             parts = server.serve(self._name, ranges, self._by - time.monotonic())
             for item, part in zip(batch, parts, strict=True):
@@ -193,8 +213,13 @@ class Fetch:
             for file, some in files.items()
             for batch in _batches(some, _READ_BYTES)
         ]
-        for done in as_completed(work):
-            done.result()
+        done: Future[None] | None = None
+        try:
+            for done in as_completed(work):
+                done.result()
+        finally:  # as in `run`
+            work.clear()
+            done = None
 
     def _view(self, offset: int, size: int) -> memoryview:
         return self._target[offset : offset + size]

@@ -94,7 +94,8 @@ def populate(view: memoryview) -> None:
 def empty(fd: int, size_bytes: int) -> None:
     """Gives a file's memory back, whoever still maps it: they find zeros, and what they write is lost."""
     if sys.platform == "linux" and size_bytes:
-        _libc().fallocate(fd, _PUNCH_HOLE, 0, size_bytes)  # where it can't: the memory goes with the last map
+        whole = -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        _libc().fallocate(fd, _PUNCH_HOLE, 0, whole)  # where it can't: the memory goes with the last map
 
 
 def _collapse(fd: int, view: memoryview, start: int, size_bytes: int) -> bool:

@@ -24,6 +24,9 @@ from rl_ckpt.runtime import huge_pages
 _OWNER = "owner.json"
 _MAKING = "making-"
 
+RESTORE = "restore-"
+"""How the names of restores' memory begin."""
+
 
 class _Owner(msgspec.Struct, frozen=True):
     """The raylet below which a server runs: while it lives, the server may come back to its files."""
@@ -56,8 +59,10 @@ class ServerMemory:
         parent = psutil.Process(os.getppid())
         owner = _Owner(parent.pid, parent.create_time(), _pid_namespace())
         (self._folder / _OWNER).write_bytes(msgspec.json.encode(owner))
-        for half in self._folder.glob(f"{_MAKING}*"):
-            half.unlink(missing_ok=True)  # this server was killed while it made them
+        # Left when this server was killed: what it was making, and what it brought in for restores: nobody is known who
+        # would give that back. Who has it mapped keeps it.
+        for left in [*self._folder.glob(f"{_MAKING}*"), *self._folder.glob(f"{RESTORE}*")]:
+            left.unlink(missing_ok=True)
         remove_orphans()
 
     def make(self, name: str, size_bytes: int) -> str:
@@ -115,6 +120,10 @@ class ServerMemory:
         """Path of a file that was made."""
         return str(self._folder / name)
 
+    def names(self, prefix: str) -> list[str]:
+        """Files whose names begin so."""
+        return [path.name for path in self._folder.glob(f"{prefix}*")]
+
     def remove(self, name: str) -> None:
         """Gives a file's memory back, once nobody has it mapped any more."""
         (self._folder / name).unlink(missing_ok=True)
@@ -169,11 +178,11 @@ def mapped(path: str) -> memoryview:
     Raises:
         StorageError: The file is gone: its server was ended.
     """
-    try:
-        found = os.stat(path)
-    except FileNotFoundError as error:
-        raise StorageError(f"staging memory {path} is gone: its shard server was ended; save again") from error
-    with _maps_lock:
+    with _maps_lock:  # from the start: what `forget` takes out after the file was removed does not come back
+        try:
+            found = os.stat(path)
+        except FileNotFoundError as error:
+            raise StorageError(f"staging memory {path} is gone: its shard server was ended; save again") from error
         known = _maps.get(path)
         if known is not None and known[:2] == (found.st_ino, found.st_size):
             return known[2]
@@ -205,6 +214,6 @@ def _drop_gone() -> None:
 
 
 def forget(path: str) -> None:
-    """Unmaps a file in this process, once no view of it is left."""
+    """Unmaps a file in this process, once no view of it is left; for good where the file was removed before."""
     with _maps_lock:
         _maps.pop(path, None)

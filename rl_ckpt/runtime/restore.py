@@ -98,29 +98,30 @@ def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: An
         matched = Matched(place.key, candidate.token, place.rank, server, match.problems, Needs.of(needs))
         sources = Asked(link.match.remote(encode(matched)), Sources | TryNext)
         chunks = ChunkSource(store, manifest, needs, spare_threads(candidate.neighbours))
-        # Files that this rank can map are verified while the others say what they need.
-        damaged = ""
-        if mapped and not match.problems:
-            damaged = chunks.verify(sources.if_there, candidate.neighbour / candidate.neighbours)
-        found = sources.get()
-        if isinstance(found, TryNext):
-            asked = Asked(link.open_restore.remote(opened), Candidate)
-            continue
-        chunks.take(found)
-        verified = ask(link.verified, Verified(place.key, candidate.token, place.rank, damaged), Apply | TryNext)
-        if isinstance(verified, TryNext):
+        try:
+            # Files that this rank can read itself are verified while the others say what they need.
+            damaged = ""
+            if mapped and not match.problems:
+                damaged = chunks.verify(sources.if_there, candidate.neighbour / candidate.neighbours)
+            found = sources.get()
+            if not isinstance(found, TryNext):
+                chunks.take(found)
+                word = Verified(place.key, candidate.token, place.rank, damaged)
+                found = ask(link.verified, word, Apply | TryNext)
+            if isinstance(found, TryNext):
+                asked = Asked(link.open_restore.remote(opened), Candidate)
+                continue
+            with paused():
+                tree, size = _set(match, flat, targets, chunks, spec.options.allow_pickle)
+        finally:  # by an error too: else the restore's memory stays mapped as long as the worker lives
             chunks.close()
-            asked = Asked(link.open_restore.remote(opened), Candidate)
-            continue
-        with paused():
-            tree, size = _set(match, flat, targets, chunks, spec.options.allow_pickle)
         link.applied.remote(place.key, place.rank)
         report = RestoredRank(
             manifest.id,
             manifest.step,
             manifest.world_size,
             size,
-            verified.bytes_from,
+            found.bytes_from,
             tuple(match.kept),
             tuple(match.ignored),
             candidate.fell_back,
@@ -177,7 +178,6 @@ def _set(
         for place, target in now:
             made[place] = target.leaf(allow_pickle)
     values |= {path: made[place] for path, place in targets.places.items()}
-    chunks.close()
     nodes = match.grown if flat is None else {**flat.nodes, **match.grown}
     return unflatten(nodes, values), size
 

@@ -379,9 +379,11 @@ class RestoreMachine:
 
     def lost(self, key: str, rank: int, world_size: int, failure: Failure) -> list[Instruction]:
         """A rank can't go on."""
-        if any(r.key == key and rank in r.joined for r in self._over.values()):
-            return self.applied(key, rank)
         restore = self._restores.get(key)
+        # Of the same key, one that is over may still be known, as its rank died: one that this rank joined comes first.
+        live = restore is not None and restore.failure is None and rank in restore.joined
+        if not live and any(r.key == key and rank in r.joined for r in self._over.values()):
+            return self.applied(key, rank)
         if restore is None:
             restore = self._begin(key, None, world_size)
         if restore.failure is not None:

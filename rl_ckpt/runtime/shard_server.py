@@ -8,7 +8,6 @@ going on.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +33,7 @@ from rl_ckpt.runtime.messages import (
     encode,
 )
 from rl_ckpt.runtime.objects import stage_objects
+from rl_ckpt.runtime.restore_memory import RestoreMemory
 from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
 from rl_ckpt.runtime.transport.listener import Listener
 from rl_ckpt.runtime.transport.shelf import Range, Shelf
@@ -57,6 +57,7 @@ class ShardServer:
         self._store = open_store(spec.url, spec.storage_options)
         self._memory = memory.ServerMemory(name)
         self._shelf = Shelf()
+        self._restores = RestoreMemory(self._memory, self._shelf)
         self._listener = _listen(name, self._shelf)
         self._counts = {"bytes_staged": 0, "bytes_from_peers": 0, "bytes_served_by_ray": 0}
 
@@ -90,7 +91,9 @@ class ShardServer:
         try:
             digests = stage_objects(order, objects, self._spec.options.allow_pickle)
         except CheckpointError as error:
-            link.lost_save.remote(encode(Lost(order.key, order.rank, order.world_size, Failure.of(error), order.checkpoint)))
+            link.lost_save.remote(
+                encode(Lost(order.key, order.rank, order.world_size, Failure.of(error), order.checkpoint))
+            )
         else:
             link.staged_objects.remote(encode(StagedObjects(order.key, order.rank, order.checkpoint, digests)))
 
@@ -112,7 +115,7 @@ class ShardServer:
         order = decode(data, FetchOrder)
         name = _restore_name(order.key)
         try:
-            target = self._restore_memory(name, order.memory_bytes)
+            target = self._restores.open(name, order.memory_bytes)
             limit_s = self._spec.options.write_timeout_s
             done = Fetch(order, name, target, self._store, self._shelf, _RayPeer, limit_s).run()
         except CorruptionError as error:
@@ -121,17 +124,6 @@ class ShardServer:
             return encode(Failure.of(error))
         self._counts["bytes_from_peers"] += done.get("peers", 0) + done.get("peers_ray", 0)
         return encode(FetchDone(done, memory=self._memory.path(name)))
-
-    def _restore_memory(self, name: str, size_bytes: int) -> memoryview:
-        path = self._memory.path(name)
-        if not os.path.exists(path):
-            self._memory.make(name, size_bytes)
-        try:
-            self._shelf.publish(name, path, size_bytes)
-        except CheckpointError:  # `forget` overtook this call: nobody else would remove the file
-            self._memory.remove(name)
-            raise
-        return memory.mapped(path)
 
     @ray.method(concurrency_group="control")
     def door(self) -> Door | None:
@@ -151,10 +143,7 @@ class ShardServer:
     @ray.method(concurrency_group="control")
     def forget(self, key: str) -> bytes:
         """Gives a restore's memory back; a `fetch` for it that comes later makes none."""
-        name = _restore_name(key)
-        self._shelf.withdraw(name)
-        memory.forget(self._memory.path(name))
-        self._memory.remove(name)
+        self._restores.forget(_restore_name(key))
         return encode(Ok())
 
     @ray.method(concurrency_group="control")
@@ -186,7 +175,7 @@ class ShardServer:
 
 
 def _restore_name(key: str) -> str:
-    return f"restore-{key.replace('/', '_')}"
+    return f"{memory.RESTORE}{key.replace('/', '_')}"
 
 
 def _listen(name: str, shelf: Shelf) -> Listener | None:

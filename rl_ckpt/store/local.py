@@ -13,8 +13,8 @@ import os
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,6 +31,7 @@ from rl_ckpt.store.base import (
     flat_segments,
 )
 from rl_ckpt.store.file_writer import advance, write_segments
+from rl_ckpt.store.parallel import run_all
 from rl_ckpt.store.ranges import Span, plan_spans
 
 _IOV_MAX = 1024
@@ -104,9 +105,7 @@ class LocalStore(Store):
                 for span in spans:
                     self._read_span(name, fd, span)
                 return
-            with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="rl_ckpt-read") as pool:
-                for done in [pool.submit(self._read_span, name, fd, span) for span in spans]:
-                    done.result()
+            run_all([partial(self._read_span, name, fd, span) for span in spans], _READ_THREADS)
 
     def list(self, prefix: str = "") -> list[StoredObject]:
         """Walk the folder part of the prefix."""

@@ -46,6 +46,9 @@ def run_all(jobs: Iterable[Callable[[], None]], threads: int) -> None:
         return
     with ThreadPoolExecutor(more, "rl_ckpt-read") as pool:
         others = [pool.submit(work) for _ in range(more)]
-        work()
-        for other in others:
-            other.result()
+        try:
+            work()
+            while others:
+                others.pop().result()
+        finally:  # an error of theirs has this frame in its traceback: a cycle, which would keep the jobs' buffers
+            others.clear()

@@ -146,8 +146,11 @@ class S3Store(Store):
                 wait = tries.next_wait_s(known=self._connection.answered) if s3_errors.is_transient(error) else None
                 if wait is None:
                     url = self.object_url(name)
-                    said = s3_errors.explain(error, operation, url, self._connection.endpoint(), tries.told())
-                    raise s3_errors.signal(error, url) or said from error
+                    endpoint, told = self._connection.endpoint(), tries.told()
+                    # In no variable: a cycle with its traceback would keep the caller's buffers.
+                    raise (
+                        s3_errors.signal(error, url) or s3_errors.explain(error, operation, url, endpoint, told)
+                    ) from error
             self.stats.count_retry()
             await asyncio.sleep(wait)
 
@@ -236,12 +239,20 @@ class S3Store(Store):
             await receive(body.raw_stream, span)
 
     def _check_range(self, name: str, span: Span, answer: dict[str, Any]) -> None:
-        if answer["ContentLength"] == span.size_bytes and "ContentRange" in answer:
-            return
-        if "ContentRange" not in answer:
+        said = answer.get("ContentRange")
+        if said is None:
             raise StorageError(f"read of {self.object_url(name)}: the server ignores ranges (no Content-Range)")
-        found = int(answer["ContentRange"].rpartition("/")[2])
-        raise CorruptionError(short_message(self.object_url(name), span.end_bytes, found))
+        first, _, last = said.removeprefix("bytes ").partition("/")[0].partition("-")
+        asked = (str(span.offset_bytes), str(span.end_bytes - 1))
+        if (first, last) == asked and answer.get("ContentLength", span.size_bytes) == span.size_bytes:
+            return  # a body without a length is counted as it comes
+        size = said.rpartition("/")[2]
+        if first == asked[0] and size.isdecimal() and int(size) < span.end_bytes:
+            raise CorruptionError(short_message(self.object_url(name), span.end_bytes, int(size)))
+        raise StorageError(
+            f"read of {self.object_url(name)}: bytes {'-'.join(asked)} were asked for, the server sends {said!r}, "
+            f"{answer.get('ContentLength', 'an unknown number of')} bytes long. Look at the server, or the proxy"
+        )
 
     async def _list(self, prefix: str) -> Listing:
         found: list[StoredObject] = []
@@ -314,7 +325,12 @@ async def _all_of(coroutines: Iterable[Coroutine[Any, Any, T]], at_once: int, fi
         waiting.clear()
         if finish_s and workers:
             await asyncio.wait(workers, timeout=finish_s)
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
+        await _end(workers)
+        workers.clear()  # their error has this frame in its traceback: a cycle, which would keep the caller's buffers
     return [results[number] for number in range(count)]
+
+
+async def _end(workers: Sequence[asyncio.Future[None]]) -> None:
+    for worker in workers:
+        worker.cancel()
+    await asyncio.gather(*workers, return_exceptions=True)

@@ -115,3 +115,5 @@ class BulkAnswer:
             if future.done() and not future.cancelled():
                 future.exception()  # that it was cut; marks it as seen
             raise
+        finally:
+            del job, future  # their error has this frame in its traceback: a cycle, which would keep the buffers

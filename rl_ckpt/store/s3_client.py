@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 from botocore.exceptions import ClientError
 from s3fs import S3FileSystem
@@ -44,7 +45,7 @@ class S3Connection:
         self._lock = threading.Lock()
         self._fs: S3FileSystem | None = None
         self._pid = 0
-        self._registered: set[int] = set()
+        self._registered = WeakSet[Any]()
         self.answered = False
         """Whether the server has answered anything yet."""
 
@@ -65,6 +66,8 @@ class S3Connection:
         except BaseException:
             future.cancel()
             raise
+        finally:
+            del future  # its error has this frame in its traceback: a cycle, which would keep the caller's buffers
 
     async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """One request, one try; errors are botocore's and aiohttp's own.
@@ -89,10 +92,10 @@ class S3Connection:
             client = await fs.get_s3(bucket)
         except (ValueError, TypeError, KeyError) as error:
             raise InvalidInputError(f"cannot open s3://{bucket}: {error}. Check storage_options") from error
-        if id(client) not in self._registered:
+        if client not in self._registered:
             # Else each part waits for "100 Continue", which some servers and proxies never send.
             client.meta.events.register_first("before-sign.s3", _drop_expect)
-            self._registered.add(id(client))
+            self._registered.add(client)
         return client
 
     def endpoint(self) -> str:
@@ -112,7 +115,6 @@ class S3Connection:
                 except (ValueError, TypeError, KeyError) as error:
                     raise InvalidInputError(f"storage_options do not fit s3fs: {error}") from error
                 self._pid = os.getpid()
-                self._registered = set()
             return self._fs
 
 

@@ -113,6 +113,9 @@ class WirePool:
         except TimeoutError as error:
             sock.close()
             raise boto.ConnectTimeoutError(endpoint_url=url.geturl(), error=error) from error
+        except (ssl.SSLEOFError, ssl.SSLZeroReturnError) as error:  # the server hung up: nothing about certificates
+            sock.close()
+            raise boto.EndpointConnectionError(endpoint_url=url.geturl(), error=error) from error
         except ssl.SSLError as error:
             sock.close()
             raise boto.SSLError(endpoint_url=url.geturl(), error=error) from error
@@ -167,6 +170,19 @@ def acknowledge_at_once(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
 
+class _Answer(http.client.HTTPResponse):
+    """An answer for which any number of interim ones (1xx) may go before: http.client itself skips only 100."""
+
+    def _read_status(self) -> tuple[str, int, str]:
+        while True:
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            if status == 101:  # never asked for: what follows is no HTTP
+                raise http.client.BadStatusLine(f"{version} {status} {reason}")
+            if status // 100 != 1:
+                return version, status, reason
+            http.client.parse_headers(self.fp)
+
+
 def _readable(sock: socket.socket) -> bool:
     """Whether an idle connection has something to say: that it is closed, or nothing that was asked for."""
     poll = select.poll()
@@ -216,7 +232,7 @@ class Exchange:
             self._sock = sock
             if self._was_cut:  # before there was a connection to cut
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
-        answer = self._answer = http.client.HTTPResponse(sock, method=self._method)
+        answer = self._answer = _Answer(sock, method=self._method)
         with self._told(boto.ConnectionClosedError):
             self._send(sock, answer)
         status, headers = answer.status, {name.lower(): value for name, value in answer.getheaders()}

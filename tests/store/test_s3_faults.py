@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 from aiobotocore.httpsession import AIOHTTPSession
 
@@ -218,3 +223,23 @@ def test_every_call_survives_one_bad_answer(store: Store, proxy: Proxy):
         proxy.faults = [Fault(lambda _method, _path: True, status=503, code="SlowDown")]
         call()
         assert store.stats.snapshot().retries == number
+
+
+@pytest.mark.parametrize("session", [BulkSession], indirect=True, ids=["sockets"])  # aiohttp has cycles of its own
+def test_a_failed_read_keeps_no_buffer(store: Store, proxy: Proxy):
+    """No cycle of an error and a frame: a buffer may be most of a machine's memory, and the collector comes late."""
+    store.put("a", [some_bytes(LARGE_BYTES)])
+    gc.disable()
+    try:
+        for fault in (Fault(is_("GET"), cut_reply_after_bytes=1), Fault(is_("GET"), status=403, code="AccessDenied")):
+            proxy.faults = [fault]
+            back = np.empty(LARGE_BYTES, np.uint8)
+            kept = weakref.ref(back)
+            with pytest.raises(StorageError, match="AccessDenied") if fault.status else nullcontext():
+                store.read_into("a", [(0, back.data)])
+            del back
+            deadline = time.monotonic() + 10
+            while kept() is not None:  # a thread lets go of its last job a moment after it has told its end
+                assert time.monotonic() < deadline
+    finally:
+        gc.enable()

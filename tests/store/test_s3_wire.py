@@ -19,6 +19,7 @@ from botocore import exceptions as boto
 
 from rl_ckpt.store.ranges import Span
 from rl_ckpt.store.s3_bulk import BulkAnswer
+from rl_ckpt.store.s3_errors import is_transient
 from rl_ckpt.store.s3_wire import Exchange, WirePool, WireSettings
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -226,3 +227,44 @@ def test_tls_with_the_users_own_authority(tmp_path: Path):
         with open_pool(True) as pool, pytest.raises(boto.SSLError, match="certificate"):
             put(pool, server, data)
     assert bodies == [data, b"x"] * 2
+
+
+@pytest.mark.parametrize("farewell", [b"", b"\x15\x03\x03\x00\x02\x01\x00"], ids=["hangs up", "says close_notify"])
+def test_a_server_that_hangs_up_within_the_tls_handshake_is_asked_again(farewell: bytes):
+    def talk(connection: socket.socket) -> None:
+        connection.recv(65536)
+        connection.sendall(farewell)
+
+    with run_server(talk) as server, open_pool() as pool:
+        server.url = server.url.replace("http:", "https:")
+        with pytest.raises(boto.EndpointConnectionError) as caught:
+            put(pool, server)
+    assert is_transient(caught.value)
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\n\r\nno"], ids=["OK", "403"])
+def test_interim_answers_are_not_the_answer(answer: bytes):
+    interim = b"HTTP/1.1 100 Continue\r\n\r\n" + b"HTTP/1.1 102 Processing\r\n\r\n" * 2
+    hints = b"HTTP/1.1 103 Early Hints\r\nLink: </x>; rel=preload\r\nContent-Length: 9\r\n\r\n"
+
+    def talk(connection: socket.socket) -> None:
+        while read_request(connection):
+            connection.sendall(interim + hints + (answer or OK))
+
+    with run_server(talk) as server, open_pool() as pool:
+        assert [put(pool, server) for _ in range(2)] == [(403, b"no") if answer else (200, b"ok")] * 2
+        pool.close()
+    assert server.accepted == 1
+
+
+def test_another_protocol_is_an_error_and_its_connection_is_not_used_again():
+    def talk(connection: socket.socket) -> None:
+        read_request(connection)
+        connection.sendall(b"HTTP/1.1 101 Switching Protocols\r\n\r\n" + OK)
+        connection.recv(1)
+
+    with run_server(talk) as server, open_pool() as pool:
+        for _ in range(2):
+            with pytest.raises(boto.ConnectionClosedError):
+                put(pool, server)
+    assert server.accepted == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rl_ckpt.errors import from_code
 from rl_ckpt.runtime.transport.wire import (
@@ -29,7 +29,13 @@ STALL_S = 30.0
 
 
 def pull(
-    door: Door, name: str, pieces: Sequence[tuple[int, memoryview]], *, by: float, stall_s: float = STALL_S
+    door: Door,
+    name: str,
+    pieces: Sequence[tuple[int, memoryview]],
+    *,
+    by: float,
+    stall_s: float = STALL_S,
+    go_on: Callable[[], None] = lambda: None,
 ) -> Iterator[int]:
     """Reads ranges over one connection, each as soon as the peer has it.
 
@@ -39,6 +45,7 @@ def pull(
         pieces: Offset at the peer in bytes, and the writable contiguous buffer to fill from there, of 1 byte or more.
         by: When all has to be there, by the monotonic clock.
         stall_s: How long nothing at all may come from the peer, in seconds.
+        go_on: Called before each reply is taken, signs of life too; what it raises ends the transfer.
 
     Yields:
         The number of each piece when its buffer is filled, while it is hot; in the order in which the peer has them.
@@ -55,13 +62,16 @@ def pull(
         for first in range(0, len(pieces), RANGES):
             some = pieces[first : first + RANGES]
             line.send_request(Request(name, [(offset, view.nbytes) for offset, view in some]))
-            for number in _replies(line, some, by):
+            for number in _replies(line, some, by, go_on):
                 yield first + number
 
 
-def _replies(line: Line, pieces: Sequence[tuple[int, memoryview]], by: float) -> Iterator[int]:
+def _replies(
+    line: Line, pieces: Sequence[tuple[int, memoryview]], by: float, go_on: Callable[[], None]
+) -> Iterator[int]:
     missing = set(range(len(pieces)))
     while missing:
+        go_on()
         if time.monotonic() > by:
             raise TimeoutError("the peer did not have everything in time")
         reply = line.take_reply()

@@ -112,7 +112,16 @@ class Listener:
                 self._count("refused")
                 sock.close()
                 continue
-            threading.Thread(target=self._serve, args=(sock,), name="rl_ckpt-serve", daemon=True).start()
+            try:
+                threading.Thread(target=self._serve, args=(sock,), name="rl_ckpt-serve", daemon=True).start()
+            except RuntimeError:  # no thread can be had now: this peer goes another way, later ones may come
+                self._count("refused")
+                self._let_go(sock)
+
+    def _let_go(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._connections.discard(sock)
+        sock.close()
 
     def _serve(self, sock: socket.socket) -> None:
         limits = self._limits
@@ -126,9 +135,7 @@ class Listener:
         except (OSError, TransportError):  # a stranger, or a peer that went away: nothing to be done for either
             self._count("refused")
         finally:
-            with self._lock:
-                self._connections.discard(sock)
-            sock.close()
+            self._let_go(sock)
 
     def _answer(self, line: Line, request: Request) -> None:
         """Sends each range when it is filled.

@@ -106,6 +106,11 @@ class Shelf:
                 self._withdrawn.popitem(last=False)
             self._changed.notify_all()
 
+    def is_withdrawn(self, name: str) -> bool:
+        """Whether it was taken down."""
+        with self._changed:
+            return name in self._withdrawn
+
     def ready(self, name: str, wanted: Mapping[int, Range], wait_s: float) -> tuple[str, list[int]]:
         """Which of some ranges are filled; waits for the first of them.
 

@@ -4,13 +4,16 @@ go wrong on the way from a peer.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -317,3 +320,147 @@ def test_three_servers_each_read_a_third_and_pass_it_on(tmp_path: Path, store: S
         assert found[server.name] == {"store": own, "peers": SIZE - own}
         assert server.has() == ALL
         server.listener.close()
+
+
+class Reading(Store):
+    """A store whose reads a test steers: one of `fails` fails once another is under way, all others wait."""
+
+    def __init__(self, fails: str = "") -> None:
+        super().__init__("memory://reading", {})
+        self.fails = fails
+        self.begun: list[str] = []
+        self.under_way = threading.Event()
+        self.go_on = threading.Event()
+        self.writes: list[memoryview] = []
+
+    def read_into(self, name: str, reads: Sequence[tuple[int, memoryview]]) -> None:
+        self.begun.append(name)
+        if name == self.fails:
+            assert self.under_way.wait(WAIT_S)
+            raise StorageError("the store said 503")
+        self.under_way.set()
+        assert self.go_on.wait(WAIT_S)
+        for _, view in reads:
+            view[:] = bytes(view.nbytes)
+
+    def _unused(self, *_: object, **__: object) -> NoReturn:
+        raise AssertionError("a fetch only reads")
+
+    put = create = get = list = delete = exists = clean_partial = _unused  # type: ignore[assignment]
+
+
+def _order_of(names: Sequence[str]) -> FetchOrder:
+    zeros = digest(memoryview(bytes(CHUNK)))
+    files: dict[str, tuple[FetchItem, ...]] = {
+        name: (FetchItem(0, i * STEP, CHUNK, zeros),) for i, name in enumerate(names)
+    }
+    return FetchOrder("r", len(names) * STEP, files, {}, ())
+
+
+def _fetch(store: Store, order: FetchOrder, shelf: Shelf, target: memoryview) -> Fetch:
+    def find(name: str) -> Peer:
+        raise AssertionError(name)
+
+    shelf.publish(NAME, "/nowhere", order.memory_bytes)
+    return Fetch(order, NAME, target, store, shelf, find, WAIT_S)
+
+
+def test_a_failed_fetch_is_over_only_when_nothing_of_it_reads_any_more() -> None:
+    store, ended = Reading("bad"), list[str]()
+    order = _order_of(["slow", "bad"])
+    fetch = _fetch(store, order, Shelf(), memoryview(bytearray(order.memory_bytes)))
+
+    def run() -> None:
+        with pytest.raises(StorageError, match="503"):
+            fetch.run()
+        ended.extend(t.name for t in threading.enumerate() if t.name.startswith("rl_ckpt-read"))
+        ended.append("over")
+
+    # One read fails, the other is still under way: the fetch waits for it.
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert store.under_way.wait(WAIT_S)
+    thread.join(0.2)
+    assert ended == []
+    store.go_on.set()
+    thread.join(WAIT_S)
+    assert ended == ["over"]
+
+
+def test_a_fetch_whose_memory_is_withdrawn_begins_no_other_read() -> None:
+    store, shelf = Reading(), Shelf()
+    order = _order_of([f"file-{i}" for i in range(100)])
+    fetch = _fetch(store, order, shelf, memoryview(bytearray(order.memory_bytes)))
+    errors: list[CheckpointError] = []
+
+    def run() -> None:
+        try:
+            fetch.run()
+        except CheckpointError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert store.under_way.wait(WAIT_S)
+    shelf.withdraw(NAME)
+    store.go_on.set()
+    thread.join(WAIT_S)
+    assert "was given up" in str(errors[0])
+    assert len(store.begun) <= 17, "those that were under way"
+
+
+def test_what_a_withdrawn_fetch_lacks_is_not_read_again(taker: Server, source: Server) -> None:
+    source.publish()
+    source.has_listener = False
+
+    def forgotten(name: str, ranges: list[Range], wait_s: float) -> Sequence[memoryview]:
+        taker.shelf.withdraw(NAME)
+        raise TransportError("it is not here any more")
+
+    source.serve = forgotten  # type: ignore[method-assign]
+    with pytest.raises(StorageError, match="was given up"):
+        taker.fetch([source])
+    assert taker.store.stats.snapshot().reads == 0
+
+
+def test_a_transfer_ends_when_the_fetch_is_withdrawn_though_the_peer_has_nothing_yet(
+    taker: Server, source: Server
+) -> None:
+    source.shelf.publish(NAME, str(source.path), CHUNKS * STEP)  # and nothing is filled
+    errors: list[CheckpointError] = []
+
+    def run() -> None:
+        try:
+            taker.fetch([source])
+        except CheckpointError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while not source.listener.counts()["connections"]:
+        assert thread.is_alive()
+        threading.Event().wait(0.005)
+    taker.shelf.withdraw(NAME)
+    thread.join(WAIT_S / 2)
+    assert not thread.is_alive()
+    assert "was given up" in str(errors[0])
+
+
+@pytest.mark.parametrize("from_peer", [False, True])
+def test_a_failed_fetch_keeps_no_memory(taker: Server, source: Server, store: Store, from_peer: bool) -> None:
+    """No cycle of an error and a frame: the memory would stay mapped until the collector comes."""
+    source.publish(good=False)
+    store.put(FILE, [bytes(SIZE)])
+    taker.takes, source.takes = ([], ALL) if from_peer else (ALL, [])
+    taker.path.write_bytes(taker.memory)
+    taker.shelf.publish(NAME, str(taker.path), len(taker.memory))
+    fetch = Fetch(taker.order([source]), NAME, taker.memory, store, taker.shelf, lambda _: source, WAIT_S)
+    kept = weakref.ref(fetch)
+    gc.disable()
+    try:
+        with pytest.raises(CorruptionError, match="damaged"):
+            fetch.run()
+        del fetch
+        assert kept() is None
+    finally:
+        gc.enable()

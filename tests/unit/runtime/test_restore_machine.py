@@ -460,3 +460,16 @@ def test_a_restore_whose_rank_hangs_is_not_under_way() -> None:
     bench.match(0)
     bench.time_out(rm.MATCHING)
     assert not bench.machine.under_way("r")
+
+
+def test_a_rank_lost_in_a_live_restore_fails_it_though_one_of_the_same_key_is_still_known() -> None:
+    bench = Bench()
+    bench.to_over()
+    bench.applied(0)  # rank 1 dies while it copies; all workers are started anew and restore once more
+    bench.to_verifying()
+    bench.lost(1, StorageError("disk gone"))
+    bench.verify(0)
+    assert "disk gone" in bench.failure(0).message
+    assert "disk gone" in bench.failure(1).message
+    bench.lost(1, DEAD)  # now only the first one is left that it may mean
+    assert bench.machine.states() == {}

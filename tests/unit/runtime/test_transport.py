@@ -465,3 +465,18 @@ def test_all_ranges_are_waited_for_on_the_way_through_ray() -> None:
     assert shelf.await_all("x", [(0, 10), (5, 10)], WAIT_S) == "/path"
     with pytest.raises(TransportError, match="not there after"):
         shelf.await_all("x", [(0, 10), (50, 10)], 0.05)
+
+
+def test_a_listener_that_gets_no_thread_goes_on_later(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "rl_ckpt-serve":
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        lines = [place.connect() for _ in range(LIMITS.connections + 1)]
+        assert all(closed(line) for line in lines)
+    place.refused(len(lines))

@@ -41,8 +41,9 @@ def test_parents_are_all_containers_from_the_root(parts: tuple[str | int, ...]) 
     assert parents(path_of(parts)) == [path_of(parts[:i]) for i in range(len(parts))]
 
 
-@given(st.lists(st.lists(st.sampled_from(["a", "b", 0, ""]), max_size=4).map(tuple).map(path_of), max_size=6))
-def test_above_many_paths_are_the_parents_of_each(paths: list[str]) -> None:
+@given(st.lists(st.lists(st.sampled_from(["a", "b", 0, ""]), max_size=4), max_size=6))
+def test_above_many_paths_are_the_parents_of_each(keys: list[list[str | int]]) -> None:
+    paths = [path_of(tuple(each)) for each in keys]
     assert above(paths) == {parent for path in paths for parent in parents(path)}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from functools import partial
 
 import pytest
@@ -53,3 +55,25 @@ def test_processes_that_share_a_machine_share_its_cores(monkeypatch: pytest.Monk
     assert [spare_threads(users) for users in (1, 2, 3, 4, 9)] == [4, 2, 1, 1, 1]
     monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda _: range(64))
     assert spare_threads(1) == 4, "memory is the limit from there on"
+
+
+def test_an_error_keeps_nothing_that_the_jobs_used() -> None:
+    class Buffer:
+        pass
+
+    def fail(_: Buffer) -> None:
+        meeting.wait()  # so that each of the threads has one
+        if threading.current_thread() is not threading.main_thread():
+            raise ValueError("all but the caller's")
+
+    meeting = threading.Barrier(3, timeout=30)
+    buffer = Buffer()
+    kept = weakref.ref(buffer)
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="all but"):
+            run_all([partial(fail, buffer) for _ in range(3)], 3)
+        del buffer
+        assert kept() is None
+    finally:
+        gc.enable()
