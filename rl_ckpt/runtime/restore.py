@@ -116,17 +116,9 @@ def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: An
         finally:  # by an error too: else the restore's memory stays mapped as long as the worker lives
             chunks.close()
         link.applied.remote(place.key, place.rank)
-        report = RestoredRank(
-            manifest.id,
-            manifest.step,
-            manifest.world_size,
-            size,
-            found.bytes_from,
-            tuple(match.kept),
-            tuple(match.ignored),
-            candidate.fell_back,
-        )
-        return tree, report
+        kept, ignored = tuple(match.kept), tuple(match.ignored)
+        done = (manifest.id, manifest.step, manifest.world_size, size, found.bytes_from, kept, ignored)
+        return tree, RestoredRank(*done, candidate.fell_back)
 
 
 def _match(manifest: Manifest, rank: int, flat: FlatTree | None, request: RestoreRequest) -> Match:
