@@ -114,6 +114,7 @@ class BulkAnswer:
                     await asyncio.wait([future])
             if future.done() and not future.cancelled():
                 future.exception()  # that it was cut; marks it as seen
+            self._exchange.close()  # an answer may have come just before the cut, and nobody will read it
             raise
         finally:
             del job, future  # their error has this frame in its traceback: a cycle, which would keep the buffers

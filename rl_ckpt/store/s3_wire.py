@@ -309,9 +309,11 @@ class Exchange:
         """Give the connection back if the answer was read to its end, else close it."""
         with self._lock:
             sock, self._sock = self._sock, None
-        if sock is None or self._answer is None:
+        if sock is None:
             return
-        if self._answer.isclosed() and not self._answer.will_close and not self._was_cut:
+        if self._answer is None:
+            sock.close()
+        elif self._answer.isclosed() and not self._answer.will_close and not self._was_cut:
             self._pool.give_back(self._url, sock)
         else:
             self._answer.close()

@@ -268,3 +268,37 @@ def test_another_protocol_is_an_error_and_its_connection_is_not_used_again():
             with pytest.raises(boto.ConnectionClosedError):
                 put(pool, server)
     assert server.accepted == 2
+
+
+def test_an_answer_that_comes_just_before_its_cancellation_leaves_no_connection_open():
+    """Nobody will read its body."""
+
+    def talk(connection: socket.socket) -> None:
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 206 Partial Content\r\nContent-Length: 100\r\n\r\n")
+        connection.recv(1)  # until the client hangs up
+
+    class Exchanged(Exchange):
+        answered = threading.Event()
+        may_return = threading.Event()
+
+        def run(self, read_body: Callable[[int], bool]) -> tuple[int, dict[str, str], bytes | None]:
+            found = super().run(read_body)
+            self.answered.set()
+            self.may_return.wait(10)
+            return found
+
+    async def cancelled(exchange: Exchanged, threads: ThreadPoolExecutor) -> None:
+        task = asyncio.ensure_future(BulkAnswer(threads, exchange).in_thread(lambda: exchange.run(lambda _: False)))
+        await asyncio.to_thread(exchange.answered.wait, 10)
+        task.cancel()
+        await asyncio.sleep(0)  # the task takes its cancellation
+        exchange.may_return.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with run_server(talk) as server, open_pool() as pool, ThreadPoolExecutor(1) as threads:
+        exchange = Exchanged(pool, "GET", server.url, {}, [])
+        asyncio.run(cancelled(exchange, threads))
+        assert exchange._sock is None, "the connection was left open"
+        assert server.closed.wait(10)
