@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.results import Row
+from benchmarks.results import LIMIT, Row
 from benchmarks.settings import Settings
 
 
@@ -44,12 +44,59 @@ _MEMCPY = "warm memcpy of the bytes that a worker stages"
 _WRITE = "write + fsync of the same bytes, one file per worker at once"
 _READ = "read of the page cache into warm memory, all workers at once"
 
+_REPLICAS = (
+    "replicated",
+    "",
+    "each worker reads and hashes all its bytes at every save, to see that they still are replicas: as many times what "
+    "it stages as there are workers. Declared `Replicated`, this falls away",
+)
 _STALL = (
     (
         "sharded",
         "DCP async",
         "with staging memory that is kept, DCP's stall is one warm memcpy of the same bytes: nothing that copies them "
         "can take a third of it. Where state is replicated, less is copied",
+    ),
+    _REPLICAS,
+    (
+        "",
+        LIMIT,
+        "what comes on top of copying are two messages between a worker and the coordinator: 3 to 5 ms, as they wait "
+        "for one of the 4 cores beside the workers that copy",
+    ),
+)
+_DURABLE = (
+    (
+        "",
+        "",
+        "about 20 ms do not depend on the size: messages, then the manifest and the commit record, each with an fsync. "
+        "Writing itself takes 40 to 80 ms here",
+    ),
+)
+_S3 = (
+    ("save", "", "staging goes before the upload, manifest and commit record come after it, each a request of its own"),
+    (
+        "restore",
+        "",
+        "commit log and manifest are read before the first chunk is asked for, and chunks go through shared memory, "
+        "from which workers copy once all are verified: at 32 MiB a worker this takes longer than the transfer",
+    ),
+)
+_RESTORE = (
+    (
+        "",
+        LIMIT,
+        "every byte is read twice: all ranks verify before any rank is touched. Where memory is the limit, that alone "
+        "is 1.4 times the read; some 10 ms more are messages",
+    ),
+)
+_CPU = (("restore", "", "every byte is read twice: all ranks verify before any rank is touched"),)
+_MEMORY = (
+    (
+        "restore",
+        "",
+        "a node's chunks stay in shared memory until every rank has verified its own, so that a restore that fails "
+        "touches no worker",
     ),
 )
 _TRAINING = (
@@ -62,19 +109,23 @@ _TRAINING = (
 
 QUESTIONS: dict[str, Question] = {
     "stall": Question("Stall of training per save", _MEMCPY, "saving", reasons=_STALL),
-    "first": Question("Stall of the first save, after `prepare`", _MEMCPY, "first_save"),
+    "first": Question("Stall of the first save, after `prepare`", _MEMCPY, "first_save", reasons=(_REPLICAS,)),
     "frozen": Question("Stall where the state is an object that is immutable already", "none", "frozen"),
     "training": Question(
         "Training steps while a save is written", "steps while nothing is written", "training", reasons=_TRAINING
     ),
-    "durable": Question("Time to durable, local disk", _WRITE, "saving"),
-    "s3": Question("Save and restore, S3", "the faster raw client, same server and concurrency", "object_store"),
-    "restore": Question("Restore, local disk, cached", _READ, "restoring"),
+    "durable": Question("Time to durable, local disk", _WRITE, "saving", reasons=_DURABLE),
+    "s3": Question(
+        "Save and restore, S3", "the faster raw client, same server and concurrency", "object_store", reasons=_S3
+    ),
+    "restore": Question("Restore, local disk, cached", _READ, "restoring", reasons=_RESTORE),
     "reads": Question("Bytes read from S3 per unique byte, N → M workers", "each byte once", "reading", "resharding"),
     "policy": Question("Restore of one policy out of 100", "its bytes", "reading", "one_policy"),
     "nodes": Question("Shards from node to node", "plain loopback TCP and sendfile, same bytes, same streams", "nodes"),
-    "cpu": Question("CPU time", "memcpy + write + fsync; read of the page cache", "cpu"),
+    "cpu": Question("CPU time", "memcpy + write + fsync; read of the page cache", "cpu", reasons=_CPU),
     "small": Question("Many small arrays", "one array of the same bytes", "small"),
-    "memory": Question("Peak memory beside the state", "two staged generations; one window of chunks", "memory"),
+    "memory": Question(
+        "Peak memory beside the state", "two staged generations; one window of chunks", "memory", reasons=_MEMORY
+    ),
     "cold": Question("Cold start", "`import ray`", "cold"),
 }
