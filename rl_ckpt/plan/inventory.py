@@ -97,11 +97,6 @@ def chunk_host(flat: FlatTree, path: str, box: Box) -> Host:
     return host_part(flat.arrays[path], array.spec.kind, box, array.box)
 
 
-def chunk_values(flat: FlatTree, path: str, box: Box) -> memoryview:
-    """The values of one chunk as flat bytes: a view of the worker's own memory where it is contiguous on the host."""
-    return flat_bytes(chunk_host(flat, path, box))
-
-
 def chunk_digest(flat: FlatTree, path: str, box: Box) -> bytes:
     """Digest of the values of one chunk in C order."""
     host = chunk_host(flat, path, box)

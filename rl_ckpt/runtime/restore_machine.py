@@ -458,11 +458,5 @@ def _bytes(restore: Restore, chunk: ChunkId) -> int:
     return restore.manifest.arrays[chunk[0]].chunks[chunk[1]].bytes
 
 
-def _fell_back(restore: Restore) -> str:
-    """Which newer checkpoints were damaged, for a message about an older one."""
-    newer = "".join(f"\n  {name}: {why}" for name, why in restore.fell_back.items())
-    return f"\n(it was tried because newer ones are damaged:{newer})" if newer else ""
-
-
 def _gone() -> Failure:
     return Failure.of(WorkerFailuresError("this restore is over already; start it again on all workers"))

@@ -358,7 +358,8 @@ class SaveMachine:
     def _settle(self, save: Save) -> list[Instruction]:
         assert save.plan is not None
         assert save.stored is not None
-        save.plan = settle(save.plan, save.checkpoint, save.digests(), save.stored)
+        save.found = save.digests()
+        save.plan = settle(save.plan, save.checkpoint, save.found, save.stored)
         save.state = WRITING
         out: list[Instruction] = [
             Write(save.token, server, WriteOrder(save.memory[server], tuple(files)))

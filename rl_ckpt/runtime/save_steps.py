@@ -5,7 +5,7 @@ The words of `save_machine`; no behaviour.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rl_ckpt.plan.deal import SavePlan, Stored, Written
@@ -126,6 +126,8 @@ class Save:
     memory: dict[str, str] = field(default_factory=dict)
     """File of the generation, by server."""
     stored: Stored | None = None
+    found: Mapping[tuple[str, int], bytes] = field(default_factory=dict)
+    """`digests`, once all is staged."""
     staged: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
     objects: dict[int, dict[int, bytes]] = field(default_factory=dict)
     """Digests of what servers staged for ranks: by rank, and by index among its items."""
@@ -166,4 +168,4 @@ class Save:
     def done(self) -> WrittenSave:
         """As the committer takes it, once all is written."""
         assert self.plan is not None
-        return WrittenSave(self.checkpoint, self.request, self.plan, self.written, self.digests())
+        return WrittenSave(self.checkpoint, self.request, self.plan, self.written, self.found)

@@ -16,8 +16,9 @@ from rl_ckpt.format.digest import digest
 from rl_ckpt.format.shard_file import ALIGNMENT
 from rl_ckpt.plan import deal as deals
 from rl_ckpt.plan.deal import SavePlan, StageItem, deal, settle
-from rl_ckpt.plan.inventory import chunk_values, take_inventory
+from rl_ckpt.plan.inventory import chunk_host, take_inventory
 from rl_ckpt.plan.stage import stage
+from rl_ckpt.state.arrays import flat_bytes
 from rl_ckpt.state.boxes import Box
 from rl_ckpt.state.dtypes import dtype_from_name
 from rl_ckpt.state.tree import LocalArray, flatten
@@ -126,7 +127,7 @@ def test_staged_bytes_are_the_arrays_own(items: list[tuple[Any, Any, str]], pad:
     digests = stage(flat, orders, memory)
     for item, found in zip(orders, digests, strict=True):
         staged = memory[item.offset : item.offset + item.size_bytes]
-        assert staged == chunk_values(flat, item.path, item.box)
+        assert staged == flat_bytes(chunk_host(flat, item.path, item.box))
         assert found == digest(staged)
 
 
@@ -167,7 +168,7 @@ def test_what_lies_between_fields_is_hashed_alike_every_time() -> None:
     records = np.frombuffer(bytearray(np.random.default_rng(0).bytes(24 * 6)), dtype).reshape(2, 3)
     flat = flatten({"records": records.T})
     expected = b"".join(row.tobytes() for row in records.T.copy(order="K").T.reshape(2, 3).view("V24").T)
-    assert bytes(chunk_values(flat, "records", Box.whole((3, 2)))) == expected
+    assert bytes(flat_bytes(chunk_host(flat, "records", Box.whole((3, 2))))) == expected
     memory = memoryview(bytearray(b"\xee" * 144))
     assert stage(flat, [StageItem("records", Box.whole((3, 2)), 0, 144, b"")], memory) == [digest(expected)]
     assert memory == expected
