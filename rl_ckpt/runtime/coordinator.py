@@ -11,23 +11,21 @@ import asyncio
 import contextlib
 import uuid
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from typing import Any
 
 import msgspec
 import ray
 
-from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptionError, StorageError
-from rl_ckpt.format import records
-from rl_ckpt.format.manifest import Manifest
+from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, StorageError
 from rl_ckpt.runtime import restore_machine as rm
 from rl_ckpt.runtime import save_steps as sm
 from rl_ckpt.runtime.generations import StagingFile
 from rl_ckpt.runtime.messages import (
     Failure,
     FetchDone,
+    FetchOrder,
     JoinSave,
     Lost,
     Matched,
@@ -37,20 +35,22 @@ from rl_ckpt.runtime.messages import (
     RepeatSave,
     Reserve,
     Reserved,
-    SaveDone,
     SaveOrders,
     SaveOutcome,
     Staged,
     StagedObjects,
     Verified,
     WriteDone,
+    WriteOrder,
     decode,
     encode,
 )
+from rl_ckpt.runtime.restore_work import RestoreWork
 from rl_ckpt.runtime.save_machine import SaveMachine
-from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
-from rl_ckpt.store.committer import Committer
-from rl_ckpt.store.run import Run, lineage
+from rl_ckpt.runtime.save_work import SaveWork
+from rl_ckpt.runtime.server_calls import Servers
+from rl_ckpt.runtime.spec import RunSpec
+from rl_ckpt.store.committer import SaveRequest
 
 _OUTCOMES_KEPT = 256
 
@@ -60,20 +60,15 @@ class Coordinator:
 
     def __init__(self, spec: RunSpec) -> None:
         """Ready at once: the store is opened when it is first needed."""
-        self._spec = spec
         incarnation = f"{uuid.uuid4().hex[:8]}-"
         self._saves = SaveMachine(spec.options, incarnation)
         self._restores = rm.RestoreMachine(spec.options, incarnation)
         self._waiting: dict[tuple[str, int], list[asyncio.Future[bytes]]] = {}
         self._outcomes: OrderedDict[str, asyncio.Future[SaveOutcome]] = OrderedDict()
-        self._servers: dict[str, Any] = {}
+        self._servers = Servers()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._committing = ThreadPoolExecutor(1, "rl_ckpt-commit")  # the committer is for one thread
-        self._naming = ThreadPoolExecutor(1, "rl_ckpt-name")
-        self._reading = ThreadPoolExecutor(4, "rl_ckpt-read")
-        self._committer: Committer | None = None
-        self._reader: Run | None = None
-        self._notice = ""
+        self._restore_work = RestoreWork(spec)
+        self._save_work = SaveWork(spec, self._restore_work.forget)
         self._opened_with = spec.storage_options
         self._users: dict[str, str] = {}  # drivers that use these actors → their Ray job
         self._idle = asyncio.Event()
@@ -85,7 +80,7 @@ class Coordinator:
     async def join_save(self, data: bytes) -> bytes:
         """A rank takes part in a save; the reply says what it stages."""
         message = self._read(data, JoinSave)
-        self._servers.setdefault(message.server, None)
+        self._servers.note(message.server)
         return await self._answer(message.key, message.rank, lambda: self._saves.join(message))
 
     async def repeat_save(self, data: bytes) -> bytes:
@@ -122,7 +117,7 @@ class Coordinator:
     async def match(self, data: bytes) -> bytes:
         """A rank says what it needs; the reply says where it is."""
         message = self._read(data, Matched)
-        self._servers.setdefault(message.server, None)
+        self._servers.note(message.server)
         return await self._answer(message.key, message.rank, lambda: self._restores.match(message))
 
     async def verified(self, data: bytes) -> bytes:
@@ -151,17 +146,14 @@ class Coordinator:
 
     async def configure(self, spec: RunSpec) -> None:
         """Takes over the rules and options of the driver that saves (a coordinator may be found, not made)."""
-        self._spec = spec
         self._saves.configure(spec.options)
         self._restores.options = spec.options
-        if spec.storage_options != self._opened_with and not self._saves.busy():
-            # Rotated keys, say: everything is opened anew.
+        anew = spec.storage_options != self._opened_with and not self._saves.busy()  # rotated keys, say
+        if anew:
             self._opened_with = spec.storage_options
-            self._committer = self._reader = None
-            for name in self._servers:
-                self._server(name).configure.remote(spec)
-        if self._committer is not None:
-            self._committer.configure(spec.keep, spec.options.grace_s)
+            self._servers.configure(spec)
+        self._save_work.configure(spec, anew)
+        self._restore_work.configure(spec, anew)
 
     async def under_way(self, key: str) -> bool:
         """Whether a save or restore is past the call for its workers: who waits for it need not keep the time."""
@@ -173,12 +165,12 @@ class Coordinator:
 
     async def servers(self) -> list[str]:
         """Names of the shard servers that took part so far."""
-        return sorted(name for name in self._servers if name)
+        return self._servers.names()
 
     async def drain(self) -> bytes:
         """Answers once no save is under way and the sweep is done."""
         await self._idle.wait()
-        await asyncio.get_running_loop().run_in_executor(self._committing, lambda: None)
+        await self._save_work.drain()
         return encode(Ok())
 
     # The shell.
@@ -221,7 +213,7 @@ class Coordinator:
                 case sm.ReserveMemory(key, server, generation, size):
                     self._spawn(self._reserve(key, server, generation, size), key, self._saves.failed)
                 case sm.Write(key, server, order):
-                    self._spawn(self._write(key, server, encode(order)), key, self._saves.failed)
+                    self._spawn(self._write(key, server, order), key, self._saves.failed)
                 case sm.Commit(key, save):
                     self._spawn(self._commit(key, save), key, self._saves.failed)
                 case sm.Finish(_, outcome, checkpoint):
@@ -231,11 +223,11 @@ class Coordinator:
                 case rm.Load(key, step, tried):
                     self._spawn(self._load(key, step, tried), key, self._restores.failed)
                 case rm.Fetch(key, server, order):
-                    self._spawn(self._fetch(key, server, encode(order)), key, self._restores.failed)
+                    self._spawn(self._fetch(key, server, order), key, self._restores.failed)
                 case rm.Forget(key, servers):
                     for server in servers:
                         with contextlib.suppress(StorageError):  # gone, and its memory with it
-                            self._server(server).forget.remote(key)
+                            self._servers.get(server).forget.remote(key)
                 case rm.Arm(key, state, seconds):
                     self._later(seconds, partial(self._restores.timed_out, key, state))
                 case _:
@@ -259,7 +251,7 @@ class Coordinator:
             except ray.exceptions.RayTaskError as error:
                 event = failed(key, CheckpointError(f"internal error in a shard server: {error}"))
             except ray.exceptions.RayError as error:
-                self._servers = dict.fromkeys(self._servers)  # a server may come back under its name, as another actor
+                self._servers.look_again()
                 event = failed(key, StorageError(f"a shard server could not be reached: {error}"))
             except Exception as error:  # noqa: BLE001 - a bug of ours must fail this save, by name, and not hang it
                 text = f"internal error in the coordinator: {type(error).__name__}: {error}"
@@ -270,89 +262,29 @@ class Coordinator:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _server(self, name: str) -> Any:
-        if self._servers.get(name) is None:
-            try:
-                self._servers[name] = ray.get_actor(name, namespace=NAMESPACE)
-            except ValueError as error:
-                raise StorageError(f"shard server {name} is gone, with its node or because it was ended") from error
-        return self._servers[name]
-
-    async def _call(self, reply: Awaitable[bytes], kind: Any) -> Any:
-        answer = decode(await reply, kind)
-        if isinstance(answer, Failure):
-            raise answer.error()
-        return answer
-
-    def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[[], Any]) -> Awaitable[Any]:
-        return asyncio.get_running_loop().run_in_executor(pool, work)
-
-    # Instructions of saves.
-
-    async def _name(self, key: str, request: Any) -> Iterable[Any]:
-        # In a thread of its own: an earlier save's commit and sweep are not waited for.
-        committer = self._committer
-        if committer is None or await self._in_thread(self._naming, committer.is_gone):
-            committer = await self._opened()
-        return self._saves.named(key, await self._in_thread(self._naming, partial(committer.attempt, request)))
+    # What instructions do.
 
     async def _open(self, key: str) -> Iterable[Any]:
-        await self._opened()
+        await self._save_work.open()
         return self._saves.opened(key)
 
-    async def _opened(self) -> Committer:
-        def work() -> Committer:
-            if self._committer is not None and self._committer.is_gone():
-                self._committer = self._reader = None  # its folder was removed: this is a new run
-            if self._committer is None:
-                spec = self._spec
-                run = Run.create(spec.url, spec.storage_options, spec.options.weak_commits)
-                self._committer = Committer(run, spec.keep, spec.options.grace_s)
-            return self._committer
-
-        opened: Committer = await self._in_thread(self._committing, work)
-        return opened
+    async def _name(self, key: str, request: SaveRequest) -> Iterable[Any]:
+        return self._saves.named(key, await self._save_work.name(request))
 
     async def _look_up(self, key: str, checkpoint: str) -> Iterable[Any]:
-        def work() -> Any:
-            assert self._committer is not None
-            return self._committer.stored(checkpoint)
-
-        return self._saves.looked_up(key, await self._in_thread(self._committing, work))
+        return self._saves.looked_up(key, await self._save_work.look_up(checkpoint))
 
     async def _reserve(self, key: str, server: str, generation: int, size: int) -> Iterable[Any]:
         name = f"generation-{generation}-{key.replace('#', '-').replace('/', '_')}"
-        order = encode(Reserve(generation, name, size))
-        done = await self._call(self._server(server).reserve.remote(order), Reserved | Failure)
+        done = await self._servers.call(server, "reserve", Reserve(generation, name, size), Reserved)
         return self._saves.reserved(key, server, generation, StagingFile(size, done.path))
 
-    async def _write(self, key: str, server: str, order: bytes) -> Iterable[Any]:
-        done = await self._call(self._server(server).write.remote(order), WriteDone | Failure)
+    async def _write(self, key: str, server: str, order: WriteOrder) -> Iterable[Any]:
+        done = await self._servers.call(server, "write", order, WriteDone)
         return self._saves.written(key, server, done.written)
 
     async def _commit(self, key: str, save: sm.Save) -> Iterable[Any]:
-        def work() -> SaveDone:
-            assert self._committer is not None
-            committer = self._committer
-            self._check_visible(committer.run, save)
-            record = committer.commit(save.done())
-            notice, self._notice = self._notice, ""
-            url = committer.run.store.object_url(records.manifest_name(record.id))
-            return SaveDone(record, url, lineage(record, committer.commits), save.stall_s, notice)
-
-        return self._saves.committed(key, await self._in_thread(self._committing, work))
-
-    def _check_visible(self, run: Run, save: sm.Save) -> None:
-        """On a local disk, files must be there for the coordinator too: nodes with disks of their own make no run."""
-        assert save.plan is not None
-        for server, files in save.plan.files.items():
-            for file in files:
-                if run.store.local_path(file.name) is not None and not run.store.exists(file.name):
-                    raise StorageError(
-                        f"{run.store.object_url(file.name)}, which {server} wrote, is not there on the coordinator's "
-                        "node: the nodes don't share this folder. Give a shared file system or an object store "
-                        "(s3://...) as url"
-                    )
+        return self._saves.committed(key, await self._save_work.commit(save))
 
     def _finish(self, outcome: SaveOutcome, checkpoint: str) -> None:
         if checkpoint:
@@ -361,41 +293,11 @@ class Coordinator:
                 future.set_result(outcome)
             while len(self._outcomes) > _OUTCOMES_KEPT:
                 self._outcomes.popitem(last=False)
-            if self._committer is not None:
-                if isinstance(outcome, Failure):
-                    self._committer.abandon(checkpoint)
-                self._committing.submit(self._tidy)
-
-    def _tidy(self) -> None:
-        assert self._committer is not None
-        try:
-            self._committer.tidy()
-        except CheckpointError as error:  # the checkpoint is committed all the same; the next save's caller is told
-            self._notice = f"old checkpoints could not be swept: {error}"
-
-    # Instructions of restores.
+            self._save_work.finish(outcome, checkpoint)
 
     async def _load(self, key: str, step: int | None, tried: tuple[str, ...]) -> Iterable[Any]:
-        def work() -> tuple[Manifest, bytes, bool, dict[str, str]]:
-            if self._reader is None:
-                self._reader = Run.open(self._spec.url, self._spec.storage_options)
-            run = self._reader
-            candidates, damaged = run.candidates(step)
-            for commit in candidates:
-                if commit.id in tried:
-                    continue
-                try:
-                    manifest, data = run.manifest_file(commit)
-                except CorruptionError as error:
-                    damaged[commit.id] = str(error)
-                    continue
-                mappable = run.store.local_path(records.RUN_FILE) is not None
-                return manifest, data, mappable, damaged
-            bad = [*tried, *damaged]
-            raise CorruptionError(f"no good checkpoint in {self._spec.url}: tried {bad}; {damaged or ''}")
+        return self._restores.loaded(key, *await self._restore_work.load(step, tried))
 
-        return self._restores.loaded(key, *await self._in_thread(self._reading, work))
-
-    async def _fetch(self, key: str, server: str, order: bytes) -> Iterable[Any]:
-        done = await self._call(self._server(server).fetch.remote(order), FetchDone | Failure)
+    async def _fetch(self, key: str, server: str, order: FetchOrder) -> Iterable[Any]:
+        done = await self._servers.call(server, "fetch", order, FetchDone)
         return self._restores.fetched(key, server, done)

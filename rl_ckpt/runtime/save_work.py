@@ -1,0 +1,131 @@
+"""Save work: what the coordinator's saves ask of the store, in threads of its own.
+
+Owns: the committer, which is for one thread, and when it is opened: at the first save, so that jobs that only restore
+take nothing over. Naming a save waits for no earlier one's commit or sweep.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from rl_ckpt.errors import CheckpointError, StorageError
+from rl_ckpt.format import records
+from rl_ckpt.plan.deal import Stored
+from rl_ckpt.runtime.messages import Failure, SaveDone, SaveOutcome
+from rl_ckpt.runtime.save_steps import Save
+from rl_ckpt.runtime.spec import RunSpec
+from rl_ckpt.store.committer import Committer, SaveRequest
+from rl_ckpt.store.run import Run, lineage
+
+T = TypeVar("T")
+
+
+class SaveWork:
+    """See the module. For one event loop."""
+
+    def __init__(self, spec: RunSpec, gone: Callable[[], None]) -> None:
+        """Nothing is opened yet; `gone` is told where the run was removed, and a new one comes in its place."""
+        self._spec = spec
+        self._gone = gone
+        self._committing = ThreadPoolExecutor(1, "rl_ckpt-commit")
+        self._naming = ThreadPoolExecutor(1, "rl_ckpt-name")
+        self._committer: Committer | None = None
+        self._notice = ""
+
+    def configure(self, spec: RunSpec, anew: bool) -> None:
+        """Takes a driver's rules and options; `anew` where everything is to be opened with them."""
+        self._spec = spec
+        if anew:
+            self._committer = None
+        if self._committer is not None:
+            self._committer.configure(spec.keep, spec.options.grace_s)
+
+    async def open(self) -> Committer:
+        """Opens the run for writing, unless it is open.
+
+        Raises:
+            CheckpointError: The store failed.
+        """
+        return await self._in_thread(self._committing, self._opened)
+
+    def _opened(self) -> Committer:
+        if self._committer is not None and self._committer.is_gone():
+            self._committer = None  # its folder was removed: this is a new run
+            self._gone()
+        if self._committer is None:
+            spec = self._spec
+            run = Run.create(spec.url, spec.storage_options, spec.options.weak_commits)
+            self._committer = Committer(run, spec.keep, spec.options.grace_s)
+        return self._committer
+
+    async def name(self, request: SaveRequest) -> str:
+        """Checks a request and names its checkpoint.
+
+        Raises:
+            CheckpointError: As `Committer.attempt`, or the store failed.
+        """
+        committer = self._committer
+        if committer is None or await self._in_thread(self._naming, committer.is_gone):
+            committer = await self.open()
+        return await self._in_thread(self._naming, partial(committer.attempt, request))
+
+    async def look_up(self, checkpoint: str) -> Stored:
+        """What an attempt need not write; see `Committer.stored`."""
+        return await self._in_thread(self._committing, lambda: self._open_committer().stored(checkpoint))
+
+    async def commit(self, save: Save) -> SaveDone:
+        """Makes a checkpoint of what was written.
+
+        Raises:
+            CheckpointError: As `Committer.commit`.
+        """
+        return await self._in_thread(self._committing, partial(self._commit, save))
+
+    def _commit(self, save: Save) -> SaveDone:
+        committer = self._open_committer()
+        _check_visible(committer.run, save)
+        record = committer.commit(save.done())
+        notice, self._notice = self._notice, ""
+        url = committer.run.store.object_url(records.manifest_name(record.id))
+        return SaveDone(record, url, lineage(record, committer.commits), save.stall_s, notice)
+
+    def finish(self, outcome: SaveOutcome, checkpoint: str) -> None:
+        """A save is decided: a failed one's files are orphans from now on; then retention and sweep, later."""
+        if self._committer is not None:
+            if isinstance(outcome, Failure):
+                self._committer.abandon(checkpoint)
+            self._committing.submit(self._tidy)
+
+    def _tidy(self) -> None:
+        try:
+            self._open_committer().tidy()
+        except CheckpointError as error:  # the checkpoint is committed all the same; the next save's caller is told
+            self._notice = f"old checkpoints could not be swept: {error}"
+
+    async def drain(self) -> None:
+        """Waits until the last commit's sweep is done."""
+        await self._in_thread(self._committing, lambda: None)
+
+    def _open_committer(self) -> Committer:
+        assert self._committer is not None
+        return self._committer
+
+    def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+def _check_visible(run: Run, save: Save) -> None:
+    """On a local disk, files must be there for the coordinator too: nodes with disks of their own make no run."""
+    assert save.plan is not None
+    for server, files in save.plan.files.items():
+        for file in files:
+            if run.store.local_path(file.name) is not None and not run.store.exists(file.name):
+                raise StorageError(
+                    f"{run.store.object_url(file.name)}, which {server} wrote, is not there on the coordinator's "
+                    "node: the nodes don't share this folder. Give a shared file system or an object store "
+                    "(s3://...) as url"
+                )
