@@ -230,7 +230,8 @@ def recover(world: World, url: str, told: Told) -> None:
         _end(ckpt)
     assert told.committed[-2:] == [21, 22]
     assert verify(world, url, told) == [21, 22]
-    assert world.everything(url) == named(world.store(url))
+    left, known = world.everything(url), named(world.store(url))
+    assert left == known, (left - known, known - left)
 
 
 def named(store: Store) -> set[str]:
