@@ -19,7 +19,7 @@ from rl_ckpt.store import run as run_module
 from rl_ckpt.store.base import Buffer, ObjectExistsError, ObjectMissingError, Store, StoredObject
 from rl_ckpt.store.urls import check_url, open_store
 
-Kind = Literal["before", "during", "after", "refused", "reply lost", "twice", "paused", "late", "echo", "lost, echo"]
+Kind = Literal["before", "during", "after", "refused", "reply lost", "twice", "paused", "late", "echo", "lost, echo", "unknown"]
 CHANGES = ("put", "create", "delete", "clean")
 ANSWERS = (ObjectExistsError, ObjectMissingError, CheckpointError)
 
@@ -69,6 +69,10 @@ class RecordingStore(Store):
             number = len(self.seen)
             self.seen.append(f"{operation} {name.partition('/')[0]}")
         fault = self.fault
+        if fault is not None and fault.kind == "unknown" and number in (fault.at + 1, fault.at + 2):
+            if number == fault.at + 1:
+                raise StorageError(f"{operation} of {name} was refused: nothing is learnt of what went before")
+            fault.meanwhile()
         if fault is None or number != fault.at:
             return act()
         fault.struck = f"{operation} {name}"
@@ -89,7 +93,7 @@ class RecordingStore(Store):
                 self._die()
             case "refused":
                 raise StorageError(f"{operation} of {name} was refused")
-            case "reply lost" | "lost, echo":
+            case "reply lost" | "lost, echo" | "unknown":
                 with suppress(*ANSWERS):
                     act()
                 if changes and fault.kind == "lost, echo":

@@ -26,9 +26,22 @@ __all__ = ["numbered"]
 
 pytestmark = pytest.mark.usefixtures("numbered", "_quiet")
 
-DEATHS: tuple[Kind, ...] = ("before", "during", "after")
-FAILURES: tuple[Kind, ...] = ("refused", "reply lost", "twice")
-LATE: tuple[Kind, ...] = ("paused", "late", "echo", "lost, echo")
+READS = ("get", "list", "read", "exists")
+ALL = (*CHANGES, *READS)
+AT: dict[Kind, tuple[str, ...]] = {
+    "before": ALL,
+    "during": ("put", "create"),
+    "after": ALL,
+    "refused": ALL,
+    "reply lost": ALL,
+    "twice": CHANGES,
+    "paused": ALL,
+    "late": CHANGES,
+    "echo": CHANGES,
+    "lost, echo": CHANGES,
+    "unknown": CHANGES,
+}
+"""The operations that each kind of fault is walked at: what changes nothing arrives late, or twice, without effect."""
 LIVES: dict[str, Life] = {"new run": lives.first, "job": lives.job, "coordinator": lives.coordinator}
 
 
@@ -53,15 +66,22 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 @pytest.fixture(scope="module")
-def moto(moto_server: S3Server) -> Bucket:
-    return Bucket(moto_server, "crash-points")
+def moto(moto_server: S3Server) -> Iterator[Bucket]:
+    bucket = Bucket(moto_server, "crash-points")
+    yield bucket
+    bucket.close()
+
+
+@pytest.fixture(scope="module")
+def ceph(ceph_server: S3Server) -> Bucket:
+    return Bucket(ceph_server, "crash-points")
 
 
 def prepared(world: World, life: str) -> tuple[str, Told]:
     """What a life begins with: nothing, or a run with two checkpoints."""
     url, told = world.new(), Told()
     if life != "new run":
-        with process(world.store(url)):
+        with process(world.other(url)):
             lives.first(url, told)
         assert told.committed == [1, 2]
     return url, told
@@ -79,26 +99,21 @@ def operations(world: World, base: str, told: Told, life: str) -> list[str]:
     return store.seen
 
 
-def walk(world: World, life: str, kind: Kind, every: int = 1) -> None:
-    """Lives once for every number, or every `every`-th of those that are alike."""
+def walk(world: World, life: str, kind: Kind, once: bool = False) -> None:
+    """Lives once for every number, or once for every sort of operation that there is in this life."""
     base, told = prepared(world, life)
     seen = operations(world, base, told, life)
-    only_changes = kind in ("during", "twice", "late", "echo", "lost, echo")
-    counts: dict[str, int] = {}
-    for at, operation in enumerate(seen):
-        if only_changes and operation.split()[0] not in CHANGES:
-            continue
-        if kind == "during" and operation.split()[0] not in ("put", "create"):
-            continue
-        counts[operation] = counts.get(operation, -1) + 1
-        if counts[operation] % every:
-            continue
+    numbers = [at for at, operation in enumerate(seen) if operation.split()[0] in AT[kind]]
+    if once:
+        sorts = {seen[at]: [n for n in numbers if seen[n] == seen[at]] for at in numbers}
+        numbers = sorted(alike[list(AT).index(kind) % len(alike)] for alike in sorts.values())
+    for at in numbers:
         url = world.copy(base) if told.committed else world.new()
         mine = Told([*told.committed])
         try:
             point(world, url, mine, life, Fault(kind, at))
         except BaseException as error:
-            error.add_note(f"{world.name}, {life}, {kind} operation {at} of {len(seen)}: {operation}; told {mine}")
+            error.add_note(f"{world.name}, {life}, {kind} operation {at} of {len(seen)}: {seen[at]}; told {mine}")
             raise
         POINTS[world.name, life, kind] += 1
         world.remove(url)
@@ -110,7 +125,7 @@ def point(world: World, url: str, told: Told, life: str, fault: Fault) -> None:
     store = RecordingStore(world.store(url), fault, lambda name, data: world.half(url, name, data))
 
     def meanwhile() -> None:
-        with process(world.store(url)):
+        with process(world.other(url)):
             lives.newer(url, told)
 
     fault.meanwhile = meanwhile
@@ -125,13 +140,27 @@ def point(world: World, url: str, told: Told, life: str, fault: Fault) -> None:
     recover(world, url, told)
 
 
-@pytest.mark.parametrize("kind", [*DEATHS[::2], *FAILURES, *LATE])
+@pytest.mark.parametrize("kind", [kind for kind in AT if kind != "during"])  # see test_system_calls.py
 @pytest.mark.parametrize("life", LIVES)
 def test_local_disk(disk: Disk, life: str, kind: Kind) -> None:
     walk(disk, life, kind)
 
 
-@pytest.mark.parametrize("kind", [*DEATHS, *FAILURES, *LATE])
+@pytest.mark.parametrize("kind", AT)
+@pytest.mark.parametrize("life", LIVES)
+def test_s3_at_every_sort_of_operation(moto: Bucket, life: str, kind: Kind) -> None:
+    walk(moto, life, kind, once=True)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("kind", AT)
 @pytest.mark.parametrize("life", LIVES)
 def test_s3(moto: Bucket, life: str, kind: Kind) -> None:
-    walk(moto, life, kind, every=3)
+    walk(moto, life, kind)
+
+
+@pytest.mark.ceph
+@pytest.mark.parametrize("kind", ["before", "during", "twice", "late"])
+def test_ceph_at_every_sort_of_operation(ceph: Bucket, kind: Kind) -> None:
+    walk(ceph, "job", kind, once=True)

@@ -16,6 +16,7 @@ from rl_ckpt.store.base import Store
 from rl_ckpt.store.local import LocalStore
 from rl_ckpt.store.s3 import S3Store
 from rl_ckpt.store.urls import check_url
+from tests.crash.lean_s3 import LeanS3, Wire
 from tests.s3_servers import S3Server
 
 
@@ -34,6 +35,10 @@ class World(ABC):
     @abstractmethod
     def store(self, url: str) -> Store:
         """The real store of a run."""
+
+    def other(self, url: str) -> Store:
+        """A store for those that the walk is not about: who looks at what is left, and other processes."""
+        return self.store(url)
 
     @abstractmethod
     def copy(self, url: str) -> str:
@@ -105,6 +110,8 @@ class Bucket(World):
         self._server, self._bucket = server, bucket
         self._client = server.client()
         self._client.create_bucket(Bucket=bucket)
+        self._copied: dict[str, dict[str, bytes]] = {}
+        self._wire = Wire(server.endpoint_url) if server.name == "moto" else None
         self._first = S3Store(f"s3://{bucket}/first", self._options())
 
     def _options(self) -> dict[str, Any]:
@@ -118,20 +125,24 @@ class Bucket(World):
         store._connection = self._first._connection
         return store
 
+    def other(self, url: str) -> Store:
+        return LeanS3(url, self._wire) if self._wire else self.store(url)
+
     def copy(self, url: str) -> str:
         to = self.new()
-        source, target = self.store(url), self.store(to)
-        for item in source.list():
-            target.put(item.name, [_remembered(source, item.name)])
+        if url not in self._copied:
+            source = self.other(url)
+            self._copied[url] = {item.name: source.get(item.name) for item in source.list()}
+        target = self.other(to)
+        for name, data in self._copied[url].items():
+            target.put(name, [data])
         return to
 
     def everything(self, url: str) -> set[str]:
         prefix = url.removeprefix(f"s3://{self._bucket}/") + "/"
-        answer = self._client.list_objects_v2(Bucket=self._bucket, Prefix=prefix)
-        assert not answer["IsTruncated"]
         uploads = self._client.list_multipart_uploads(Bucket=self._bucket, Prefix=prefix).get("Uploads", ())
-        names = {entry["Key"].removeprefix(prefix) for entry in answer.get("Contents", ())}
-        return names | {f"upload of {entry['Key'].removeprefix(prefix)}" for entry in uploads}
+        unfinished = {f"upload of {entry['Key'].removeprefix(prefix)}" for entry in uploads}
+        return unfinished | {item.name for item in self.other(url).list()}
 
     def age(self, url: str) -> None:
         """Uploads are swept at once in these tests; see `no_waiting`."""
@@ -142,19 +153,13 @@ class Bucket(World):
         cut_request(signed, data)
 
     def remove(self, url: str) -> None:
-        store = self.store(url)
+        store = self.other(url)
         store.delete([item.name for item in store.list()])
 
-
-_COPIES: dict[tuple[str, str], bytes] = {}
-
-
-def _remembered(store: Store, name: str) -> bytes:
-    """An object of a run that is copied again and again."""
-    key = (store.url, name)
-    if key not in _COPIES:
-        _COPIES[key] = store.get(name)
-    return _COPIES[key]
+    def close(self) -> None:
+        """Closes connections."""
+        if self._wire:
+            self._wire.close()
 
 
 def cut_request(url: str, data: bytes) -> None:
