@@ -66,8 +66,9 @@ class Sweeper:
             self._look = True
 
     def sweep(self, dropped: Sequence[CommitRecord], live: Sequence[CommitRecord]) -> None:
-        """Deletes dropped checkpoints' records, and orphans past their grace; nothing where another coordinator owns
-        the run: what may go is its decision.
+        """Deletes dropped checkpoints' records, and orphans past their grace.
+
+        Nothing where another coordinator owns the run: what may go is its decision.
 
         Args:
             dropped: Checkpoints that retention let go; those that a pin holds stay.

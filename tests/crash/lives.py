@@ -1,4 +1,4 @@
-"""What a process does with a run from its start to its end, what it was told meanwhile, and what must be true after it."""
+"""What a process does with a run from start to end, what it was told meanwhile, and what must be true after it."""
 
 from __future__ import annotations
 
@@ -242,6 +242,6 @@ def named(store: Store) -> set[str]:
         names |= {records.commit_name(commit.number), records.manifest_name(commit.id)}
         names |= {file.name for file in run.manifest(commit).files}
     for item in store.list(records.COMMITS):
-        record = records.decode(item.name, store.get(item.name), LogRecord)  # type: ignore[arg-type]
+        record: LogRecord = records.decode(item.name, store.get(item.name), LogRecord)  # type: ignore[arg-type]
         names |= {item.name} if isinstance(record, EpochRecord) else set()
     return names

@@ -19,7 +19,9 @@ from rl_ckpt.store import run as run_module
 from rl_ckpt.store.base import Buffer, ObjectExistsError, ObjectMissingError, Store, StoredObject
 from rl_ckpt.store.urls import check_url, open_store
 
-Kind = Literal["before", "during", "after", "refused", "reply lost", "twice", "paused", "late", "echo", "lost, echo", "unknown"]
+Kind = Literal[
+    "before", "during", "after", "refused", "reply lost", "twice", "paused", "late", "echo", "lost, echo", "unknown"
+]
 CHANGES = ("put", "create", "delete", "clean")
 ANSWERS = (ObjectExistsError, ObjectMissingError, CheckpointError)
 

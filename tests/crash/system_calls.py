@@ -1,8 +1,8 @@
 """A folder seen from below the store: each system call that changes it, and what a power cut at that instant leaves.
 
 The model of a disk is the weakest that POSIX allows: a file's bytes are there for sure only since its own fsync, a name
-(of a file, or of a folder) only since the fsync of the folder that it is in. Of names that changed since then any may be
-there or not; bytes that were not synced may be cut short.
+(of a file, or of a folder) only since the fsync of the folder that it is in. Of names that changed since then any may
+be there or not; bytes that were not synced may be cut short.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Change:
     """Of one folder, not yet on the disk for sure."""
 
     folder: str
-    apply: Callable[[Disk], None]
+    apply: Callable[[Disk], object]
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Model:
                 data = _read(path)
                 self.inodes[path] = self.disk.files[path] = Inode(path, data, data)
 
-    def change(self, path: str, apply: Callable[[Disk], None]) -> None:
+    def change(self, path: str, apply: Callable[[Disk], object]) -> None:
         self.pending.append(Change(os.path.dirname(path), apply))
 
     def made(self, path: str) -> None:
@@ -79,7 +79,7 @@ class Model:
     def unlinked(self, path: str) -> None:
         inode = self.inodes.pop(path)
         inode.path = next((p for p, other in self.inodes.items() if other is inode), "")
-        self.change(path, lambda disk: disk.files.pop(path, None) and None)
+        self.change(path, lambda disk: disk.files.pop(path, None))
 
     def folder_made(self, path: str) -> None:
         self.change(path, lambda disk: disk.folders.add(path))
@@ -206,7 +206,9 @@ def snapshot(root: str) -> dict[str, bytes | None]:
     image: dict[str, bytes | None] = {}
     for folder, _, names in os.walk(root):
         image[os.path.relpath(folder, root)] = None
-        image |= {os.path.relpath(os.path.join(folder, name), root): _read(os.path.join(folder, name)) for name in names}
+        image |= {
+            os.path.relpath(os.path.join(folder, name), root): _read(os.path.join(folder, name)) for name in names
+        }
     return image
 
 

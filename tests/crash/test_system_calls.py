@@ -8,7 +8,6 @@ test_operations.py. Folders that are alike, at a moment when callers had been to
 from __future__ import annotations
 
 import copy
-import os
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -18,9 +17,8 @@ import pytest
 from rl_ckpt.store import file_writer, local
 from rl_ckpt.store import run as run_module
 from rl_ckpt.store.probe import probe_create_only
-from rl_ckpt.store.urls import check_url
 from tests.crash import lives
-from tests.crash.lives import Life, Told, recover, verify
+from tests.crash.lives import Told, recover, verify
 from tests.crash.points import POINTS
 from tests.crash.recording import RecordingStore, numbered, process
 from tests.crash.system_calls import Model, TracedOs, snapshot, write_image
@@ -68,7 +66,7 @@ def _one_call_at_a_time(numbered: None, monkeypatch: pytest.MonkeyPatch) -> None
 def _direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if request.param == "direct writes":
         monkeypatch.setattr(file_writer, "DIRECT_FROM_BYTES", 1)
-    yield
+    return
 
 
 @pytest.mark.parametrize(
