@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -85,10 +86,8 @@ def _save(ckpt: Checkpointer, step: int, told: Told) -> None:
 
 
 def _end(ckpt: Checkpointer) -> None:
-    try:
+    with suppress(CheckpointError):  # of a save that was told already
         ckpt.close()
-    except CheckpointError:
-        pass  # of a save that was told already
 
 
 def first(url: str, told: Told) -> None:
@@ -123,10 +122,8 @@ def coordinator(url: str, told: Told) -> None:
     begun: list[tuple[int, str]] = []
     saves: dict[int, WrittenSave] = {}
     for step in (3, 4, 5):
-        try:
+        with suppress(CheckpointError):  # told to the caller
             begun.append((step, committer.attempt(SaveRequest(step))))
-        except CheckpointError:
-            pass  # told to the caller
     for step, checkpoint in begun:
         try:
             saves[step] = _write(committer, SaveRequest(step), checkpoint, told)
@@ -173,10 +170,8 @@ def _write(committer: Committer, request: SaveRequest, checkpoint: str, told: To
 
 
 def _tidy(committer: Committer) -> None:
-    try:
+    with suppress(CheckpointError):  # told to the next caller; what is left goes at the next sweep
         committer.tidy()
-    except CheckpointError:
-        pass  # told to the next caller; what is left goes at the next sweep
 
 
 def newer(url: str, told: Told) -> None:

@@ -133,6 +133,8 @@ def point(world: World, url: str, told: Told, life: str, fault: Fault) -> None:
     with process(store):
         LIVES[life](url, told)
     assert fault.struck
+    if fault.kind == "reply lost" and fault.struck.startswith("create commits/"):
+        assert not told.in_doubt, "a record whose reply was lost is found by its write id"
     if fault.kind == "late":
         meanwhile()
     echoed = bool(fault.held) and fault.kind == "echo"

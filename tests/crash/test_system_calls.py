@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -63,10 +62,9 @@ def _one_call_at_a_time(numbered: None, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.fixture
-def _direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _direct(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "direct writes":
         monkeypatch.setattr(file_writer, "DIRECT_FROM_BYTES", 1)
-    return
 
 
 @pytest.mark.parametrize(
