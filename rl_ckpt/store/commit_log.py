@@ -7,6 +7,7 @@ by the record's write id. Does not know: manifests, what a checkpoint holds, whi
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import uuid
@@ -27,6 +28,8 @@ from rl_ckpt.store.base import ObjectExistsError, ObjectMissingError, Store
 
 _READERS = 16
 _APPEND_TRIES = 5
+_LATEST_S = 600.0
+"""No request arrives at the store later than this after it was sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class CommitLog:
             str, LogRecord
         ] = {}  # by write id: sent, outcome not learnt; one may yet land at head + 1
         self._late: list[CommitRecord] = []
+        self._sent: dict[int, float] = {}  # numbers for which a request went unanswered → when, by this process's clock
 
     @property
     def epoch(self) -> int:
@@ -178,6 +182,14 @@ class CommitLog:
         late, self._late = self._late, []
         return late
 
+    def in_doubt(self, number: int) -> bool:
+        """Whether a request of this process to create that record may still be on its way.
+
+        If the record were deleted now, that request could find its number free, and bring back a checkpoint whose files
+        are gone.
+        """
+        return time.monotonic() < self._sent.get(number, -math.inf) + _LATEST_S
+
     def overtaken(self) -> bool:
         """Whether the log holds records that this process does not know: another coordinator may own the run by now.
 
@@ -194,14 +206,8 @@ class CommitLog:
         data = records.encode(record)
         self._unsettled[write_id] = record  # from here on it may land, whatever this process learns of it
         for _ in range(_APPEND_TRIES):
-            failure: StorageError | None = None
-            try:
-                self._store.create(name, data)
-            except ObjectExistsError:
-                pass
-            except StorageError as error:
-                failure = error
-            else:
+            created, failure = self._create(number, data)
+            if created:
                 break
             found = self._read_back(name, failure)
             if found is None:  # it did not land, or a sweep removed another's record: try again
@@ -219,8 +225,34 @@ class CommitLog:
             raise CommitUnknownError(
                 f"{name} could not be created in {_APPEND_TRIES} tries, nor was it there: see the store"
             )
+        if number in self._sent and (winner := self._newer(number)):
+            # An earlier request for this number landed unheard of, and a newer coordinator dropped that record: the
+            # number was free again. A crash before this line leaves a whole checkpoint, older than the newest.
+            self._store.delete([name])
+            return winner
         self._landed(record)
         return None
+
+    def _create(self, number: int, data: bytes) -> tuple[bool, StorageError | None]:
+        """Sends a record; whether it is known to have been created, and why not where the store failed."""
+        retries = self._store.stats.snapshot().retries
+        try:
+            self._store.create(records.commit_name(number), data)
+        except ObjectExistsError:
+            return False, None
+        except StorageError as error:
+            self._sent[number] = time.monotonic()
+            return False, error
+        finally:
+            if self._store.stats.snapshot().retries > retries:
+                self._sent[number] = time.monotonic()
+        return True, None
+
+    def _newer(self, number: int) -> LogRecord | None:
+        """The first record after a number, where there is one."""
+        self.read()
+        later = [r for r in self._known.values() if r.number > number]
+        return min(later, key=lambda r: r.number, default=None)
 
     def _landed(self, record: LogRecord) -> None:
         self._head = record.number

@@ -160,8 +160,10 @@ class Committer:
         """Chunks of the checkpoint that a save continues: after a fallback the newest is damaged, that one was read."""
         newest = self._commits[-1] if self._commits else None
         start = next((c for c in self._commits if c.id == parent), newest)
-        if start is not newest:
-            return self._stored_in(start)
+        if start is not newest and start is not None:
+            # An older coordinator may have dropped it before it was fenced, and its deletes still be on their way. It
+            # can't have dropped what was the newest when it was fenced, and this one's own are this one's to drop.
+            return self._stored_in(start) if start.epoch == self.run.log.epoch else {}
         if self._stored is None:
             self._stored = self._stored_in(newest)
         return self._stored
@@ -236,13 +238,18 @@ class Committer:
         Raises:
             StorageError: The store failed; what is left goes at the next sweep.
         """
-        dropped = {commit.id for commit in to_drop(self._commits, self._keep)}
-        gone = self._sweeper.sweep(
-            [commit for commit in self._commits if commit.id in dropped],
-            [commit for commit in self._commits if commit.id not in dropped],
-        )
-        with self._lock:
-            self._commits = [commit for commit in self._commits if commit.id not in gone]
+        dropped = {
+            commit.id for commit in to_drop(self._commits, self._keep) if not self.run.log.in_doubt(commit.number)
+        }
+        try:
+            self._sweeper.sweep(
+                [commit for commit in self._commits if commit.id in dropped],
+                [commit for commit in self._commits if commit.id not in dropped],
+            )
+        finally:
+            gone = self._sweeper.take_gone()
+            with self._lock:
+                self._commits = [commit for commit in self._commits if commit.id not in gone]
 
     def abandon(self, checkpoint: str) -> None:
         """Says that an attempt will not be committed: its files are orphans from now on. No change to one that is."""

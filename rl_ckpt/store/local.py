@@ -39,6 +39,7 @@ _SPAN_BYTES = 8 << 20
 _GAP_BYTES = 4096
 _PARALLEL_BYTES = 32 << 20
 _READ_THREADS = 4
+_FOLDERS_KNOWN = 1000
 _TMP_SUFFIX = ".rl_ckpt-tmp"
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -61,6 +62,7 @@ class LocalStore(Store):
                 f"{url}: a local folder takes no storage_options, got {', '.join(sorted(self.storage_options))}"
             )
         self.root = url.removeprefix("file://")
+        self._on_disk: set[str] = set()  # folders whose names are known to be durable
 
     def put(self, name: str, segments: Sequence[Buffer]) -> None:
         """Write a hidden file, fsync, rename, fsync the folder."""
@@ -146,6 +148,11 @@ class LocalStore(Store):
                     if path.endswith(_TMP_SUFFIX) and os.stat(path).st_mtime <= limit:
                         os.unlink(path)
                         removed += 1
+                        self._prune(os.path.dirname(path))
+            for folder in _empty_folders(self.root):
+                with suppress(FileNotFoundError):
+                    if os.stat(folder).st_mtime <= limit:
+                        self._prune(folder)
         return removed
 
     def local_path(self, name: str) -> str | None:
@@ -171,7 +178,7 @@ class LocalStore(Store):
         folder, last = os.path.split(path)
         # The object's name is cut short so that a longest-possible one still leaves room for the rest.
         temporary = os.path.join(folder, f".{last[:100]}.{uuid.uuid4().hex}{_TMP_SUFFIX}")
-        fd = _create_file(temporary)
+        fd = self._create_file(temporary)
         try:
             try:
                 write_segments(fd, views)
@@ -182,6 +189,50 @@ class LocalStore(Store):
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(temporary)
+
+    def _create_file(self, path: str) -> int:
+        """Open a new file for writing, with the folders above it; one that a deleter just removed is made again."""
+        folder = os.path.dirname(path)
+        for left in range(10, -1, -1):
+            if folder not in self._on_disk:
+                self._make_folders(folder)
+            try:
+                return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+            except FileNotFoundError:
+                self._on_disk.clear()
+                if not left:
+                    raise
+        raise AssertionError  # the last try raised
+
+    def _make_folders(self, folder: str) -> None:
+        """Make a folder of the run and its missing parents, each durable in the one above it.
+
+        One that is there may have been made by a process that was killed before it was durable: a power cut would take
+        all that is in it. So those are synced too, once by each process.
+        """
+        path, chain = folder, [folder]
+        while (path.startswith(self.root + os.sep) or not os.path.isdir(path)) and path != os.path.dirname(path):
+            path = os.path.dirname(path)
+            chain.append(path)
+        for path in reversed(chain):
+            if path in self._on_disk:
+                continue
+            made = False
+            with suppress(FileExistsError, FileNotFoundError):
+                os.mkdir(path)
+                made = True
+            if os.path.exists(path) and not os.path.isdir(path):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+            try:
+                _fsync_folder(os.path.dirname(path))
+            except FileNotFoundError:
+                return  # a deleter removed what became empty: the caller tries again
+            except PermissionError:
+                if made:
+                    raise  # else it is not this user's to sync, nor to make
+            if len(self._on_disk) >= _FOLDERS_KNOWN:
+                self._on_disk.clear()
+            self._on_disk.add(path)
 
     def _read_span(self, name: str, fd: int, span: Span) -> None:
         targets = _with_gaps(span)
@@ -203,6 +254,7 @@ class LocalStore(Store):
                 os.rmdir(folder)
             except OSError:
                 return  # Not empty, or a writer is just putting something there: it stays.
+            self._on_disk.discard(folder)
             folder = os.path.dirname(folder)
 
     @contextmanager
@@ -259,33 +311,6 @@ def _no_links(object_url: str, error: OSError) -> str:
     )
 
 
-def _create_file(path: str) -> int:
-    """Open a new file for writing, with the folders above it; a folder that a deleter just removed is made again."""
-    for _ in range(10):
-        try:
-            return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
-            _make_folders(os.path.dirname(path))
-    return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
-
-
-def _make_folders(folder: str) -> None:
-    """Make a folder and its missing parents, each durable in the one above it."""
-    missing: list[str] = []
-    while not os.path.isdir(folder):
-        missing.append(folder)
-        parent = os.path.dirname(folder)
-        if parent == folder:
-            break
-        folder = parent
-    for path in reversed(missing):
-        with suppress(FileExistsError, FileNotFoundError):
-            os.mkdir(path)
-            _fsync_folder(os.path.dirname(path))
-        if os.path.exists(path) and not os.path.isdir(path):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
-
-
 def _fsync_folder(folder: str) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -318,6 +343,11 @@ def _files_below(folder: str, *, hidden: bool = False) -> Iterator[str]:
                 yield from _files_below(entry.path, hidden=hidden)
         elif hidden or not entry.name.startswith("."):
             yield entry.path
+
+
+def _empty_folders(root: str) -> list[str]:
+    """Folders below the root, it itself not, with nothing in them."""
+    return [folder for folder, folders, files in os.walk(root) if folder != root and not folders and not files]
 
 
 def _stored(root: str, path: str) -> StoredObject | None:

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.store.base import ObjectExistsError, Store
 
+PROBE = "probe/"
+"""Where the objects are that writers race for; a sweep removes what a killed process left there."""
 _WRITERS = 8
 _ROUNDS = 3
 
@@ -30,7 +32,7 @@ def probe_create_only(store: Store, *, writers: int = _WRITERS, rounds: int = _R
         StorageError: The store failed.
     """
     probe_id = uuid.uuid4().hex
-    names = [f"probe/{probe_id}-{number}" for number in range(rounds)]
+    names = [f"{PROBE}{probe_id}-{number}" for number in range(rounds)]
     try:
         with ThreadPoolExecutor(writers, thread_name_prefix="rl_ckpt-probe") as pool:
             for name in names:

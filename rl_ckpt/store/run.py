@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rl_ckpt import _version
-from rl_ckpt.errors import CheckpointNotFoundError, CorruptionError
+from rl_ckpt.errors import CheckpointNotFoundError, CorruptionError, InvalidInputError
 from rl_ckpt.format import manifest as manifests
 from rl_ckpt.format import records
 from rl_ckpt.format.manifest import Manifest
@@ -81,7 +81,12 @@ class Run:
         except ObjectMissingError:
             pass
         if not weak_commits:
-            probe_create_only(store)
+            try:
+                probe_create_only(store)
+            except (InvalidInputError, ObjectMissingError):
+                # Another process created the run meanwhile, and its sweep took away what was being raced for.
+                if not store.exists(records.RUN_FILE):
+                    raise
         promise = "weak" if weak_commits else "probed"
         record = RunRecord(records.FORMAT_VERSION, uuid.uuid4().hex, time.time(), who(), promise)
         try:

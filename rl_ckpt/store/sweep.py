@@ -16,6 +16,7 @@ from rl_ckpt.format import records
 from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.format.records import CommitRecord, PinRecord
 from rl_ckpt.store.base import ObjectMissingError
+from rl_ckpt.store.probe import PROBE
 from rl_ckpt.store.run import Run
 
 _PARTIAL_AGE_S = 6 * 3600.0  # older than any write that may still be going on
@@ -38,6 +39,9 @@ class Sweeper:
         self._files: dict[str, frozenset[str]] = {}  # by checkpoint: the shard files that its manifest names
         self._in_flight: dict[str, set[str]] = {}  # by checkpoint: files of older ones that it will name
         self._lock = threading.Lock()  # attempts begin in another thread than the one that sweeps
+        self._leaving: dict[str, CommitRecord] = {}  # by id: dropped, and not all of their files are deleted
+        self._recorded: set[str] = set()  # those of them whose records may still be there
+        self._gone: set[str] = set()  # see take_gone
         self._orphans: dict[str, float] = {}  # name → when it was first seen as one, by this process's clock
         self._look = True  # whether there may be orphans that nobody has seen: at first, what a killed writer left
 
@@ -61,48 +65,70 @@ class Sweeper:
             self._in_flight.pop(checkpoint, None)
             self._look = True
 
-    def sweep(self, dropped: Sequence[CommitRecord], live: Sequence[CommitRecord]) -> set[str]:
+    def sweep(self, dropped: Sequence[CommitRecord], live: Sequence[CommitRecord]) -> None:
         """Deletes dropped checkpoints' records, and orphans past their grace.
 
-        Args:
-            dropped: Checkpoints that retention let go.
-            live: All others, oldest first.
+        Nothing where another coordinator owns the run: what may go is its decision.
 
-        Returns:
-            Ids of the checkpoints that are gone; those that a pin holds are not among them. None where another
-            coordinator owns the run: what may go is its decision.
+        Args:
+            dropped: Checkpoints that retention let go; those that a pin holds stay.
+            live: All others, oldest first.
 
         Raises:
             StorageError: The store failed; nothing live is harmed, and the next sweep goes on.
         """
-        if not dropped and not self._orphans and not self._look:
-            return set()
+        if not dropped and not self._orphans and not self._recorded and not self._look:
+            return
         with self._lock:  # another thread may set it while this one looks
             looking, self._look = self._look, False
         try:
-            return self._sweep(dropped, live, looking)
+            self._sweep(dropped, live, looking)
         except StorageError:
             self._look = looking or self._look
             raise
 
-    def _sweep(self, dropped: Sequence[CommitRecord], live: Sequence[CommitRecord], looking: bool) -> set[str]:
+    def take_gone(self) -> set[str]:
+        """Checkpoints dropped since the last call, by sweeps that failed too: deletes of theirs may be on their way.
+
+        From then on no save may name their files.
+        """
+        gone, self._gone = self._gone, set()
+        return gone
+
+    def _sweep(self, dropped: Sequence[CommitRecord], live: Sequence[CommitRecord], looking: bool) -> None:
         store, pinned = self._run.store, self._pinned()
         if looking:
             store.clean_partial(_PARTIAL_AGE_S)  # temporary files and uploads of writers that were killed
-        gone = {commit.id for commit in dropped} - pinned
         now = time.monotonic()
-        kept = [*live, *(commit for commit in dropped if commit.id in pinned)]
-        orphans = {name: self._orphans.get(name, now) for name in self._find_orphans(kept)}
+        kept = [*live, *(commit for commit in [*dropped, *self._leaving.values()] if commit.id in pinned)]
+        found = [*self._find_orphans(kept), *(self._names(PROBE) if looking else ())]
+        orphans = {name: self._orphans.get(name, now) for name in found}
         # After the listing: a newer coordinator's files look like orphans here, but its epoch record came before them.
         if self._run.log.overtaken():
-            return set()
+            return
+        going = {commit.id: commit for commit in dropped if commit.id not in pinned}
+        self._leaving |= going
+        self._recorded |= going.keys()
+        self._gone |= going.keys()
         # Record first: a crash after this line leaves a manifest and files that no commit names, never the reverse.
-        store.delete([records.commit_name(commit.number) for commit in dropped if commit.id in gone])
-        due = [name for name, since in orphans.items() if now - since >= self.grace_s]
+        store.delete([records.commit_name(self._leaving[checkpoint].number) for checkpoint in sorted(self._recorded)])
+        self._recorded.clear()
+        due = {name for name, since in orphans.items() if now - since >= self.grace_s}
+        if due and self._leaving:  # pins that came before the records went: whoever set them has found the record there
+            due -= self._held()
         store.delete(sorted(due, key=lambda name: (not name.startswith(records.MANIFESTS), name)))  # manifests first
-        self._orphans = {name: since for name, since in orphans.items() if name not in set(due)}
-        self._files = {commit.id: self._files[commit.id] for commit in kept if commit.id in self._files}
-        return gone
+        self._orphans = {name: since for name, since in orphans.items() if name not in due}
+        left = {_checkpoint_of(name) for name in self._orphans} | pinned
+        self._leaving = {name: commit for name, commit in self._leaving.items() if name in left}
+        known = {commit.id for commit in kept} | self._leaving.keys()
+        self._files = {name: files for name, files in self._files.items() if name in known}
+
+    def _held(self) -> set[str]:
+        """Files of checkpoints that were dropped and that a pin holds by now."""
+        names: set[str] = set()
+        for checkpoint in self._pinned() & self._leaving.keys():
+            names |= {records.manifest_name(checkpoint), *(self._named_by(self._leaving[checkpoint]) or ())}
+        return names
 
     def _find_orphans(self, live: Sequence[CommitRecord]) -> list[str]:
         if self._hold:
@@ -118,6 +144,9 @@ class Sweeper:
             checkpoints = {commit.id for commit in live} | self._in_flight.keys()
             named = named.union(*self._in_flight.values())
         return [item.name for item in listed if item.name not in named and _checkpoint_of(item.name) not in checkpoints]
+
+    def _names(self, prefix: str) -> list[str]:
+        return [item.name for item in self._run.store.list(prefix)]
 
     def _named_by(self, commit: CommitRecord) -> frozenset[str] | None:
         if commit.id not in self._files:

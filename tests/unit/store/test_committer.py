@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rl_ckpt.errors import InvalidInputError
+from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError, StorageError
+from rl_ckpt.format import records
 from rl_ckpt.plan.deal import Stored, deal, settle
 from rl_ckpt.plan.inventory import take_inventory
 from rl_ckpt.plan.merge import merge
+from rl_ckpt.plan.retention import LatestN
 from rl_ckpt.plan.stage import stage
 from rl_ckpt.state.tree import flatten
 from rl_ckpt.store.committer import Committer, SaveRequest, WrittenSave
+from rl_ckpt.store.pins import pin
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.shard_writer import write_files
 
@@ -23,7 +27,8 @@ def committer(tmp_path: Path) -> Committer:
     return Committer(Run.create(str(tmp_path / "run")), (), 0.0)
 
 
-def commit(committer: Committer, step: int, checkpoint: str) -> None:
+def commit(committer: Committer, step: int, checkpoint: str | None = None) -> None:
+    checkpoint = checkpoint or committer.attempt(SaveRequest(step))
     flat = flatten({"w": np.full(10, step)})
     plan = deal(merge([take_inventory(flat, 1 << 20, 1)], 1 << 20), ["s"], 1, 1 << 20)
     memory = memoryview(bytearray(plan.staged_bytes["s"]))
@@ -63,3 +68,62 @@ def test_files_of_an_attempt_that_is_given_up_while_the_store_is_asked_are_swept
     committer.tidy()
     assert not committer.run.store.exists(orphan)
     assert len(list(committer.run.store.list("shards/"))) == 1
+
+
+def test_nothing_leans_on_a_checkpoint_whose_deletes_were_sent(
+    committer: Committer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sweep failed in the middle: what it asked for may still be done later."""
+    store = committer.run.store
+    sent: list[str] = []
+    committer.configure([LatestN(1)], 0.0)
+    commit(committer, 1)
+    old = committer.commits[0]
+    committer.tidy()
+    commit(committer, 2)
+    delete = store.delete
+
+    def fail(names: Sequence[str]) -> None:
+        sent.extend(names)
+        if any(name.startswith("shards/") for name in names):
+            raise StorageError("timed out")
+        delete([name for name in names if name.startswith("commits/")])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "delete", fail)
+        with pytest.raises(StorageError, match="timed out"):
+            committer.tidy()
+    assert records.commit_name(old.number) in sent
+    attempt = committer.attempt(SaveRequest(3, parent=old.id))
+    assert old.id not in {file.name.split("/")[1] for file, _ in committer.stored(attempt).values()}
+    committer.abandon(attempt)
+    committer.tidy()
+    assert {item.name.split("/")[1][0] for item in store.list("shards/")} == {"2"}
+
+
+def test_a_pin_that_comes_while_its_checkpoint_is_dropped_is_told_or_holds_the_files(
+    committer: Committer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, store = committer.run, committer.run.store
+    committer.configure([LatestN(1)], 0.0)
+    commit(committer, 1)
+    old = committer.commits[0]
+    commit(committer, 2)
+    held, delete = pin(run, old.id, 100.0), store.delete
+
+    def pinned_first(names: Sequence[str]) -> None:
+        if records.commit_name(old.number) in names:
+            held.__enter__()
+        delete(names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "delete", pinned_first)
+        committer.tidy()
+    assert [record.step for record in committer.commits] == [2]
+    assert any(item.name.startswith("shards/1-") for item in store.list("shards/"))
+    with pytest.raises(CheckpointNotFoundError, match="was dropped"), pin(run, old.id, 100.0):
+        pass
+    held.__exit__(None, None, None)
+    committer.tidy()
+    assert not any(item.name.startswith("shards/1-") for item in store.list("shards/"))
+    assert not store.list("pins/")
