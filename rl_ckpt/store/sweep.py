@@ -18,7 +18,8 @@ from rl_ckpt.format.records import CommitRecord, PinRecord
 from rl_ckpt.store.base import ObjectMissingError
 from rl_ckpt.store.run import Run
 
-_PARTIAL_AGE_S = 6 * 3600.0  # older than any write that may still be going on
+_SMALL_AGE_S = 60.0  # records and pins, which others may be writing, are written in less
+_LOOK_EVERY_S = 3600.0  # for what shard servers that were killed leave of saves that were committed all the same
 
 
 class Sweeper:
@@ -39,6 +40,7 @@ class Sweeper:
         self._in_flight: dict[str, set[str]] = {}  # by checkpoint: files of older ones that it will name
         self._lock = threading.Lock()  # attempts begin in another thread than the one that sweeps
         self._orphans: dict[str, float] = {}  # name → when it was first seen as one, by this process's clock
+        self._clean_at = 0.0  # when to look for half-written objects next, by this process's clock
         self._look = True  # whether there may be orphans that nobody has seen: at first, what a killed writer left
 
     def protect(self, checkpoint: str, files: set[str]) -> None:
@@ -75,7 +77,7 @@ class Sweeper:
         Raises:
             StorageError: The store failed; nothing live is harmed, and the next sweep goes on.
         """
-        if not dropped and not self._orphans and not self._look:
+        if not dropped and not self._orphans and not self._look and time.monotonic() < self._clean_at:
             return set()
         with self._lock:  # another thread may set it while this one looks
             looking, self._look = self._look, False
@@ -87,8 +89,6 @@ class Sweeper:
 
     def _sweep(self, dropped: Sequence[CommitRecord], live: Sequence[CommitRecord], looking: bool) -> set[str]:
         store, pinned = self._run.store, self._pinned()
-        if looking:
-            store.clean_partial(_PARTIAL_AGE_S)  # temporary files and uploads of writers that were killed
         gone = {commit.id for commit in dropped} - pinned
         now = time.monotonic()
         kept = [*live, *(commit for commit in dropped if commit.id in pinned)]
@@ -102,7 +102,24 @@ class Sweeper:
         store.delete(sorted(due, key=lambda name: (not name.startswith(records.MANIFESTS), name)))  # manifests first
         self._orphans = {name: since for name, since in orphans.items() if name not in set(due)}
         self._files = {commit.id: self._files[commit.id] for commit in kept if commit.id in self._files}
+        if looking or now >= self._clean_at:
+            self._clean_partial(now, again_s=self.grace_s if looking else max(self.grace_s, _LOOK_EVERY_S))
         return gone
+
+    def _clean_partial(self, now: float, again_s: float) -> None:
+        """Removes what killed writers left half-written; what is too young for that goes the next time.
+
+        Only the run's owner may: what no attempt of its own writes was begun by one that is fenced, and can't be
+        committed. Last in a sweep, as it needs a right on S3 that all else does without.
+        """
+        store = self._run.store
+        with self._lock:
+            mine = frozenset(self._in_flight)
+        small = self.grace_s >= _SMALL_AGE_S
+        store.clean_partial(self.grace_s, lambda name: _checkpoint_of(name) in mine if _is_part(name) else not small)
+        if not small:
+            store.clean_partial(_SMALL_AGE_S, _is_part)
+        self._clean_at = now + again_s
 
     def _find_orphans(self, live: Sequence[CommitRecord]) -> list[str]:
         if self._hold:
@@ -142,6 +159,11 @@ class Sweeper:
             else:
                 self._run.store.delete([item.name])
         return out
+
+
+def _is_part(name: str) -> bool:
+    """Whether an object is of one checkpoint."""
+    return name.startswith((records.MANIFESTS, records.SHARDS))
 
 
 def _checkpoint_of(name: str) -> str:
