@@ -180,8 +180,18 @@ class S3Store(Store):
             self._connection.pace.slow_down(began)
         return tries.next_wait_s(known=self._connection.answered, throttled=throttled)
 
-    async def _api(self, operation: str, name: str, method: str, **parameters: Any) -> dict[str, Any]:
-        return await self._request(operation, name, lambda: self._connection.call(method, **parameters))
+    async def _api(
+        self, operation: str, name: str, method: str, *, has: str = "ResponseMetadata", **parameters: Any
+    ) -> dict[str, Any]:
+        """A request whose answer has the field `has`: botocore takes a gateway's page for an answer without fields."""
+
+        async def attempt() -> dict[str, Any]:
+            answer = await self._connection.call(method, **parameters)
+            if has not in answer:
+                raise s3_errors.WrongAnswerError(f"the answer is not S3's: it has no {has}")
+            return answer
+
+        return await self._request(operation, name, attempt)
 
     async def _put_one(self, name: str, key: str, views: Sequence[memoryview], **condition: str) -> None:
         body = Body(views) if views else b""
@@ -204,7 +214,7 @@ class S3Store(Store):
     async def _put_parts(self, name: str, key: str, views: Sequence[memoryview]) -> None:
         where = {"Bucket": self._bucket, "Key": key}
         parts = cut(views, part_bytes(sum(view.nbytes for view in views)))
-        begun = await self._api("CreateMultipartUpload", name, "create_multipart_upload", **where)
+        begun = await self._api("CreateMultipartUpload", name, "create_multipart_upload", has="UploadId", **where)
         upload = where | {"UploadId": begun["UploadId"]}
         try:
             # A part that the server handles after the abort would bring the upload back: those on their way must arrive
@@ -228,7 +238,11 @@ class S3Store(Store):
 
         async def attempt() -> None:
             try:
-                await self._connection.call("complete_multipart_upload", MultipartUpload={"Parts": parts}, **upload)
+                answer = await self._connection.call(
+                    "complete_multipart_upload", MultipartUpload={"Parts": parts}, **upload
+                )
+                if "ETag" not in answer:
+                    raise s3_errors.WrongAnswerError("the answer is not S3's: it has no ETag")
             except ClientError as error:
                 # The reply to an earlier try was lost after it landed: then the upload is gone and the object there.
                 if s3_errors.code_and_status(error)[0] != "NoSuchUpload" or not await self._landed(upload, parts):
@@ -297,7 +311,7 @@ class S3Store(Store):
         found: list[StoredObject] = []
         page: dict[str, str] = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
         while True:
-            answer = await self._api("ListObjectsV2", prefix, "list_objects_v2", **page)
+            answer = await self._api("ListObjectsV2", prefix, "list_objects_v2", has="Name", **page)
             for entry in answer.get("Contents", ()):
                 name = entry["Key"].removeprefix(self._prefix)
                 if not any(part[:1] in ("", ".") for part in name.split("/")):
@@ -322,7 +336,7 @@ class S3Store(Store):
         page: dict[str, str] = {"Bucket": self._bucket, "Prefix": self._prefix}
         stale: list[dict[str, str]] = []
         while True:
-            answer = await self._api("ListMultipartUploads", "", "list_multipart_uploads", **page)
+            answer = await self._api("ListMultipartUploads", "", "list_multipart_uploads", has="Bucket", **page)
             stale.extend(
                 {"Bucket": self._bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
                 for upload in answer.get("Uploads", ())

@@ -78,6 +78,9 @@ _DENIED = {
     "storage_options; the next save looks for them again",
     "RequestTimeTooSkewed": "The clocks of this machine and the server are apart: set this one's, by NTP",
 }
+_OTHER_REGION = (
+    "The bucket is in another region: set AWS_DEFAULT_REGION or storage_options={'client_kwargs': {'region_name': …}}"
+)
 _WRONG_REGION = frozenset(("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"))
 
 
@@ -99,7 +102,12 @@ def is_transient(error: BaseException) -> bool:
         return True
     if isinstance(error, boto.ClientError):
         return _asks_to_come_again(*code_and_status(error))
-    return isinstance(error, _CONNECTION_ERRORS) and not isinstance(error, _NOT_WORTH_A_RETRY)
+    return isinstance(error, _CONNECTION_ERRORS) and not isinstance(error, _NOT_WORTH_A_RETRY) and not _is_moved(error)
+
+
+def _is_moved(error: BaseException) -> bool:
+    """Whether aiohttp was sent elsewhere and could not go there, as it can't send a streamed body twice."""
+    return isinstance(error.__context__, aiohttp.ClientPayloadError) and "redirect" in str(error.__context__)
 
 
 def is_throttle(error: BaseException) -> bool:
@@ -157,6 +165,8 @@ def explain(error: BaseException, operation: str, object_url: str, endpoint: str
             f"{what}: no credentials found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or "
             "storage_options={'key': …, 'secret': …} ({'anon': True} for a public bucket)"
         )
+    if _is_moved(error):
+        return InvalidInputError(f"{what}: the server sends the request elsewhere. {_OTHER_REGION}")
     if isinstance(error, _NOT_WORTH_A_RETRY):
         return StorageError(f"{what} failed: {error}. Check the endpoint's certificate and the proxy settings")
     if isinstance(error, (boto.EndpointConnectionError, boto.ConnectTimeoutError, aiohttp.ClientConnectorError)):
@@ -180,10 +190,7 @@ def _explain_answer(what: str, code: str, status: int, message: str, told: str) 
     if code == "NoSuchBucket":
         return InvalidInputError(f"{what}: the bucket does not exist. Create the bucket, or correct the url")
     if code in _WRONG_REGION or status in (301, 307):
-        return InvalidInputError(
-            f"{what}: the server says {said}. The bucket is in another region: set AWS_DEFAULT_REGION or "
-            "storage_options={'client_kwargs': {'region_name': …}}"
-        )
+        return InvalidInputError(f"{what}: the server says {said}. {_OTHER_REGION}")
     if code == "InvalidBucketName":
         return InvalidInputError(f"{what}: the server says {said}. Correct the bucket's name in the url")
     if status in (401, 403) or code in _DENIED:  # AWS says ExpiredToken with 400

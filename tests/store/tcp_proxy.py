@@ -68,6 +68,7 @@ def run_wire(server: S3Server) -> Iterator[Wire]:
     host = urlsplit(server.endpoint_url)
     address = (str(host.hostname), int(host.port or 80))
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)  # of what it accepts, too
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         wire = Wire(S3Server("wire", url, server.key, server.secret))
         socks: list[socket.socket] = []
@@ -81,8 +82,6 @@ def run_wire(server: S3Server) -> Iterator[Wire]:
                     return
                 wire.accepted += 1
                 upstream = socket.create_connection(address)
-                for sock in (client, upstream):
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
                 socks.extend((client, upstream))
                 for pair in ((client, upstream), (upstream, client)):
                     threads.append(threading.Thread(target=wire.pump, args=pair, daemon=True))
