@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from rl_ckpt.errors import CorruptionError, StorageError
+from rl_ckpt.errors import CheckpointError, CorruptionError
 from rl_ckpt.format import records
 from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.format.records import CommitRecord, PinRecord
@@ -83,7 +83,7 @@ class Sweeper:
             looking, self._look = self._look, False
         try:
             return self._sweep(dropped, live, looking)
-        except StorageError:
+        except CheckpointError:
             self._look = looking or self._look
             raise
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,12 @@ import numpy as np
 import pytest
 from aiobotocore.httpsession import AIOHTTPSession
 
-from rl_ckpt import Checkpointer, CheckpointError, InvalidInputError, StorageError
+from rl_ckpt import Checkpointer, CheckpointError, InvalidInputError, PendingSave, StorageError
 from rl_ckpt.store import s3
 from rl_ckpt.store.base import TrafficStats
 from rl_ckpt.store.urls import open_store
 from tests.s3_servers import S3Server
-from tests.store.faulty_proxy import Fault, on, run_proxy
+from tests.store.faulty_proxy import Fault, Proxy, on, run_proxy
 from tests.store.tcp_proxy import deaf_address, run_wire
 from tests.unit.trees import assert_same
 
@@ -86,20 +88,51 @@ PASSING = {
 }
 
 
+@dataclass
+class Behind:
+    """A run behind a proxy, that several tests use one after the other: to make one costs more than a test."""
+
+    proxy: Proxy
+    ckpt: Checkpointer
+    step: int = 0
+
+    def save(self) -> PendingSave:
+        self.step += 1
+        return self.ckpt.save_state(self.step, state(self.step))
+
+
+@contextmanager
+def behind(server: S3Server, **options: Any) -> Iterator[Behind]:
+    url = f"s3://{server.new_bucket()}/run"
+    with run_proxy(server) as proxy, through(server, url, proxy.url, **options) as ckpt:
+        run = Behind(proxy, ckpt)
+        run.save().result(60)
+        yield run
+
+
+@pytest.fixture(scope="module")
+def patient(moto_server: S3Server) -> Iterator[Behind]:
+    with behind(moto_server) as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def impatient(moto_server: S3Server) -> Iterator[Behind]:
+    options = {"retry_deadline_s": 0.3, "retry_throttled_s": 0.3, "config_kwargs": {"read_timeout": 1.5}}
+    with behind(moto_server, **options) as run:
+        yield run
+
+
 @pytest.mark.parametrize("faults", PASSING.values(), ids=PASSING.keys())
 def test_a_fault_that_passes_is_retried_and_nothing_is_lost(
-    moto_server: S3Server, faults: Sequence[Fault], retries: Callable[[], int]
+    moto_server: S3Server, patient: Behind, faults: Sequence[Fault], retries: Callable[[], int]
 ) -> None:
-    url = f"s3://{moto_server.new_bucket()}/run"
-    with run_proxy(moto_server) as proxy, through(moto_server, url, proxy.url) as ckpt:
-        ckpt.save_state(1, state(1)).result(60)
-        proxy.faults = list(faults)
-        ckpt.save_state(2, state(2)).result(60)
-        assert_same(ckpt.load_state(), state(2))
-        assert proxy.faults == []
-        assert retries() >= len(faults)
-        assert_same(ckpt.load_state(1), state(1))
-        assert uploads(moto_server, url) == []
+    patient.proxy.faults = list(faults)
+    patient.save().result(60)
+    assert_same(patient.ckpt.load_state(), state(patient.step))
+    assert patient.proxy.faults == []
+    assert retries() >= len(faults)
+    assert uploads(moto_server, patient.ckpt.url) == []
 
 
 LASTING = {
@@ -139,26 +172,22 @@ LASTING = {
 
 
 @pytest.mark.parametrize(("fault", "told"), LASTING.values(), ids=LASTING.keys())
-def test_a_fault_that_lasts_fails_this_save_only_and_is_told(moto_server: S3Server, fault: Fault, told: str) -> None:
-    url = f"s3://{moto_server.new_bucket()}/run"
-    options = {"retry_deadline_s": 0.3, "retry_throttled_s": 0.3, "config_kwargs": {"read_timeout": 1}}
-    if not fault.hang:
-        options.pop("config_kwargs")
-    with run_proxy(moto_server) as proxy, through(moto_server, url, proxy.url, **options) as ckpt:
-        ckpt.save_state(1, state(1)).result(60)
-        proxy.faults = [Fault(**{**vars(fault), "lasting": True})]
-        pending = ckpt.save_state(2, state(2))  # staged: training goes on
-        failure = pending._future.exception(60)
-        with pytest.raises(CheckpointError, match=told) as caught:
-            ckpt.save_state(3, state(3))  # nobody asked for the result: the next call tells
-        assert caught.value is failure
-        assert isinstance(failure, InvalidInputError if fault.status == 301 else StorageError)
-        proxy.faults = []
-        assert_same(ckpt.load_state(), state(1))
-        assert uploads(moto_server, url) == []
-        ckpt.save_state(3, state(3)).result(60)
-        assert_same(ckpt.load_state(), state(3))
-        assert [info.step for info in ckpt.checkpoints()] == [1, 3]
+def test_a_fault_that_lasts_fails_this_save_only_and_is_told(
+    moto_server: S3Server, impatient: Behind, fault: Fault, told: str
+) -> None:
+    ckpt, before = impatient.ckpt, impatient.step
+    impatient.proxy.faults = [replace(fault, lasting=True)]
+    failure = impatient.save()._future.exception(60)  # staged: training went on
+    with pytest.raises(CheckpointError, match=told) as caught:
+        impatient.save()  # nobody asked for the result: the next call tells
+    assert caught.value is failure
+    assert isinstance(failure, InvalidInputError if fault.status == 301 else StorageError)
+    impatient.proxy.faults = []
+    assert_same(ckpt.load_state(), state(before))
+    assert uploads(moto_server, ckpt.url) == []
+    impatient.save().result(60)
+    assert_same(ckpt.load_state(), state(impatient.step))
+    assert [info.step for info in ckpt.checkpoints()][-2:] == [before, impatient.step]
 
 
 @pytest.mark.parametrize("session", [None, AIOHTTPSession], ids=["sockets", "aiohttp"])

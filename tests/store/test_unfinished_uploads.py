@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -68,7 +70,7 @@ def test_the_upload_of_a_killed_writer_is_aborted_by_the_next(s3_server: S3Serve
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     now = [1000.0]
-    monkeypatch.setattr(sweep_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sweep_module, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     return now
 
 
