@@ -163,6 +163,7 @@ class ShardServer:
             "store_reads": traffic.reads,
             "store_bytes_read": traffic.bytes_read,
             "store_bytes_written": traffic.bytes_written,
+            "store_retries": traffic.retries,
         }
 
     @ray.method(concurrency_group="control")

@@ -92,6 +92,11 @@ class TrafficStats:
             self._traffic = Traffic(t.reads, t.bytes_read, t.writes, t.bytes_written, t.retries + 1)
 
 
+def spare_none(name: str) -> bool:
+    """Of `Store.clean_partial`: nothing is spared."""
+    return False
+
+
 class Store(ABC):
     """Whole objects by name below one url.
 
@@ -198,11 +203,12 @@ class Store(ABC):
         """Whether there is an object of that name."""
 
     @abstractmethod
-    def clean_partial(self, older_than_s: float) -> int:
+    def clean_partial(self, older_than_s: float, spare: Callable[[str], bool] = spare_none) -> int:
         """Remove what writers that were killed left half-written (temporary files, unfinished uploads).
 
         Args:
             older_than_s: Leave alone what is younger, in seconds: its writer may be alive.
+            spare: Given the name of the object that was being written: whether to leave it alone at any age.
 
         Returns:
             How many were removed.

@@ -186,6 +186,8 @@ class Committer:
             FencedError, CommitConflictError, CommitUnknownError, StorageError: As `CommitLog.commit`. Unless the
                 outcome is unknown, nothing is committed and the files are orphans for the sweep.
         """
+        if self.is_gone():
+            raise StorageError(f"{self.run.store.url} was removed under this process; make a new Checkpointer")
         manifest = self._manifest(save)
         data = manifests.encode(manifest)
         self.run.store.put(records.manifest_name(manifest.id), [data])

@@ -29,6 +29,7 @@ from rl_ckpt.store.base import (
     check_name,
     check_prefix,
     flat_segments,
+    spare_none,
 )
 from rl_ckpt.store.local import short_message
 from rl_ckpt.store.ranges import Span, SpanWriter, plan_spans
@@ -129,7 +130,7 @@ class FsspecStore(Store):
         except ObjectMissingError:
             return False
 
-    def clean_partial(self, older_than_s: float) -> int:
+    def clean_partial(self, older_than_s: float, spare: Callable[[str], bool] = spare_none) -> int:
         """Nothing to remove: fsspec has no name for what such a backend keeps of unfinished writes."""
         return 0
 

@@ -12,7 +12,7 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from rl_ckpt.store.base import (
     check_name,
     check_prefix,
     flat_segments,
+    spare_none,
 )
 from rl_ckpt.store.file_writer import advance, write_segments
 from rl_ckpt.store.parallel import run_all
@@ -44,6 +45,11 @@ _TMP_SUFFIX = ".rl_ckpt-tmp"
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CALLER_MUST_CHANGE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+_DO = {
+    errno.EFBIG: "Raise the limit of file sizes (ulimit -f), or save with a smaller `file_bytes`",
+    errno.EIO: "The disk or the way to it is broken: look at the system's log, and save to another url meanwhile",
+    errno.ESTALE: "The network file system was taken away: mount it again",
+}
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
@@ -138,14 +144,16 @@ class LocalStore(Store):
         with self._reading("exists", name):
             return os.path.isfile(path)
 
-    def clean_partial(self, older_than_s: float) -> int:
+    def clean_partial(self, older_than_s: float, spare: Callable[[str], bool] = spare_none) -> int:
         """Remove old temporary files."""
         limit = time.time() - older_than_s
         removed = 0
         with self._writing("clean", _TMP_SUFFIX, 0):
             for path in _files_below(self.root, hidden=True):
                 with suppress(FileNotFoundError):
-                    if path.endswith(_TMP_SUFFIX) and os.stat(path).st_mtime <= limit:
+                    if not path.endswith(_TMP_SUFFIX) or spare(self._named_by(path)):
+                        continue
+                    if os.stat(path).st_mtime <= limit:
                         os.unlink(path)
                         removed += 1
                         self._prune(os.path.dirname(path))
@@ -171,6 +179,11 @@ class LocalStore(Store):
     def _path(self, name: str) -> str:
         return os.path.join(self.root, check_name(name))
 
+    def _named_by(self, temporary: str) -> str:
+        """Name of the object that a temporary file was to become; one of more than 100 characters cut short."""
+        folder, last = os.path.split(os.path.relpath(temporary, self.root))
+        return "/".join(filter(None, [folder.replace(os.sep, "/"), last[1:].rsplit(".", 3)[0]]))
+
     @contextmanager
     def _temporary(self, name: str, views: Sequence[memoryview]) -> Iterator[str]:
         """A whole, fsynced temporary file beside the object; gone when the block is left, whatever happens in it."""
@@ -187,7 +200,7 @@ class LocalStore(Store):
                 os.close(fd)
             yield temporary
         finally:
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # where the disk takes no changes any more, that is for clean_partial
                 os.unlink(temporary)
 
     def _create_file(self, path: str) -> int:
@@ -278,10 +291,12 @@ class LocalStore(Store):
             self._fail(operation, name, error, writing=True)
 
     def _disk_full(self, operation: str, name: str, size_bytes: int, error: OSError) -> str:
+        what, do = "disk full", "Free space, or let fewer checkpoints be kept"
+        if error.errno == errno.EDQUOT:
+            what, do = "disk quota used up", f"Raise the quota of uid {os.geteuid()}, or let fewer checkpoints be kept"
         return (
-            f"disk full: {operation} of {self.object_url(name)} needs {size_bytes} bytes, {self.free_bytes()} are free "
-            f"({error.strerror}). What was written of it is removed, everything saved before is untouched. "
-            "Free space, or let fewer checkpoints be kept"
+            f"{what}: {operation} of {self.object_url(name)} needs {size_bytes} bytes, {self.free_bytes()} are free "
+            f"({error.strerror}). What was written of it is removed, everything saved before is untouched. {do}"
         )
 
     def _fail(self, operation: str, name: str, error: OSError, *, writing: bool) -> NoReturn:
@@ -293,7 +308,8 @@ class LocalStore(Store):
             raise InvalidInputError(
                 f"{said}{where}. Make {self.root} writable for uid {os.geteuid()}, or give another url"
             ) from error
-        raise StorageError(f"{said}{where}, after 1 try. Check the disk and its mount, then try again") from error
+        do = _DO.get(error.errno or 0, "Check the disk and its mount, then try again")
+        raise StorageError(f"{said}{where}, after 1 try. {do}") from error
 
 
 def short_message(object_url: str, expected_bytes: int, found_bytes: int) -> str:

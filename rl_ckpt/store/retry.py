@@ -23,12 +23,20 @@ class RetryPolicy:
 
     retry_deadline_s: float = 120.0
     """No new try begins later than this after the first one of the same request."""
+    retry_throttled_s: float | None = None
+    """The same, once the store has asked to slow down (503 SlowDown and the like): it is there, and will be well. None:
+    five times `retry_deadline_s`."""
     first_contact_s: float = 8.0
     """The same, while this store has never answered: then a wrong address is likelier than an outage."""
     retry_base_s: float = 0.1
     """Longest wait before the second try; doubles with each further one."""
     retry_cap_s: float = 10.0
     """Longest wait between two tries."""
+
+    @property
+    def throttled_s(self) -> float:
+        """`retry_throttled_s`, or what stands for it."""
+        return 5 * self.retry_deadline_s if self.retry_throttled_s is None else self.retry_throttled_s
 
     @classmethod
     def take(cls, storage_options: Mapping[str, Any]) -> tuple[RetryPolicy, dict[str, Any]]:
@@ -55,6 +63,7 @@ class Tries:
     def __init__(self, policy: RetryPolicy) -> None:
         self._policy = policy
         self._started = time.monotonic()
+        self._throttled = False
         self.count = 1
 
     @property
@@ -62,13 +71,15 @@ class Tries:
         """Seconds since the first try began."""
         return time.monotonic() - self._started
 
-    def next_wait_s(self, *, known: bool = True) -> float | None:
+    def next_wait_s(self, *, known: bool = True, throttled: bool = False) -> float | None:
         """Seconds to wait before the next try, which is counted; None when the deadline does not allow one.
 
         Args:
             known: Whether the store has ever answered; one that has not is given up sooner.
+            throttled: Whether the store has just asked to slow down: then the longer deadline holds from here on.
         """
-        deadline = self._policy.retry_deadline_s
+        self._throttled |= throttled
+        deadline = self._policy.throttled_s if self._throttled else self._policy.retry_deadline_s
         if not known:
             deadline = min(deadline, self._policy.first_contact_s)
         ceiling = min(self._policy.retry_cap_s, self._policy.retry_base_s * 2.0 ** min(self.count - 1, 30))

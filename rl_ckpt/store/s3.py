@@ -8,6 +8,7 @@ single PUT with `If-None-Match: *`, never multipart, as servers exist that ignor
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -26,6 +27,7 @@ from rl_ckpt.store.base import (
     check_name,
     check_prefix,
     flat_segments,
+    spare_none,
 )
 from rl_ckpt.store.local import short_message
 from rl_ckpt.store.ranges import Span, plan_spans
@@ -43,6 +45,9 @@ _SPAN_BYTES = 16 << 20
 _GAP_BYTES = 256 << 10
 _AT_ONCE = 16
 _FINISH_PARTS_S = 30.0
+_TAGGED_BYTES = 1 << 20
+_WRONG_ANSWERS = 3
+"""Tries of a request whose answer has a wrong length: a proxy may be broken for a moment, or for good."""
 _ABORT = RetryPolicy(retry_deadline_s=10.0)
 """Not the caller's: after a failure that used up its deadline the clean-up still gets a fair try, and no more."""
 
@@ -87,6 +92,8 @@ class S3Store(Store):
             answer = await self._connection.call("get_object", Bucket=self._bucket, Key=key)
             async with answer["Body"] as body:
                 data: bytes = await body.raw_stream.read()
+            if len(data) <= _TAGGED_BYTES and not _is_encrypted(answer) and not _has_tag(answer, [data]):
+                await self._check_length(key, len(data))
             return data
 
         data = self._run(self._request("GetObject", name, attempt))
@@ -122,9 +129,9 @@ class S3Store(Store):
             return False
         return True
 
-    def clean_partial(self, older_than_s: float) -> int:
-        """Abort unfinished multipart uploads below the prefix."""
-        return self._run(self._abort_uploads(datetime.now(UTC) - timedelta(seconds=older_than_s)))
+    def clean_partial(self, older_than_s: float, spare: Callable[[str], bool] = spare_none) -> int:
+        """Abort unfinished multipart uploads below the prefix: one listing, and a request for each."""
+        return self._run(self._abort_uploads(datetime.now(UTC) - timedelta(seconds=older_than_s), spare))
 
     def _key(self, name: str) -> str:
         return self._prefix + check_name(name)
@@ -136,14 +143,22 @@ class S3Store(Store):
         self, operation: str, name: str, attempt: Callable[[], Awaitable[T]], policy: RetryPolicy | None = None
     ) -> T:
         """Try until it succeeds, fails for good or the deadline has passed; errors come out as this floor's."""
-        tries = Tries(policy or self._policy)
+        tries, connection = Tries(policy or self._policy), self._connection
+        renewed = False
         while True:
+            era = connection.era()
             try:
-                return await attempt()
+                async with connection.pace.turn() as began:
+                    result = await attempt()
+                    connection.pace.went_well()
+                return result
             except Exception as error:
                 if not s3_errors.is_expected(error):
                     raise
-                wait = tries.next_wait_s(known=self._connection.answered) if s3_errors.is_transient(error) else None
+                if not renewed and s3_errors.is_outdated(error) and await connection.renew(era):
+                    renewed, wait = True, tries.next_wait_s()
+                else:
+                    wait = self._wait_s(error, tries, began)
                 if wait is None:
                     url = self.object_url(name)
                     endpoint, told = self._connection.endpoint(), tries.told()
@@ -154,18 +169,52 @@ class S3Store(Store):
             self.stats.count_retry()
             await asyncio.sleep(wait)
 
-    async def _api(self, operation: str, name: str, method: str, **parameters: Any) -> dict[str, Any]:
-        return await self._request(operation, name, lambda: self._connection.call(method, **parameters))
+    def _wait_s(self, error: Exception, tries: Tries, began: int) -> float | None:
+        """How long to wait before the next try; None where there is none."""
+        if not s3_errors.is_transient(error):
+            return None
+        if isinstance(error, s3_errors.WrongAnswerError) and tries.count >= _WRONG_ANSWERS:
+            return None
+        throttled = s3_errors.is_throttle(error)
+        if throttled:
+            self._connection.pace.slow_down(began)
+        return tries.next_wait_s(known=self._connection.answered, throttled=throttled)
+
+    async def _api(
+        self, operation: str, name: str, method: str, *, has: str = "ResponseMetadata", **parameters: Any
+    ) -> dict[str, Any]:
+        """A request whose answer has the field `has`: botocore takes a gateway's page for an answer without fields."""
+
+        async def attempt() -> dict[str, Any]:
+            answer = await self._connection.call(method, **parameters)
+            if has not in answer:
+                raise s3_errors.WrongAnswerError(f"the answer is not S3's: it has no {has}")
+            return answer
+
+        return await self._request(operation, name, attempt)
 
     async def _put_one(self, name: str, key: str, views: Sequence[memoryview], **condition: str) -> None:
         body = Body(views) if views else b""
-        await self._api("PutObject", name, "put_object", Bucket=self._bucket, Key=key, Body=body, **condition)
+
+        async def attempt() -> None:
+            answer = await self._connection.call("put_object", Bucket=self._bucket, Key=key, Body=body, **condition)
+            if not _has_tag(answer, views):
+                await self._check_length(key, len(body))
+
+        await self._request("PutObject", name, attempt)
         self.stats.count_write(len(body))
+
+    async def _check_length(self, key: str, size_bytes: int) -> None:
+        head = await self._connection.call("head_object", Bucket=self._bucket, Key=key)
+        if head["ContentLength"] != size_bytes:
+            raise s3_errors.WrongAnswerError(
+                f"{size_bytes} bytes went over the wire, the object has {head['ContentLength']}"
+            )
 
     async def _put_parts(self, name: str, key: str, views: Sequence[memoryview]) -> None:
         where = {"Bucket": self._bucket, "Key": key}
         parts = cut(views, part_bytes(sum(view.nbytes for view in views)))
-        begun = await self._api("CreateMultipartUpload", name, "create_multipart_upload", **where)
+        begun = await self._api("CreateMultipartUpload", name, "create_multipart_upload", has="UploadId", **where)
         upload = where | {"UploadId": begun["UploadId"]}
         try:
             # A part that the server handles after the abort would bring the upload back: those on their way must arrive
@@ -189,7 +238,11 @@ class S3Store(Store):
 
         async def attempt() -> None:
             try:
-                await self._connection.call("complete_multipart_upload", MultipartUpload={"Parts": parts}, **upload)
+                answer = await self._connection.call(
+                    "complete_multipart_upload", MultipartUpload={"Parts": parts}, **upload
+                )
+                if "ETag" not in answer:
+                    raise s3_errors.WrongAnswerError("the answer is not S3's: it has no ETag")
             except ClientError as error:
                 # The reply to an earlier try was lost after it landed: then the upload is gone and the object there.
                 if s3_errors.code_and_status(error)[0] != "NoSuchUpload" or not await self._landed(upload, parts):
@@ -241,7 +294,7 @@ class S3Store(Store):
     def _check_range(self, name: str, span: Span, answer: dict[str, Any]) -> None:
         said = answer.get("ContentRange")
         if said is None:
-            raise StorageError(f"read of {self.object_url(name)}: the server ignores ranges (no Content-Range)")
+            raise s3_errors.WrongAnswerError("the server ignores ranges (no Content-Range)")
         first, _, last = said.removeprefix("bytes ").partition("/")[0].partition("-")
         asked = (str(span.offset_bytes), str(span.end_bytes - 1))
         if (first, last) == asked and answer.get("ContentLength", span.size_bytes) == span.size_bytes:
@@ -249,16 +302,16 @@ class S3Store(Store):
         size = said.rpartition("/")[2]
         if first == asked[0] and size.isdecimal() and int(size) < span.end_bytes:
             raise CorruptionError(short_message(self.object_url(name), span.end_bytes, int(size)))
-        raise StorageError(
-            f"read of {self.object_url(name)}: bytes {'-'.join(asked)} were asked for, the server sends {said!r}, "
-            f"{answer.get('ContentLength', 'an unknown number of')} bytes long. Look at the server, or the proxy"
+        raise s3_errors.WrongAnswerError(
+            f"bytes {'-'.join(asked)} were asked for, the server sends {said!r}, "
+            f"{answer.get('ContentLength', 'an unknown number of')} bytes long"
         )
 
     async def _list(self, prefix: str) -> Listing:
         found: list[StoredObject] = []
         page: dict[str, str] = {"Bucket": self._bucket, "Prefix": self._prefix + prefix}
         while True:
-            answer = await self._api("ListObjectsV2", prefix, "list_objects_v2", **page)
+            answer = await self._api("ListObjectsV2", prefix, "list_objects_v2", has="Name", **page)
             for entry in answer.get("Contents", ()):
                 name = entry["Key"].removeprefix(self._prefix)
                 if not any(part[:1] in ("", ".") for part in name.split("/")):
@@ -279,21 +332,39 @@ class S3Store(Store):
             await self._api("ListObjectsV2", "", "list_objects_v2", Bucket=self._bucket, MaxKeys=1)
             self._bucket_seen = True
 
-    async def _abort_uploads(self, before: datetime) -> int:
+    async def _abort_uploads(self, before: datetime, spare: Callable[[str], bool]) -> int:
         page: dict[str, str] = {"Bucket": self._bucket, "Prefix": self._prefix}
         stale: list[dict[str, str]] = []
         while True:
-            answer = await self._api("ListMultipartUploads", "", "list_multipart_uploads", **page)
+            answer = await self._api("ListMultipartUploads", "", "list_multipart_uploads", has="Bucket", **page)
             stale.extend(
                 {"Bucket": self._bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
                 for upload in answer.get("Uploads", ())
-                if upload["Initiated"] <= before
+                if upload["Initiated"] <= before and not spare(upload["Key"].removeprefix(self._prefix))
             )
             if not answer.get("IsTruncated"):
                 break
             page |= {"KeyMarker": answer["NextKeyMarker"], "UploadIdMarker": answer["NextUploadIdMarker"]}
         await _all_of((self._abort(upload["Key"], upload) for upload in stale), _AT_ONCE)
         return len(stale)
+
+
+def _has_tag(answer: dict[str, Any], views: Sequence[Buffer]) -> bool:
+    """Whether an answer's ETag is the MD5 of these bytes, as it is where the bucket does not encrypt by a key of KMS.
+
+    Otherwise nothing is known, and the length must be asked for. Of large bodies that is cheaper from the start.
+    """
+    if sum(len(view) for view in views) > _TAGGED_BYTES:
+        return False
+    found = hashlib.md5(usedforsecurity=False)
+    for view in views:
+        found.update(view)
+    return str(answer.get("ETag", "")).strip('"') == found.hexdigest()
+
+
+def _is_encrypted(answer: dict[str, Any]) -> bool:
+    """Whether the ETag says nothing about the bytes; records and manifests tell for themselves."""
+    return str(answer.get("ServerSideEncryption", "")).startswith("aws:kms") or "SSECustomerAlgorithm" in answer
 
 
 def part_bytes(size_bytes: int) -> int:

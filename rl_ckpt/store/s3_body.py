@@ -22,13 +22,17 @@ class Body:
         self.views = views
         self._size = sum(view.nbytes for view in views)
         self._position = 0
+        self.sent: int | None = None
+        """Bytes that aiohttp has taken in its last try; None where something else sends the views."""
 
     def __len__(self) -> int:
         return self._size
 
     async def __aiter__(self) -> AsyncIterator[bytes | memoryview]:
+        self.sent = 0
         for block in blocks(self.views, _SEND_BYTES):
             yield block
+            self.sent += len(block)
 
     def read(self, size: int = -1) -> bytes:
         """Copy of the next `size` bytes, of all that is left when negative."""

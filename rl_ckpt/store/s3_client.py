@@ -13,21 +13,28 @@ import asyncio
 import os
 import threading
 from collections.abc import Coroutine, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 from weakref import WeakSet
 
+from botocore import exceptions as boto
 from botocore.exceptions import ClientError
 from s3fs import S3FileSystem
 
 from rl_ckpt.errors import InvalidInputError
+from rl_ckpt.store.pace import Pace
 from rl_ckpt.store.ranges import Span, SpanWriter
+from rl_ckpt.store.s3_body import Body
 from rl_ckpt.store.s3_bulk import BulkAnswer, BulkSession
+from rl_ckpt.store.s3_errors import WrongAnswerError
 
 T = TypeVar("T")
 
 _CONNECT_TIMEOUT_S = 4
-_READ_TIMEOUT_S = 60
+_READ_TIMEOUT_S = 30
 _POOL_CONNECTIONS = 64
+_WATCHED_BYTES = 64 << 10
+"""Smaller bodies fit into the socket's buffers."""
 
 _LEFT_BY_FORK: list[S3FileSystem] = []
 """Clients of the parent process: closing one here would wait for a loop thread that does not exist in this process."""
@@ -46,6 +53,10 @@ class S3Connection:
         self._fs: S3FileSystem | None = None
         self._pid = 0
         self._registered = WeakSet[Any]()
+        self._retired: list[S3FileSystem] = []
+        self._renewing: asyncio.Lock | None = None
+        self.pace = Pace()
+        """Of this process's requests."""
         self.answered = False
         """Whether the server has answered anything yet."""
 
@@ -77,14 +88,47 @@ class S3Connection:
             **parameters: Of S3's request, as boto3 documents them.
         """
         fs = self._filesystem()
-        bound = getattr(await self._client(fs, parameters["Bucket"]), method)
+        client = await self._client(fs, parameters["Bucket"])
+        bound, body = getattr(client, method), parameters.get("Body")
         try:
-            answer: dict[str, Any] = await bound(**fs._get_s3_method_kwargs(bound, **parameters))
+            under_way = bound(**fs._get_s3_method_kwargs(bound, **parameters))
+            if isinstance(body, Body) and len(body) >= _WATCHED_BYTES:
+                under_way = _unless_stuck(under_way, body, client.meta.config.read_timeout)
+            answer: dict[str, Any] = await under_way
         except ClientError:
             self.answered = True
             raise
         self.answered = True
         return answer
+
+    def era(self) -> object:
+        """What `renew` is told: it changes with the credentials."""
+        return self._fs
+
+    async def renew(self, era: object) -> bool:
+        """Look for newer credentials where the first ones came from: environment, files, role, the options.
+
+        Args:
+            era: What `era` said when the request was sent that they did not serve for.
+
+        Returns:
+            Whether there are any; requests from here on use them.
+        """
+        if self._renewing is None:
+            self._renewing = asyncio.Lock()
+        async with self._renewing:
+            old = self._filesystem()
+            if old is not era:
+                return True  # another request has found them meanwhile
+            new = S3FileSystem(**_tuned(self._options))
+            await new.set_session()
+            if await _keys(new) == await _keys(old):
+                await new._s3creator.__aexit__(None, None, None)
+                return False
+            with self._lock:
+                # Answers are still being read through the old one: it ends with the next renewal.
+                self._retired, self._fs = [old], new
+            return True
 
     async def _client(self, fs: S3FileSystem, bucket: str) -> Any:
         try:
@@ -108,7 +152,7 @@ class S3Connection:
             if self._fs is not None and self._pid != os.getpid():
                 _LEFT_BY_FORK.append(self._fs)
                 self._fs = None
-                self.answered = False
+                self._renewing, self.pace, self.answered = None, Pace(), False
             if self._fs is None:
                 try:
                     self._fs = S3FileSystem(**_tuned(self._options))
@@ -133,6 +177,36 @@ def _tuned(options: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "config_kwargs": config, "use_listings_cache": False, "skip_instance_cache": True}
 
 
+async def _keys(fs: S3FileSystem) -> object:
+    found = fs._s3._request_signer._credentials
+    return tuple(await found.get_frozen_credentials()) if found is not None else None
+
+
+async def _unless_stuck(under_way: Coroutine[Any, Any, T], body: Body, stall_s: float | None) -> T:
+    """A request that aiohttp sends, unless the server takes no more of its body: aiohttp waits for ever then.
+
+    The limit is of standing still, not of the whole: what is slow and moves goes on.
+    """
+    task = asyncio.ensure_future(under_way)
+    try:
+        while stall_s:
+            sent = body.sent
+            await asyncio.wait([task], timeout=stall_s)
+            if task.done() or (sent is not None and body.sent == sent < len(body)):
+                break
+        if not task.done() and stall_s:
+            raise boto.ReadTimeoutError(endpoint_url="the server", error=f"it took no more bytes for {stall_s} s")
+        return await task
+    finally:
+        task.cancel()
+        while not task.done():  # who cancels may do so twice
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # marks it as seen
+        del task  # its error has this frame in its traceback: a cycle, which would keep the caller's buffers
+
+
 def _drop_expect(request: Any, **_: Any) -> None:
     del request.headers["Expect"]
 
@@ -150,3 +224,5 @@ async def receive(raw: Any, span: Span) -> None:
     writer = SpanWriter(span)
     async for chunk in raw.content.iter_any():
         writer.write(chunk)
+    if writer.position != span.end_bytes:
+        raise WrongAnswerError(f"{writer.position - span.offset_bytes} bytes came instead of {span.size_bytes}")

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from rl_ckpt.errors import CorruptionError, StorageError
+from rl_ckpt.errors import CheckpointError, CorruptionError
 from rl_ckpt.format import records
 from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.format.records import CommitRecord, PinRecord
@@ -19,7 +19,8 @@ from rl_ckpt.store.base import ObjectMissingError
 from rl_ckpt.store.probe import PROBE
 from rl_ckpt.store.run import Run
 
-_PARTIAL_AGE_S = 6 * 3600.0  # older than any write that may still be going on
+_SMALL_AGE_S = 60.0  # records and pins, which others may be writing, are written in less
+_LOOK_EVERY_S = 3600.0  # for what shard servers that were killed leave of saves that were committed all the same
 
 
 class Sweeper:
@@ -43,6 +44,7 @@ class Sweeper:
         self._recorded: set[str] = set()  # those of them whose records may still be there
         self._gone: set[str] = set()  # see take_gone
         self._orphans: dict[str, float] = {}  # name → when it was first seen as one, by this process's clock
+        self._clean_at = 0.0  # when to look for half-written objects next, by this process's clock
         self._look = True  # whether there may be orphans that nobody has seen: at first, what a killed writer left
 
     def protect(self, checkpoint: str, files: set[str]) -> None:
@@ -77,13 +79,14 @@ class Sweeper:
         Raises:
             StorageError: The store failed; nothing live is harmed, and the next sweep goes on.
         """
-        if not dropped and not self._orphans and not self._recorded and not self._look:
+        due_to_clean = time.monotonic() >= self._clean_at
+        if not dropped and not self._orphans and not self._recorded and not self._look and not due_to_clean:
             return
         with self._lock:  # another thread may set it while this one looks
             looking, self._look = self._look, False
         try:
             self._sweep(dropped, live, looking)
-        except StorageError:
+        except CheckpointError:
             self._look = looking or self._look
             raise
 
@@ -97,8 +100,6 @@ class Sweeper:
 
     def _sweep(self, dropped: Sequence[CommitRecord], live: Sequence[CommitRecord], looking: bool) -> None:
         store, pinned = self._run.store, self._pinned()
-        if looking:
-            store.clean_partial(_PARTIAL_AGE_S)  # temporary files and uploads of writers that were killed
         now = time.monotonic()
         kept = [*live, *(commit for commit in [*dropped, *self._leaving.values()] if commit.id in pinned)]
         found = [*self._find_orphans(kept), *(self._names(PROBE) if looking else ())]
@@ -122,6 +123,8 @@ class Sweeper:
         self._leaving = {name: commit for name, commit in self._leaving.items() if name in left}
         known = {commit.id for commit in kept} | self._leaving.keys()
         self._files = {name: files for name, files in self._files.items() if name in known}
+        if looking or now >= self._clean_at:
+            self._clean_partial(now, again_s=self.grace_s if looking else max(self.grace_s, _LOOK_EVERY_S))
 
     def _held(self) -> set[str]:
         """Files of checkpoints that were dropped and that a pin holds by now."""
@@ -129,6 +132,21 @@ class Sweeper:
         for checkpoint in self._pinned() & self._leaving.keys():
             names |= {records.manifest_name(checkpoint), *(self._named_by(self._leaving[checkpoint]) or ())}
         return names
+
+    def _clean_partial(self, now: float, again_s: float) -> None:
+        """Removes what killed writers left half-written; what is too young for that goes the next time.
+
+        Only the run's owner may: what no attempt of its own writes was begun by one that is fenced, and can't be
+        committed. Last in a sweep, as it needs a right on S3 that all else does without.
+        """
+        store = self._run.store
+        with self._lock:
+            mine = frozenset(self._in_flight)
+        small = self.grace_s >= _SMALL_AGE_S
+        store.clean_partial(self.grace_s, lambda name: _checkpoint_of(name) in mine if _is_part(name) else not small)
+        if not small:
+            store.clean_partial(_SMALL_AGE_S, _is_part)
+        self._clean_at = now + again_s
 
     def _find_orphans(self, live: Sequence[CommitRecord]) -> list[str]:
         if self._hold:
@@ -171,6 +189,11 @@ class Sweeper:
             else:
                 self._run.store.delete([item.name])
         return out
+
+
+def _is_part(name: str) -> bool:
+    """Whether an object is of one checkpoint."""
+    return name.startswith((records.MANIFESTS, records.SHARDS))
 
 
 def _checkpoint_of(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +29,28 @@ class Fault:
     """Pass the request on, then cut the connection within the body of the answer."""
     hang: bool = False
     """Read the request and never answer, until the proxy is closed."""
+    cut_request_after_bytes: int | None = None
+    """Read so much of the body, then cut the connection; the server hears nothing of it."""
+    stop_reading: bool = False
+    """Take nothing of the body, and never answer, until the proxy is closed."""
+    pass_on_bytes: int | None = None
+    """Pass on so much of the request's body as if it were all, and the answer as it comes."""
+    announce_bytes: int | None = None
+    """Pass the request on, and answer with so many bytes of the body, as if they were all; zeros follow its end."""
+    body: bytes | None = None
+    """With `status`: the body of the answer."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """With `status`: more headers."""
+    lasting: bool = False
+    """Strike every time, and not only once."""
+
+
+_NONE = Fault(lambda _method, _path: False)
+
+
+def on(method: str, *, having: str = "", lacking: str = "no such thing") -> Callable[[str, str], bool]:
+    """Whether a request is of this method, with something in its path and without something else."""
+    return lambda m, path: m == method and having in path and lacking not in path
 
 
 @dataclass
@@ -47,7 +69,7 @@ class Proxy:
             self.seen.append((method, path))
             for index, fault in enumerate(self.faults):
                 if fault.when(method, path):
-                    return self.faults.pop(index)
+                    return fault if fault.lasting else self.faults.pop(index)
         return None
 
 
@@ -57,32 +79,45 @@ def run_proxy(server: S3Server) -> Iterator[Proxy]:
         protocol_version = "HTTP/1.1"
 
         def answer(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            fault = proxy.take(self.command, self.path)
-            if fault is not None and fault.hang:
+            fault = proxy.take(self.command, self.path) or _NONE
+            if fault.stop_reading:
                 proxy.closing.wait()
                 self.cut()
-            elif fault is not None and fault.status:
+                return
+            size = int(self.headers.get("Content-Length", 0))
+            body = self.rfile.read(size if fault.cut_request_after_bytes is None else fault.cut_request_after_bytes)
+            if fault.hang:
+                proxy.closing.wait()
+                self.cut()
+            elif fault.cut_request_after_bytes is not None:
+                self.cut()
+            elif fault.status:
                 error = f"<Error><Code>{fault.code}</Code><Message>as told</Message></Error>".encode()
-                self.reply(fault.status, {"Content-Type": "application/xml"}, error)
+                headers = {"Content-Type": "application/xml", **fault.headers}
+                self.reply(fault.status, headers, error if fault.body is None else fault.body)
             else:
-                self.forward(body, fault)
+                self.forward(body[: fault.pass_on_bytes], fault)
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = answer
 
-        def forward(self, body: bytes, fault: Fault | None) -> None:
+        def forward(self, body: bytes, fault: Fault) -> None:
             connection = http.client.HTTPConnection(urlsplit(server.endpoint_url).netloc, timeout=30)
             try:
-                connection.request(self.command, self.path, body, dict(self.headers))
+                headers = dict(self.headers)
+                if "Content-Length" in headers:
+                    headers["Content-Length"] = str(len(body))
+                connection.request(self.command, self.path, body, headers)
                 response = connection.getresponse()
                 data = response.read()
             finally:
                 connection.close()
-            if fault is not None and fault.lose_reply:
+            if fault.lose_reply:
                 self.cut()
                 return
             headers = {k: v for k, v in response.getheaders() if k.lower() not in ("connection", "transfer-encoding")}
-            if fault is not None and fault.cut_reply_after_bytes is not None:
+            if fault.announce_bytes is not None:
+                data = data[: fault.announce_bytes].ljust(fault.announce_bytes, b"\0")
+            if fault.cut_reply_after_bytes is not None:
                 self.reply(response.status, headers, data, fault.cut_reply_after_bytes)
                 self.cut()
                 return

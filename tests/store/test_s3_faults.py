@@ -21,6 +21,7 @@ from rl_ckpt.store.urls import open_store
 from tests.s3_servers import S3Server
 from tests.store.contract import some_bytes
 from tests.store.faulty_proxy import Fault, Proxy, run_proxy
+from tests.store.faulty_proxy import on as is_
 
 LARGE_BYTES = 40_000_000
 
@@ -60,10 +61,6 @@ def open_through(
 @pytest.fixture
 def store(open_through: Callable[..., Store]) -> Store:
     return open_through()
-
-
-def is_(method: str, *, having: str = "", lacking: str = "no such thing") -> Callable[[str, str], bool]:
-    return lambda m, path: m == method and having in path and lacking not in path
 
 
 TRANSIENT = [
@@ -138,14 +135,14 @@ def test_create_knows_a_lost_race_by_status_alone(store: Store, proxy: Proxy, co
 
 
 def test_the_deadline_ends_the_retries_and_the_error_says_it_all(open_through: Callable[..., Store], proxy: Proxy):
-    store = open_through(retry_deadline_s=1.5)
+    store = open_through(retry_throttled_s=1.5)
     proxy.faults = [Fault(is_("PUT"), status=503, code="SlowDown") for _ in range(10_000)]
     with pytest.raises(StorageError) as told:
         store.put("a", [b"x"])
     retries = store.stats.snapshot().retries
     assert f"PutObject of {store.url}/a at {proxy.url} failed after {retries + 1} tries in " in str(told.value)
     assert "SlowDown (HTTP 503): as told" in str(told.value)
-    assert "raise storage_options['retry_deadline_s']" in str(told.value)
+    assert "raise storage_options['retry_throttled_s']" in str(told.value)
     assert len(proxy.seen) == retries + 1 > 2
 
 

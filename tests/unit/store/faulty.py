@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from rl_ckpt.store import run as run_module
-from rl_ckpt.store.base import Buffer, Store, StoredObject
+from rl_ckpt.store.base import Buffer, Store, StoredObject, spare_none
 from rl_ckpt.store.urls import open_store
 
 Hook = Callable[[str, str], None]
@@ -62,8 +62,8 @@ class FaultyStore(Store):
     def exists(self, name: str) -> bool:
         return self.inner.exists(name)
 
-    def clean_partial(self, older_than_s: float) -> int:
-        return self.inner.clean_partial(older_than_s)
+    def clean_partial(self, older_than_s: float, spare: Callable[[str], bool] = spare_none) -> int:
+        return self.inner.clean_partial(older_than_s, spare)
 
     def local_path(self, name: str) -> str | None:
         return self.inner.local_path(name)
