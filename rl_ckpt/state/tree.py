@@ -27,6 +27,7 @@ from rl_ckpt.state.dtypes import dtype_from_name
 from rl_ckpt.state.leaves import Json
 from rl_ckpt.state.paths import Key, escape
 
+CONTAINERS = frozenset(("dict", "OrderedDict", "list", "tuple"))
 AUTO, REPLICATED, PER_RANK, SHARDED = "auto", "replicated", "per_rank", "sharded"
 
 _INLINE_BYTES = 1024  # longer bytes, strings and pickles are kept as chunks, shorter ones in the manifest
