@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from rl_ckpt.errors import CorruptionError, InvalidInputError
 from rl_ckpt.format.manifest import ArrayEntry, ArrayRef, Chunk, Manifest, ShardFileEntry, Variant
 from rl_ckpt.format.records import SHARDS
-from rl_ckpt.state.arrays import KINDS, LONG_PLAIN
+from rl_ckpt.state.arrays import KINDS, LONG_PLAIN, ArraySpec
 from rl_ckpt.state.boxes import Box, check_tiling
 from rl_ckpt.state.dtypes import dtype_from_name
 from rl_ckpt.state.leaves import is_encoded
@@ -21,7 +22,7 @@ from rl_ckpt.state.tree import CONTAINERS, Container, Plain
 
 _MOST_BYTES = 2**62
 _MOST_AXES = 64  # numpy's own limit
-_DIGEST = re.compile(r"[0-9a-f]{32}\Z")
+_DIGEST = re.compile(r"[0-9a-f]{32}\Z").match
 _PART = re.compile(r"[^./\\][^/\\]*\Z")
 
 
@@ -68,35 +69,67 @@ def _is_shard_file(file: ShardFileEntry) -> bool:
 def _array_problem(
     entry: ArrayEntry, files: Sequence[ShardFileEntry], places: dict[tuple[int, int], Chunk]
 ) -> str | None:
-    spec = entry.spec
-    width = _width(spec.dtype)
-    if width is None:
-        return f"there is no dtype {spec.dtype!r}"
-    if spec.kind not in KINDS or (spec.kind in LONG_PLAIN and (spec.dtype != "uint8" or len(spec.shape) != 1)):
-        return f"no leaf of kind {spec.kind!r} is an array of {spec.dtype} with {len(spec.shape)} axes"
-    if not 0 < len(spec.shape) <= _MOST_AXES or min(spec.shape) < 1 or Box.whole(spec.shape).size * width > _MOST_BYTES:
-        return f"no stored array has the shape {spec.shape} (of {width} bytes an element)"
+    looks = _looks(entry.spec)
+    if looks.problem:
+        return looks.problem
+    whole = looks.whole
     for chunk in entry.chunks:
-        if len(chunk.box.offset) != len(spec.shape) or len(chunk.box.shape) != len(spec.shape):
-            return f"a chunk's box {chunk.box} has another number of axes than the shape {spec.shape}"
-        if min(chunk.box.shape) < 1 or chunk.bytes != chunk.box.size * width:
-            return f"a chunk of {chunk.bytes} bytes can't hold the {spec.dtype} values of its box {chunk.box}"
-        if not 0 <= chunk.file < len(files):
-            return f"a chunk lies in file {chunk.file} of {len(files)}"
-        if not 0 <= chunk.offset <= files[chunk.file].bytes - chunk.bytes:
-            return f"a chunk of {chunk.bytes} bytes at {chunk.offset} does not lie in {files[chunk.file]}"
-        twin = places.setdefault((chunk.file, chunk.offset), chunk)
-        if twin is not chunk and (twin.bytes, twin.digest) != (chunk.bytes, chunk.digest):
-            return f"another chunk is said to lie at {chunk.offset} of {files[chunk.file].name}, of other bytes"
-        if not _DIGEST.match(chunk.digest):
+        box, index, offset, size = chunk.box, chunk.file, chunk.offset, chunk.bytes
+        if (box != whole or size != looks.bytes) and (why := _box_problem(chunk, looks)):
+            return why
+        if not 0 <= index < len(files):
+            return f"a chunk lies in file {index} of {len(files)}"
+        if not 0 <= offset <= files[index].bytes - size:
+            return f"a chunk of {size} bytes at {offset} does not lie in {files[index]}"
+        twin = places.setdefault((index, offset), chunk)
+        if twin is not chunk and (twin.bytes, twin.digest) != (size, chunk.digest):
+            return f"another chunk is said to lie at {offset} of {files[index].name}, of other bytes"
+        if not _DIGEST(chunk.digest):
             return f"{chunk.digest!r} is no digest"
+    if len(entry.chunks) == 1 and entry.chunks[0].box == whole:  # so it is with most
+        return None
     return _tiling_problem(entry)
+
+
+@dataclass(frozen=True, slots=True)
+class _Looks:
+    """What can be said of an array by its spec."""
+
+    problem: str
+    width: int = 0
+    """Bytes of an element."""
+    bytes: int = 0
+    whole: Box = Box((), ())  # noqa: RUF009  # a box never changes
+
+
+@functools.lru_cache(4096)
+def _looks(spec: ArraySpec) -> _Looks:
+    shape = spec.shape
+    try:
+        width = dtype_from_name(spec.dtype).itemsize
+    except TypeError as error:
+        return _Looks(str(error))
+    if not width:
+        return _Looks(f"values of {spec.dtype!r} have no bytes to be stored")
+    if spec.kind not in KINDS or (spec.kind in LONG_PLAIN and (spec.dtype != "uint8" or len(shape) != 1)):
+        return _Looks(f"no leaf of kind {spec.kind!r} is an array of {spec.dtype} with {len(shape)} axes")
+    whole = Box.whole(shape)
+    if not 0 < len(shape) <= _MOST_AXES or min(shape) < 1 or whole.size * width > _MOST_BYTES:
+        return _Looks(f"no stored array of {spec.dtype} has the shape {shape}")
+    return _Looks("", width, whole.size * width, whole)
+
+
+def _box_problem(chunk: Chunk, looks: _Looks) -> str | None:
+    box = chunk.box
+    if not len(box.offset) == len(box.shape) == len(looks.whole.shape):
+        return f"a chunk's box {box} has another number of axes than the shape {looks.whole.shape}"
+    if min(box.shape) < 1 or chunk.bytes != box.size * looks.width:
+        return f"a chunk of {chunk.bytes} bytes can't hold the values of its box {box}, of {looks.width} bytes each"
+    return None
 
 
 def _tiling_problem(entry: ArrayEntry) -> str | None:
     boxes = [chunk.box for chunk in entry.chunks]
-    if len(boxes) == 1 and boxes[0] == Box.whole(entry.spec.shape):  # so it is with most
-        return None
     if len(set(boxes)) < len(boxes):
         return "two chunks have the same box"
     try:
@@ -106,21 +139,12 @@ def _tiling_problem(entry: ArrayEntry) -> str | None:
     return None
 
 
-@functools.lru_cache(4096)
-def _width(dtype: str) -> int | None:
-    """Bytes of an element; None where there is no such dtype, or it has none."""
-    try:
-        return dtype_from_name(dtype).itemsize or None
-    except TypeError:
-        return None
-
-
 def _node_problem(variants: Sequence[Variant], arrays: int) -> str | None:
     if not variants:
         return "nothing stands there"
     for variant in variants:
         node = variant.node
-        if isinstance(node, ArrayRef):
+        if type(node) is ArrayRef:
             if not 0 <= node.index < arrays:
                 return f"it refers to array {node.index} of {arrays}"
         elif isinstance(node, Container):
