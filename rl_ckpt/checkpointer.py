@@ -24,7 +24,7 @@ from rl_ckpt.store.committer import SaveRequest, encode_metrics, info_of
 from rl_ckpt.store.pending import PendingSave, raise_untold
 from rl_ckpt.store.pins import pin
 from rl_ckpt.store.plain_save import PlainSaver
-from rl_ckpt.store.reader import load_leaves
+from rl_ckpt.store.repair import load_repaired
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.urls import check_url
 
@@ -248,7 +248,8 @@ class Checkpointer:
         """Reads a checkpoint's state tree into this process, without Ray.
 
         Args:
-            step: Which checkpoint; None: the newest good one (a damaged one is passed over with a warning).
+            step: Which checkpoint; None: the newest good one. A damaged chunk is taken from another checkpoint that has
+                the same; where none has, the checkpoint is passed over. Both with a warning.
             select: Globs of saved paths; only their bytes are read. None: everything.
             rank: Whose per-rank leaves, where several workers saved. Sharded arrays come whole.
             as_numpy: Gives torch and jax arrays as numpy arrays (where torch or jax is not installed).
@@ -269,12 +270,18 @@ class Checkpointer:
             try:
                 manifest = run.manifest(commit)
                 match = match_all(view(manifest, rank), select, None)
-                values = load_leaves(run.store, manifest, match, self._options.allow_pickle, as_numpy)
+                values, repaired = load_repaired(run, manifest, match, self._options.allow_pickle, as_numpy)
             except CorruptionError as error:
                 damaged.append(f"checkpoint {commit.id}: {error}")
                 continue
             if damaged:
                 warnings.warn(f"fell back to checkpoint {commit.id}, since {'; '.join(damaged)}", stacklevel=2)
+            if repaired:
+                warnings.warn(
+                    f"checkpoint {commit.id} is damaged, and was read whole: {'; '.join(repaired)}. "
+                    f"`verify({commit.step}, repair=True)` mends the files",
+                    stacklevel=2,
+                )
             self._parent = commit.id
             return unflatten(match.grown, values)
         raise CorruptionError(f"no good checkpoint in {self._url}: {'; '.join(damaged)}")

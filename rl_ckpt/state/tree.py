@@ -300,7 +300,13 @@ def unflatten(nodes: Mapping[str, Node], values: Mapping[str, Any]) -> Any:
     Returns:
         The tree. The same object in `values` under several paths comes back as one object (ties).
     """
-    tree = _build("", nodes, values)
+    try:
+        tree = _build("", nodes, values)
+    except RecursionError as error:
+        raise InvalidInputError(
+            "the state is nested deeper than Python can follow here; raise `sys.setrecursionlimit`, or choose a part "
+            "of it with `select`"
+        ) from error
     return {} if tree is _MISSING else tree
 
 
