@@ -51,9 +51,32 @@ def bad_spots(store: Store, spots: Mapping[str, Iterable[Spot]]) -> dict[tuple[s
 def read_spot(store: Store, name: str, spot: Spot) -> bytes | None:
     """A chunk's bytes, if they are good; None where they are not."""
     room = memoryview(bytearray(spot.bytes))
-    if _read(store, name, [(spot.offset, room)]) is not None or digest(room).hex() != spot.digest:
+    if read_ranges(store, name, [(spot.offset, room)]) is not None or digest(room).hex() != spot.digest:
         return None
     return bytes(room)
+
+
+def read_ranges(store: Store, name: str, reads: Sequence[tuple[int, memoryview]]) -> str | None:
+    """Reads ranges of a shard file.
+
+    Returns:
+        Why they can't be read, where that is the file's fault; None where all is well.
+
+    Raises:
+        StorageError: The store failed.
+    """
+    try:
+        store.read_into(name, reads)
+    except ObjectMissingError:
+        return "the file is missing"
+    except CorruptionError as error:
+        return str(error)
+    except StorageError as error:
+        cause = error.__cause__
+        if not (isinstance(cause, OSError) and cause.errno == errno.EIO):
+            raise
+        return str(error)  # a sector that can't be read any more: damage, as any other
+    return None
 
 
 def _jobs(spots: Iterable[Spot]) -> Iterator[list[Spot]]:
@@ -90,7 +113,7 @@ def _check_group(
     store: Store, name: str, group: Sequence[tuple[Spot, memoryview]], bad: dict[tuple[str, Spot], str]
 ) -> None:
     """Checks chunks that are read at once; where that fails, one by one."""
-    why = _read(store, name, [(spot.offset, place) for spot, place in group])
+    why = read_ranges(store, name, [(spot.offset, place) for spot, place in group])
     if why is not None and len(group) > 1:
         for item in group:
             _check_group(store, name, [item], bad)
@@ -105,28 +128,8 @@ def _piecewise(store: Store, name: str, spot: Spot, room: memoryview) -> str:
     running = hasher()
     for start in range(0, spot.bytes, len(room)):
         piece = room[: min(len(room), spot.bytes - start)]
-        why = _read(store, name, [(spot.offset + start, piece)])
+        why = read_ranges(store, name, [(spot.offset + start, piece)])
         if why is not None:
             return why
         running.update(piece)
     return running.hexdigest()
-
-
-def _read(store: Store, name: str, reads: Sequence[tuple[int, memoryview]]) -> str | None:
-    """Reads ranges; why they can't be read where that is the file's fault, None where all is well.
-
-    Raises:
-        StorageError: The store failed.
-    """
-    try:
-        store.read_into(name, reads)
-    except ObjectMissingError:
-        return "the file is missing"
-    except CorruptionError as error:
-        return str(error)
-    except StorageError as error:
-        cause = error.__cause__
-        if not (isinstance(cause, OSError) and cause.errno == errno.EIO):
-            raise
-        return str(error)  # a sector that can't be read any more: damage, as any other
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from tests.unit import trees
 Tree = dict[str, Any]
 
 
-@dataclass
+@dataclass(repr=False)
 class SavedRun:
     """A run: its files by name, and what was saved by step."""
 
@@ -61,25 +62,13 @@ def every_kind(step: int) -> Tree:
     numpy = {f"{i}": trees.array_of(d, (3, 2), rng[i % 2]) for i, d in enumerate(trees.NUMPY_DTYPES)}
     torch = {f"{i}": trees.tensor_of(d, (5,), rng[i % 2]) for i, d in enumerate(trees.TORCH_DTYPES)}
     jax = [jnp.asarray(trees.array_of(trees.dtype_from_name(d), (2, 2), fresh)) for d in trees.JAX_DTYPES]
-    plain = [
-        None,
-        True,
-        2**70,
-        float("nan"),
-        -0.0,
-        1j,
-        "a\ud800",
-        b"\0",
-        np.float32(step),
-        np.str_("x"),
-        np.empty((0, 2)),
-    ]
+    plain = [None, True, 2**70, float("nan"), -0.0, 1j, "a\ud800", b"\0", np.float32(step), np.str_("x")]
     return {
         "step": step,
         "numpy": numpy,
         "torch": torch,
         "jax": jax,
-        "plain": OrderedDict(enumerate(plain)),
+        "plain": OrderedDict(enumerate([*plain, np.empty((0, 2)), np.array(step)])),
         "long": ("text " * 500, b"bytes" * 500, f"{step} " * 600),
         "frozen": frozen.random((40, 7)),
         "fresh": fresh.random((7, 40)),
@@ -93,7 +82,7 @@ def many_small(step: int) -> Tree:
 
 
 def make_runs(folder: Path) -> tuple[SavedRun, SavedRun, SavedRun]:
-    """One of every kind of leaf with two branches that hold the same bytes twice, one of packed files, and a stranger."""
+    """One of every kind of leaf, with two branches that hold the same bytes; one of packed files; a stranger."""
     kinds = {step: every_kind(step) for step in (2, 3, 4)}
     first = save(folder / "a", {1: {"step": 1, "n": np.ones(3)}, **kinds}, {3: 1}, 256)
     packed = save(folder / "b", {1: many_small(1), 2: many_small(2)}, {}, 1 << 20)
@@ -101,6 +90,7 @@ def make_runs(folder: Path) -> tuple[SavedRun, SavedRun, SavedRun]:
     return first, packed, stranger
 
 
+@functools.cache
 def zones(name: str, data: bytes) -> list[tuple[int, int]]:
     """Parts of a file that mean different things, as ranges of bytes; of a shard file: head, values, end."""
     if not name.endswith(".arrow"):
@@ -108,11 +98,8 @@ def zones(name: str, data: bytes) -> list[tuple[int, int]]:
     source = pa.BufferReader(data)
     batch = pa.ipc.open_file(source).get_batch(0)
     base = pa.py_buffer(data).address
-    starts = [
-        b.address - base for column in batch.columns for b in _storage(column).buffers() if b is not None and b.size
-    ]
-    ends = [b.address - base + b.size for column in batch.columns for b in _storage(column).buffers() if b is not None]
-    low, high = min(starts), max(ends)
+    buffers = [b for column in batch.columns for b in _storage(column).buffers() if b is not None and b.size]
+    low, high = min(b.address for b in buffers) - base, max(b.address + b.size for b in buffers) - base
     return [(0, 8), (8, low), (low, high), (high, len(data) - 10), (len(data) - 10, len(data))]
 
 

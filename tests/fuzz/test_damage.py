@@ -6,6 +6,7 @@ Each mutation is made from a seed and a number, which a failure names: `-k "seed
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,16 +17,11 @@ import pytest
 
 from rl_ckpt import Checkpointer, CheckpointError
 from tests.fuzz.damage import Change, damage
-from tests.fuzz.runs import SavedRun, make_runs
+from tests.fuzz.runs import SavedRun
 from tests.unit.trees import assert_same
 
 MUTATIONS = 250
 """Of one seed."""
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[SavedRun, SavedRun, SavedRun]:
-    return make_runs(tmp_path_factory.mktemp("runs"))
 
 
 class Disk:
@@ -57,38 +53,37 @@ class Disk:
                 self._write(name, self.run.files[name])
 
 
-def read_all(disk: Disk) -> dict[str, int]:
-    """Reads what a user may read, and compares it with what was saved.
-
-    Returns:
-        How often it was good, passed over, repaired, an error.
-    """
-    count = {"same": 0, "refused": 0}
-    ckpt = Checkpointer(disk.url)
-    for step in (None, *disk.run.saved):
+def read(disk: Disk, step: int | None, count: Counter[str]) -> None:
+    """Reads a state, and compares it with what was saved at the step that it claims to be of."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                warnings.filterwarnings("ignore", "fell back|checkpoint .* is damaged", UserWarning)
-                tree = ckpt.load_state(step)
+            tree = Checkpointer(disk.url).load_state(step)
         except CheckpointError:
             count["refused"] += 1
-            continue
-        assert step in (None, tree["step"])
-        assert_same(tree, disk.run.saved[tree["step"]])
-        count["same"] += 1
+            return
+    assert step in (None, tree["step"])
+    assert_same(tree, disk.run.saved[tree["step"]])
+    if step is None and tree["step"] != max(disk.run.saved):
+        assert any("fell back" in str(warning.message) for warning in told)
+    for warning in told:
+        (what,) = [what for what in ("fell back", "was read whole") if what in str(warning.message)]
+        count[what] += 1
+    count["same"] += not told
+
+
+def listed(disk: Disk) -> None:
+    """Lists the checkpoints, and compares what is said of them."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
             warnings.filterwarnings("ignore", "records that can't be read", UserWarning)
-            found = ckpt.checkpoints()
+            found = Checkpointer(disk.url).checkpoints()
     except CheckpointError:
-        return count
+        return
     for info in found:
         assert info.step in disk.run.saved
         assert info.metrics == {"loss": 0.5 * info.step}
         assert info.tag == ("best" if info.step == 2 else None)
-    return count
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -97,14 +92,18 @@ def test_what_is_read_is_what_was_saved_or_an_error(
 ) -> None:
     run = runs[seed % 3 == 2]
     disk = Disk(f"memory://fuzz-{seed}" if seed % 2 else f"file://{tmp_path}", run)
-    total = {"same": 0, "refused": 0}
+    count: Counter[str] = Counter()
     for number in range(MUTATIONS):
-        said, change = damage(np.random.default_rng([seed, number]), run, runs[2])
+        rng = np.random.default_rng([seed, number])
+        said, change = damage(rng, run, runs[2])
         with disk.damaged(change):
             try:
-                for key, n in read_all(disk).items():
-                    total[key] += n
+                read(disk, None, count)
+                read(disk, int(rng.choice(sorted(run.saved))), count)
+                listed(disk)
             except Exception as error:
                 raise AssertionError(f"seed {seed}, mutation {number}: {said}: {error!r}") from error
-    assert total["same"] > MUTATIONS
-    assert total["refused"] > MUTATIONS // 10
+    assert count["same"] > MUTATIONS // 2, count
+    assert count["refused"] > MUTATIONS // 10, count
+    assert count["fell back"] > MUTATIONS // 10, count
+    assert run is runs[1] or count["was read whole"] > MUTATIONS // 20, count
