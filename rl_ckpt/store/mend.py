@@ -69,7 +69,10 @@ def file(run: Run, damaged: DamagedFile, places: Mapping[Spot, Place], more: Mor
     Raises:
         StorageError, InvalidInputError: The store failed, or may not be written to.
     """
-    area = new_area(damaged.size_bytes)
+    try:
+        area = new_area(damaged.size_bytes)
+    except (OSError, OverflowError, ValueError):
+        return  # no memory for it: of a size that no file of ours has
     if damaged.found_bytes is not None:
         _read_all(run.store, damaged.name, area[: min(damaged.found_bytes, damaged.size_bytes)])
     sources: dict[Spot, str] = {}

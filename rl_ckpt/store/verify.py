@@ -14,10 +14,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from rl_ckpt.errors import CheckpointNotFoundError, CorruptionError, InvalidInputError, StorageError
+from rl_ckpt.errors import CheckpointNotFoundError, CorruptionError, InvalidInputError, StorageError, UntrustedDataError
 from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.format.records import RUN_FILE, SHARDS, CommitRecord, commit_name, manifest_name
 from rl_ckpt.info import Damage, VerifyReport
+from rl_ckpt.state import leaves
+from rl_ckpt.state.tree import Plain
 from rl_ckpt.store import mend
 from rl_ckpt.store.chunk_check import Spot, bad_spots, read_ranges
 from rl_ckpt.store.layout import Leaves, arrow_problem, leaves_in, new_area, writer_of
@@ -141,6 +143,7 @@ class _Verifier:
         for commit in self._commits:
             try:
                 manifest = self._run.manifest(commit)
+                _check_plain(manifest)
             except CorruptionError as error:
                 source = mend.manifest(self._run, commit, self._more) if self._repair else None
                 advice = "" if source else "the checkpoint is lost unless its manifest is put back from a copy"
@@ -229,11 +232,11 @@ class _Verifier:
         for commit in self._users[file.name]:
             manifest = self._readable(commit)
             named = spots(manifest).get(file.name, set()) if manifest is not None else set()
-            leaves: Leaves = leaves_in(manifest, file.name) if manifest is not None else {}
+            there: Leaves = leaves_in(manifest, file.name) if manifest is not None else {}
             for spot, (paths, ids) in by_spot.items():
                 if spot in named:
                     ids.append(commit.id)
-                    paths.update(leaf.path for leaf in leaves.get((spot.offset, spot.bytes), ()))
+                    paths.update(leaf.path for leaf in there.get((spot.offset, spot.bytes), ()))
         lost = "no other checkpoint has the same bytes; load the checkpoint before, and save again"
         rows = [
             Damage(
@@ -255,6 +258,19 @@ class _Verifier:
                 )
             )  # fmt: skip
         return rows
+
+
+def _check_plain(manifest: Manifest) -> None:
+    """Decodes the plain leaves that stand in a manifest.
+
+    Raises:
+        CorruptionError: One can't be.
+    """
+    for path, variants in manifest.nodes.items():
+        for variant in variants:
+            if isinstance(variant.node, Plain) and isinstance(variant.node.value, dict):
+                with contextlib.suppress(UntrustedDataError):  # what it runs is nobody's business here
+                    leaves.decode(variant.node.value, path, as_numpy=True)
 
 
 def around_problem(run: Run, file: DamagedFile) -> str | None:

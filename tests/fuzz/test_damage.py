@@ -53,8 +53,11 @@ class Disk:
                 self._write(name, self.run.files[name])
 
 
-def read(disk: Disk, step: int | None, count: Counter[str]) -> None:
-    """Reads a state, and compares it with what was saved at the step that it claims to be of."""
+def read(disk: Disk, step: int | None, forgot: bool, count: Counter[str]) -> None:
+    """Reads a state, and compares it with what was saved at the step that it claims to be of.
+
+    An older one than the newest must be told, unless the run `forgot`: a checkpoint without its record is none.
+    """
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         try:
@@ -64,7 +67,7 @@ def read(disk: Disk, step: int | None, count: Counter[str]) -> None:
             return
     assert step in (None, tree["step"])
     assert_same(tree, disk.run.saved[tree["step"]])
-    if step is None and tree["step"] != max(disk.run.saved):
+    if not forgot and step is None and tree["step"] != max(disk.run.saved):
         assert any("fell back" in str(warning.message) for warning in told)
     for warning in told:
         (what,) = [what for what in ("fell back", "was read whole") if what in str(warning.message)]
@@ -98,12 +101,13 @@ def test_what_is_read_is_what_was_saved_or_an_error(
         said, change = damage(rng, run, runs[2])
         with disk.damaged(change):
             try:
-                read(disk, None, count)
-                read(disk, int(rng.choice(sorted(run.saved))), count)
+                forgot = any(name.startswith("commits/") and data is None for name, data in change.items())
+                read(disk, None, forgot, count)
+                read(disk, int(rng.choice(sorted(run.saved))), forgot, count)
                 listed(disk)
             except Exception as error:
                 raise AssertionError(f"seed {seed}, mutation {number}: {said}: {error!r}") from error
     assert count["same"] > MUTATIONS // 2, count
     assert count["refused"] > MUTATIONS // 10, count
     assert count["fell back"] > MUTATIONS // 10, count
-    assert run is runs[1] or count["was read whole"] > MUTATIONS // 20, count
+    assert run is runs[1] or count["was read whole"] > MUTATIONS // 50, count

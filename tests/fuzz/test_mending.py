@@ -1,4 +1,4 @@
-"""`verify(repair=True)` after damage of every kind: what it calls good or repaired loads bit-identical; harms nothing."""
+"""`verify(repair=True)` after damage of every kind: what it calls good or repaired loads, and it harms nothing."""
 
 from __future__ import annotations
 
