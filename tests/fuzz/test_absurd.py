@@ -21,7 +21,7 @@ from rl_ckpt.store.run import Run
 from tests.fuzz.runs import SavedRun
 
 Json = Any
-MUTATIONS = 200
+MUTATIONS = 120
 """Of one seed."""
 STEP = 4
 ABSURD: list[Json] = [
