@@ -60,3 +60,17 @@ def test_damaged_manifests_are_passed_over(tmp_path: Path, how: str) -> None:
     run = Run.open(str(tmp_path))
     wanted, bad, _ = chunk_of(run, ids[1], FROZEN.nbytes)
     assert [place.checkpoint for place in find_elsewhere(run, [wanted], {bad})[wanted]] == [ids[2]]
+
+
+def test_a_source_that_is_damaged_too_is_passed_over(tmp_path: Path) -> None:
+    ids = save_twice_apart(str(tmp_path))
+    with Checkpointer(str(tmp_path), write_streams=1) as ckpt:
+        ckpt.load_state(1)
+        ids.append(ckpt.save_state(5, {"n": np.full(3, 5.0), "frozen": FROZEN}).result(60).id)
+    for checkpoint in ids[2], ids[4]:
+        (path,) = (tmp_path / "shards" / checkpoint).iterdir()
+        data = bytearray(path.read_bytes())
+        data[data.index(FROZEN.tobytes()[800:]) + 7] ^= 0x11
+        path.write_bytes(data)
+    with pytest.warns(UserWarning, match=f"was taken from .*{ids[1]}"):
+        assert Checkpointer(str(tmp_path)).load_state()["frozen"].tobytes() == FROZEN.tobytes()
