@@ -25,7 +25,7 @@ from rl_ckpt.errors import (
     UntrustedDataError,
     WorkerFailuresError,
 )
-from rl_ckpt.info import CheckpointInfo, RestoreReport
+from rl_ckpt.info import CheckpointInfo, Damage, RestoreReport, VerifyReport
 from rl_ckpt.plan.retention import EveryNSteps, KeepRule, LatestN
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
 from rl_ckpt.store.pending import PendingSave
@@ -38,6 +38,7 @@ __all__ = [
     "CommitConflictError",
     "CommitUnknownError",
     "CorruptionError",
+    "Damage",
     "EveryNSteps",
     "FencedError",
     "InvalidInputError",
@@ -52,6 +53,7 @@ __all__ = [
     "Sharded",
     "StorageError",
     "UntrustedDataError",
+    "VerifyReport",
     "WorkerFailuresError",
     "__version__",
 ]

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rl_ckpt.errors import CheckpointNotFoundError, CorruptionError, InvalidInputError
-from rl_ckpt.info import CheckpointInfo, RestoreReport
+from rl_ckpt.info import CheckpointInfo, RestoreReport, VerifyReport
 from rl_ckpt.options import Options, WhenBusy, check_step
 from rl_ckpt.plan.match import match_all, view
 from rl_ckpt.plan.retention import KeepRule
@@ -24,9 +24,10 @@ from rl_ckpt.store.committer import SaveRequest, encode_metrics, info_of
 from rl_ckpt.store.pending import PendingSave, raise_untold
 from rl_ckpt.store.pins import pin
 from rl_ckpt.store.plain_save import PlainSaver
-from rl_ckpt.store.reader import load_leaves
+from rl_ckpt.store.repair import load_repaired
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.urls import check_url
+from rl_ckpt.store.verify import verify
 
 if TYPE_CHECKING:
     from rl_ckpt.runtime.service import Service
@@ -248,7 +249,8 @@ class Checkpointer:
         """Reads a checkpoint's state tree into this process, without Ray.
 
         Args:
-            step: Which checkpoint; None: the newest good one (a damaged one is passed over with a warning).
+            step: Which checkpoint; None: the newest good one. A damaged chunk is taken from another checkpoint that has
+                the same; where none has, the checkpoint is passed over. Both with a warning.
             select: Globs of saved paths; only their bytes are read. None: everything.
             rank: Whose per-rank leaves, where several workers saved. Sharded arrays come whole.
             as_numpy: Gives torch and jax arrays as numpy arrays (where torch or jax is not installed).
@@ -269,12 +271,18 @@ class Checkpointer:
             try:
                 manifest = run.manifest(commit)
                 match = match_all(view(manifest, rank), select, None)
-                values = load_leaves(run.store, manifest, match, self._options.allow_pickle, as_numpy)
+                values, repaired = load_repaired(run, manifest, match, self._options.allow_pickle, as_numpy)
             except CorruptionError as error:
                 damaged.append(f"checkpoint {commit.id}: {error}")
                 continue
             if damaged:
                 warnings.warn(f"fell back to checkpoint {commit.id}, since {'; '.join(damaged)}", stacklevel=2)
+            if repaired:
+                warnings.warn(
+                    f"checkpoint {commit.id} is damaged, and was read whole: {'; '.join(repaired)}. "
+                    f"`verify({commit.step}, repair=True)` mends the files",
+                    stacklevel=2,
+                )
             self._parent = commit.id
             return unflatten(match.grown, values)
         raise CorruptionError(f"no good checkpoint in {self._url}: {'; '.join(damaged)}")
@@ -299,6 +307,28 @@ class Checkpointer:
         """The newest checkpoint, or None."""
         found = self.checkpoints()
         return found[-1] if found else None
+
+    def verify(self, step: int | None = None, *, repair: bool = False) -> VerifyReport:
+        """Reads every chunk of a checkpoint, or of all of them, and compares it with what was committed.
+
+        Also looked at: run.json, the commit log, manifests, and whether each shard file is one that Arrow tools open.
+        What several checkpoints share is read once. Needs no Ray.
+
+        Args:
+            step: Which checkpoint; None: all of the run.
+            repair: Writes good bytes back where they can be had: from other checkpoints that hold the same, or, for
+                something small with one wrong bit, by its digest. Files that are good are not touched, and what can't
+                be repaired stays as it is. Jobs may go on saving meanwhile.
+
+        Returns:
+            What was looked at, what is damaged, and what was repaired from where.
+
+        Raises:
+            CheckpointNotFoundError: No such run or checkpoint.
+            CorruptionError: run.json is damaged, and there is no commit log to make it anew from.
+            StorageError: The store failed, or can't be written to.
+        """
+        return verify(self._url, self._storage_options, None if step is None else check_step(step), repair)
 
     @contextlib.contextmanager
     def pin(self, step: int, *, seconds: float = 3600.0) -> Iterator[CheckpointInfo]:

@@ -67,3 +67,50 @@ class RestoreReport:
     """Saved ranks past the new world size: what belonged to them was restored to nobody."""
     fell_back: Mapping[str, str] = field(default_factory=dict)
     """Newer checkpoints that could not be used: id → why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Something in a run's files that is not what was committed."""
+
+    file: str
+    """Its name below the run's url."""
+    found: str
+    """What is there instead: another digest, a size, or why it can't be read."""
+    expected: str = ""
+    """Digest or size that was committed, where it is known."""
+    offset: int | None = None
+    """Of a chunk: where it should lie in the file, in bytes. None: the whole file, or what is around its values."""
+    bytes: int = 0
+    """Of the chunk."""
+    paths: tuple[str, ...] = ()
+    """Leaves that have their values there."""
+    checkpoints: tuple[str, ...] = ()
+    """Ids of those that need it; none for a damaged commit record, which could tell of one."""
+    repaired_from: str | None = None
+    """Where the good bytes came from that were written back; None: it is as it was found."""
+    advice: str = ""
+    """What to do, where it was not repaired."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify` read and found."""
+
+    checkpoints: Mapping[str, str]
+    """By id, oldest first: "good"; "repaired": damaged, and whole again; or "damaged"."""
+    damage: tuple[Damage, ...]
+    """Everything that was found, repaired or not."""
+    files: int
+    """Shard files that were looked at."""
+    chunks: int
+    """That were read, each once, however many checkpoints share it."""
+    bytes: int
+    """Of those chunks."""
+    seconds: float
+    """That it took."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is damaged (any more)."""
+        return all(item.repaired_from is not None for item in self.damage)

@@ -112,7 +112,7 @@ def decode(name: str, data: bytes, expected: bytes) -> Manifest:
                 f"{name} has format version {version}; this release reads up to {FORMAT_VERSION}: upgrade rl-ckpt"
             )
         return msgspec.json.decode(data, type=Manifest)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptionError(f"{name} is no manifest: {error}") from error
 
 

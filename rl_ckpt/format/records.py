@@ -6,6 +6,7 @@ the bytes of `record` as they stand in the file. Does not know: where files are,
 
 from __future__ import annotations
 
+import re
 from typing import TypeVar
 
 import msgspec
@@ -82,6 +83,8 @@ class PinRecord(msgspec.Struct, frozen=True, tag="pin", tag_field="kind", kw_onl
     """Unix seconds."""
 
 
+_ID = re.compile(r"\d{1,19}-\w+\Z", re.ASCII)
+_DIGEST = re.compile(r"[0-9a-f]{32}\Z")
 LogRecord = CommitRecord | EpochRecord
 Record = TypeVar("Record", bound=msgspec.Struct)
 
@@ -114,8 +117,22 @@ def decode(name: str, data: bytes, kind: type[Record]) -> Record:
         if found != envelope.digest:
             raise CorruptionError(f"{name} is damaged: its record has digest {found}, {envelope.digest} was written")
         return msgspec.json.decode(envelope.record, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptionError(f"{name} is damaged or no record of a run: {error}") from error
+
+
+def problem(record: CommitRecord) -> str | None:
+    """Why nothing can be read by a record whose digest is right; None where it can.
+
+    What others do with its fields must not depend on who wrote them: the id becomes part of file names.
+    """
+    if not (
+        _ID.match(record.id)
+        and _DIGEST.match(record.manifest_digest)
+        and record.id.partition("-")[0] == str(record.step)
+    ):
+        return f"{commit_name(record.number)} commits {record.id!r}, step {record.step}, which is no checkpoint"
+    return None
 
 
 def decode_run(url: str, data: bytes) -> RunRecord:

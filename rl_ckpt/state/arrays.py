@@ -31,6 +31,7 @@ NUMPY, TORCH, PARAMETER, FROZEN_PARAMETER, DTENSOR, JAX = (
 BYTES, STR, PICKLE = "bytes", "str", "pickle"
 LONG_PLAIN = (BYTES, STR, PICKLE)
 _TORCH_KINDS = frozenset((TORCH, PARAMETER, FROZEN_PARAMETER, DTENSOR))
+KINDS = frozenset((NUMPY, JAX, *_TORCH_KINDS, *LONG_PLAIN))
 
 
 class ArraySpec(msgspec.Struct, frozen=True, gc=False):

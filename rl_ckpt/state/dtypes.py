@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from typing import Any
 
 import ml_dtypes
@@ -25,6 +26,11 @@ ML_DTYPES: tuple[str, ...] = tuple(
 _ARROW_NATIVE = frozenset(
     ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64"]
 )
+
+
+_NAME = r"bool|(u?int|float|complex)\d+|c?longdouble"
+_SIMPLE = re.compile(rf"({_NAME}|[<>|][biufcSUV]\d+|[<>|][mM]8(\[\w+\])?)\Z", re.ASCII)
+"""What numpy is asked about: names that it would take for code, objects or other spellings are none of ours."""
 
 
 class ArrowStorage(msgspec.Struct, frozen=True):
@@ -64,10 +70,22 @@ def dtype_from_name(name: str) -> np.dtype[np.generic]:
     if name in ML_DTYPES:
         extended: np.dtype[np.generic] = np.dtype(getattr(ml_dtypes, name))
         return extended
-    if name.startswith("descr:"):
+    try:
+        if not name.startswith("descr:"):
+            return _simple(name)
         descr: Any = _tuples(json.loads(name[6:]))
         structured: np.dtype[np.generic] = np.lib.format.descr_to_dtype(descr)
-        return structured
+    except (TypeError, ValueError, KeyError, OverflowError, RecursionError, MemoryError) as error:
+        raise TypeError(f"there is no dtype {name[:200]!r} here: {error}") from error
+    if structured.hasobject or structured.names is None:  # values that are addresses are never read from anywhere
+        raise TypeError(f"{name[:200]!r} is no dtype of fixed-width fields")
+    return structured
+
+
+def _simple(name: str) -> np.dtype[np.generic]:
+    """The dtype of a name or type string of numpy's, of the forms that are stored."""
+    if not _SIMPLE.match(name):
+        raise TypeError("not of a form that is stored")
     return np.dtype(name)
 
 
@@ -81,6 +99,8 @@ def _tuples(descr: object) -> object:
 def _field(field: list[object]) -> tuple[object, ...]:
     name, kind, *shape = field
     title = tuple(name) if isinstance(name, list) else name
+    if isinstance(kind, str) and not _SIMPLE.match(kind):
+        raise TypeError(f"{kind!r} is of no form that is stored")
     return (title, _tuples(kind), *(tuple(s) for s in shape if isinstance(s, list)))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rl_ckpt.errors import CorruptionError, UntrustedDataError
-from rl_ckpt.state.arrays import ArraySpec, UnsupportedLeafError, flat_bytes, from_host, to_host
+from rl_ckpt.state.arrays import KINDS, ArraySpec, UnsupportedLeafError, flat_bytes, from_host, to_host
 from rl_ckpt.state.dtypes import dtype_from_name, dtype_name
 
 Json = None | bool | int | float | str | list[Any] | dict[str, Any]
@@ -134,10 +134,23 @@ def decode(value: Json, path: str = "", allow_pickle: bool = False, as_numpy: bo
     """
     if not isinstance(value, dict):
         return value
+    try:
+        return _decode_tagged(value, path, allow_pickle, as_numpy)
+    except (KeyError, TypeError, ValueError, OverflowError, struct.error, MemoryError, RecursionError) as error:
+        raise CorruptionError(f"{path!r}: no plain leaf is {str(value)[:200]}: {error}") from error
+
+
+def is_encoded(value: Json) -> bool:
+    """Whether a JSON value looks like what the encoders write: an object has a tag and a value."""
+    return not isinstance(value, list) and (not isinstance(value, dict) or ("$" in value and "v" in value))
+
+
+def _decode_tagged(value: dict[str, Any], path: str, allow_pickle: bool, as_numpy: bool) -> Any:
     tag, v = value["$"], value["v"]
     if tag == "strings":
         return _decode_strings(value)
-    assert isinstance(v, str)
+    if not isinstance(v, str):
+        raise TypeError("its value is no text")
     match tag:
         case "int":
             return int(v, 16)
@@ -160,7 +173,11 @@ def decode(value: Json, path: str = "", allow_pickle: bool = False, as_numpy: bo
         case "array":
             shape = tuple(value["shape"])
             dtype = dtype_from_name(str(value["dtype"]))
+            if str(value["kind"]) not in KINDS:
+                raise ValueError(f"there are no arrays of kind {value['kind']!r}")
             host = np.frombuffer(bytearray(base64.b64decode(v)), np.uint8)
+            if host.size != math.prod(shape) * dtype.itemsize:  # an empty one of any size is made without values
+                raise ValueError(f"{host.size} bytes are no {dtype} array of shape {shape}")
             host = host.view(dtype).reshape(shape) if host.size else np.empty(shape, dtype)
             return from_host(host, "numpy" if as_numpy else str(value["kind"]))
     raise CorruptionError(f"{path!r}: unknown tag {tag!r} in the manifest; a newer release may know it")
@@ -168,7 +185,7 @@ def decode(value: Json, path: str = "", allow_pickle: bool = False, as_numpy: bo
 
 def kind_tag(value: Json) -> str:
     """The kind of leaf that a JSON value stands for: the tag, or the JSON type's Python name."""
-    return str(value["$"]) if isinstance(value, dict) else type(value).__name__
+    return str(value.get("$")) if isinstance(value, dict) else type(value).__name__
 
 
 def _encode_scalar(leaf: np.generic) -> Json:

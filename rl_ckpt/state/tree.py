@@ -27,6 +27,7 @@ from rl_ckpt.state.dtypes import dtype_from_name
 from rl_ckpt.state.leaves import Json
 from rl_ckpt.state.paths import Key, escape
 
+CONTAINERS = frozenset(("dict", "OrderedDict", "list", "tuple"))
 AUTO, REPLICATED, PER_RANK, SHARDED = "auto", "replicated", "per_rank", "sharded"
 
 _INLINE_BYTES = 1024  # longer bytes, strings and pickles are kept as chunks, shorter ones in the manifest
@@ -299,7 +300,13 @@ def unflatten(nodes: Mapping[str, Node], values: Mapping[str, Any]) -> Any:
     Returns:
         The tree. The same object in `values` under several paths comes back as one object (ties).
     """
-    tree = _build("", nodes, values)
+    try:
+        tree = _build("", nodes, values)
+    except RecursionError as error:
+        raise InvalidInputError(
+            "the state is nested deeper than Python can follow here; raise `sys.setrecursionlimit`, or choose a part "
+            "of it with `select`"
+        ) from error
     return {} if tree is _MISSING else tree
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rl_ckpt.errors import CorruptionError
+from rl_ckpt.errors import CorruptionError, InvalidInputError
 from rl_ckpt.format import records
 from rl_ckpt.format.digest import compare, digest, hasher
 from rl_ckpt.format.manifest import ArrayEntry, ArrayRef, Chunk, Manifest
@@ -59,10 +59,7 @@ def load_arrays(store: Store, manifest: Manifest, wanted: Iterable[int]) -> dict
         CorruptionError: A chunk is missing or damaged.
         StorageError: The store failed.
     """
-    out = {
-        index: np.empty(manifest.arrays[index].spec.shape, dtype_from_name(manifest.arrays[index].spec.dtype))
-        for index in sorted(set(wanted))
-    }
+    out = {index: _room(store, manifest, index) for index in sorted(set(wanted))}
     by_file: dict[int, list[tuple[int, Chunk]]] = {}
     for index in out:
         for chunk in manifest.arrays[index].chunks:
@@ -72,6 +69,30 @@ def load_arrays(store: Store, manifest: Manifest, wanted: Iterable[int]) -> dict
     else:
         run_all([partial(_fetch, store, manifest, f, chunks, out) for f, chunks in by_file.items()], spare_threads())
     return out
+
+
+def _room(store: Store, manifest: Manifest, index: int) -> Host:
+    """Memory for a whole array.
+
+    Raises:
+        CorruptionError: There is none, for bytes that its files don't have.
+        InvalidInputError: There is none.
+    """
+    entry = manifest.arrays[index]
+    try:
+        return np.empty(entry.spec.shape, dtype_from_name(entry.spec.dtype))
+    except (MemoryError, ValueError) as error:
+        for file in {chunk.file for chunk in entry.chunks}:
+            name, claimed = manifest.files[file].name, manifest.files[file].bytes
+            sizes = [item.size_bytes for item in store.list(name) if item.name == name]
+            if sizes != [claimed]:
+                found = f"has {sizes[0]} bytes" if sizes else "is missing"
+                why = f"{store.object_url(name)} {found}; checkpoint {manifest.id} names {claimed}"
+                raise CorruptionError(why) from error
+        raise InvalidInputError(
+            f"checkpoint {manifest.id} has a {entry.spec.dtype} array of shape {entry.spec.shape}, for which this "
+            f"process gets no memory ({error}); leave it out with `select`, or load it on a larger machine"
+        ) from error
 
 
 def _load_local(store: Store, manifest: Manifest, chunks: list[tuple[int, Chunk]], out: Mapping[int, Host]) -> None:
@@ -89,7 +110,8 @@ def _load_local(store: Store, manifest: Manifest, chunks: list[tuple[int, Chunk]
 def _read_local(
     store: Store, manifest: Manifest, files: LocalFiles, chunks: Sequence[tuple[int, Chunk]], out: Mapping[int, Host]
 ) -> None:
-    by_place: dict[tuple[int, int], list[tuple[int, Chunk]]] = {}  # equal bytes may be chunks of several arrays
+    # Equal bytes may be chunks of several arrays; that they are equal was checked with the manifest.
+    by_place: dict[tuple[int, int], list[tuple[int, Chunk]]] = {}
     for index, chunk in chunks:
         by_place.setdefault((chunk.file, chunk.offset), []).append((index, chunk))
     for found, view in files.small([same[0][1] for same in by_place.values()]):
@@ -239,6 +261,16 @@ def make_leaf(host: Host, kind: str, path: str, allow_pickle: bool, as_numpy: bo
     """A leaf of the saved kind from its values, which it may keep."""
     if kind == PICKLE:
         return leaves.decode_pickle(host.tobytes(), path, allow_pickle)
-    if kind in (BYTES, STR):
+    if kind not in (BYTES, STR):
+        kind = NUMPY if as_numpy else TORCH if kind == DTENSOR else kind
+    try:
         return arrays.from_host(host, kind)
-    return arrays.from_host(host, NUMPY if as_numpy else TORCH if kind == DTENSOR else kind)
+    except UnicodeDecodeError as error:
+        raise CorruptionError(f"{path!r} was saved as text and is none: {error}") from error
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:  # what the libraries say
+        if isinstance(error, InvalidInputError):
+            raise
+        raise InvalidInputError(
+            f"{path!r} is a {host.dtype} array of {kind}, and the {kind.partition('.')[0]} of this process can't make "
+            f"it ({error}); load it as a numpy array with `as_numpy=True`"
+        ) from error

@@ -19,6 +19,7 @@ from rl_ckpt.errors import CheckpointNotFoundError, CorruptionError, InvalidInpu
 from rl_ckpt.format import manifest as manifests
 from rl_ckpt.format import records
 from rl_ckpt.format.manifest import Manifest
+from rl_ckpt.format.manifest_check import check_manifest
 from rl_ckpt.format.records import CommitRecord, RunRecord
 from rl_ckpt.store.base import ObjectExistsError, ObjectMissingError, Store
 from rl_ckpt.store.commit_log import CommitLog, Log
@@ -122,13 +123,23 @@ class Run:
 
     def manifest_file(self, commit: CommitRecord) -> tuple[Manifest, bytes]:
         """As `manifest`, with the bytes of its file."""
+        problem = records.problem(commit)
+        if problem is not None:
+            raise CorruptionError(f"{self.store.url}: {problem}")
         name = records.manifest_name(commit.id)
         url = self.store.object_url(name)
         try:
             data = self.store.get(name)
         except ObjectMissingError as error:
             raise CorruptionError(f"{url} is missing, though record {commit.number} commits it") from error
-        return manifests.decode(url, data, bytes.fromhex(commit.manifest_digest)), data
+        manifest = manifests.decode(url, data, bytes.fromhex(commit.manifest_digest))
+        if (manifest.run, manifest.id, manifest.step) != (commit.run, commit.id, commit.step):
+            raise CorruptionError(
+                f"{url} is of checkpoint {manifest.id} (step {manifest.step}, run {manifest.run}), though record "
+                f"{commit.number} commits {commit.id} (step {commit.step}, run {commit.run}) by it"
+            )
+        check_manifest(url, manifest)
+        return manifest, data
 
     def candidates(self, step: int | None) -> tuple[Sequence[CommitRecord], dict[str, str]]:
         """Commits to try for a restore.
