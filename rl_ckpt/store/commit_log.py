@@ -24,6 +24,7 @@ from rl_ckpt.errors import (
 from rl_ckpt.format import records
 from rl_ckpt.format.records import CommitRecord, EpochRecord, LogRecord
 from rl_ckpt.store.base import ObjectExistsError, ObjectMissingError, Store
+from rl_ckpt.store.lease import Lease, moment
 
 _READERS = 16
 _APPEND_TRIES = 5
@@ -41,6 +42,8 @@ class Log:
     """Highest epoch."""
     owner: str = ""
     """Who opened that epoch."""
+    last_epoch: EpochRecord | None = None
+    """The newest epoch record."""
     damaged: dict[str, str] = field(default_factory=dict)
     """Records that can't be read: name → why."""
 
@@ -97,6 +100,7 @@ class CommitLog:
             tuple(r for r in ordered if isinstance(r, CommitRecord)),
             max((r.epoch for r in ordered), default=0),
             epochs[-1].owner if epochs else "",
+            epochs[-1] if epochs else None,
             damaged,
         )
 
@@ -116,26 +120,40 @@ class CommitLog:
             return f"{name} belongs to another place (run {record.run}, number {record.number})"
         return record
 
-    def claim(self, owner: str) -> Log:
+    def claim(self, owner: str, lease: Lease | None = None, take_over: bool = False) -> Log:
         """Takes the run over: appends an epoch record, which fences every older writer.
 
         Args:
             owner: Who takes over, for the messages that others will get.
+            lease: This writer's, to be written before the epoch record; None: none, and nobody else's is looked at.
+            take_over: Takes over from a writer that is alive too.
 
         Returns:
             The log up to the new epoch record.
 
         Raises:
+            RunOwnedError: Another writer owns the run and is alive.
             StorageError, CommitUnknownError: The store failed.
         """
         while True:
             log = self.read()
             epoch = log.epoch + 1
             self._head = log.head
+            # Before the epoch record, and looked at again whenever another writer was faster: of two that begin at
+            # once, the one that loses the race for the record finds the other's lease, which is there already. A crash
+            # after this line leaves a lease that no epoch record names: nobody reads it, the sweep removes it.
+            if lease is not None:
+                lease.claim(log.last_epoch, epoch, take_over)
 
             def make(number: int, write_id: str, epoch: int = epoch) -> LogRecord:
                 return EpochRecord(
-                    number=number, run=self._run, write_id=write_id, epoch=epoch, owner=owner, time=time.time()
+                    number=number,
+                    run=self._run,
+                    write_id=write_id,
+                    epoch=epoch,
+                    owner=owner,
+                    time=time.time(),
+                    lease=lease.id if lease is not None else "",
                 )
 
             if self._append(make) is None:
@@ -164,14 +182,28 @@ class CommitLog:
         if winner is None:
             return made[-1]
         if isinstance(winner, EpochRecord):
-            raise FencedError(
-                f"{self._store.url} was taken over by {winner.owner} (epoch {winner.epoch}, this is {self._epoch}); "
-                "this process may not commit any more. If that was a mistake, stop the other job and start again"
-            )
+            raise self.fenced(winner)
         raise CommitConflictError(
             f"{self._store.url}: another writer committed checkpoint {winner.id} as record {winner.number}; two jobs "
             "write to one run. Give each its own url"
         )
+
+    def fenced(self, newer: EpochRecord) -> FencedError:
+        """The error of a writer that was taken over from."""
+        return FencedError(
+            f"{self._store.url} was taken over by {newer.owner} (epoch {newer.epoch}, this is {self._epoch}) at "
+            f"{moment(newer.time)}; this process may not commit any more. If that was a mistake, stop the other job "
+            "and start again"
+        )
+
+    def successor(self) -> EpochRecord | None:
+        """A newer owner's epoch record, where it stands right after the newest record that this process knows.
+
+        Raises:
+            StorageError: The store failed.
+        """
+        found = self._read_one(records.commit_name(self._head + 1))
+        return found if isinstance(found, EpochRecord) and found.epoch > self._epoch else None
 
     def take_late(self) -> list[CommitRecord]:
         """Commits of this process whose outcome was unknown and that turned out to have landed, since the last call."""
