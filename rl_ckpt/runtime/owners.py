@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from rl_ckpt.errors import CheckpointError, FencedError, RunOwnedError
-from rl_ckpt.runtime.spec import RunSpec
+from rl_ckpt.runtime.spec import RunSpec, job_of
 from rl_ckpt.store.lease import moment
 
 
@@ -20,7 +20,7 @@ class User:
     """A Checkpointer that saves to the run."""
 
     spec: RunSpec
-    """With the ids of the user and of its Ray job."""
+    """With the id of the user."""
     who: str
     """Release, host and process of its driver."""
     since: float
@@ -50,9 +50,9 @@ class Owners:
         """Whose job saves; None where none has, or the last one is done."""
         return self._owner
 
-    def attach(self, user: str, job: str) -> None:
-        """A Checkpointer of a Ray job uses the run's actors."""
-        self._jobs[user] = job
+    def attach(self, user: str) -> None:
+        """A Checkpointer uses the run's actors."""
+        self._jobs[user] = job_of(user)
 
     def detach(self, user: str, dead: Collection[str]) -> bool:
         """A Checkpointer is done; whether no live job uses the actors any more.
@@ -104,8 +104,8 @@ class Owners:
 
     def refused(self, user: str) -> CheckpointError | None:
         """Why a save of a Checkpointer is not taken; None where it is."""
-        owner, job = self._owner, self._jobs.get(user, "")
-        if owner is None or not job or owner.spec.job == job:
+        owner, job = self._owner, job_of(user)
+        if owner is None or owner.spec.job == job:
             return None
         told = self._taken.get(job)
         return FencedError(told) if told else RunOwnedError(self._owned(owner))
