@@ -13,7 +13,6 @@ has let the run go, and not that it has only just come; and a lease that no epoc
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import socket
 import threading
@@ -203,9 +202,7 @@ class Lease:
         self._put()  # the store says when that was
         times = {item.name: item.modified for item in self._store.list(records.LEASES)}
         mine, theirs = times.get(self.name, 0.0), times.get(held.name, 0.0)
-        if not (mine > 0 and theirs > 0 and math.isfinite(mine) and math.isfinite(theirs)):
-            return 0.0
-        return max(0.0, mine - theirs - _GRANULARITY_S)
+        return max(0.0, mine - theirs - _GRANULARITY_S) if mine > 0 else 0.0
 
     def _owned(self, theirs: LeaseRecord) -> RunOwnedError:
         job = f", for {theirs.job}" if theirs.job else ""

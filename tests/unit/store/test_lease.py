@@ -142,6 +142,14 @@ def test_a_process_number_that_was_given_again_is_no_life(bench: Bench) -> None:
     assert bench.waited == 0
 
 
+def test_an_owner_that_lives_and_has_stopped_renewing_is_over(bench: Bench) -> None:
+    with other_process() as process:
+        bench.own(process)
+        bench.store.now += 31
+        bench.come()
+    assert bench.waited == 0
+
+
 def test_only_a_process_of_this_machine_and_namespace_is_judged() -> None:
     gone = dataclasses.replace(HERE, pid=2**22 - 1)
     assert liveness(gone) == "dead"
