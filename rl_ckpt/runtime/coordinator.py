@@ -166,11 +166,13 @@ class Coordinator:
             await self._save_work.close()
         return last
 
-    async def begin(self, spec: RunSpec, who: str, take_over: bool) -> bytes:
+    async def begin(self, spec: RunSpec, take_over: bool) -> bytes:
         """A Checkpointer is about to save for the first time; the reply says whether it may."""
-        user, loop = User(spec, who, time.time()), asyncio.get_running_loop()
+        user, loop = User(spec, time.time()), asyncio.get_running_loop()
         until = loop.time() + _DEATH_KNOWN_S
         while (refused := self._owners.begin(user, take_over, dead_jobs())) is not None and loop.time() < until:
+            if self._owners.owner_is_seen():
+                break
             await asyncio.sleep(_LOOK_AGAIN_S)  # an owner that was killed just now is not known to be dead yet
         if refused is not None:
             return encode(Failure.of(refused))

@@ -15,7 +15,6 @@ from rl_ckpt.runtime.coordinator import Coordinator
 from rl_ckpt.runtime.messages import Failure, Ok, decode, encode
 from rl_ckpt.runtime.shard_server import CONCURRENCY_GROUPS, ShardServer
 from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
-from rl_ckpt.store.run import who
 
 _RANKS_AT_ONCE = 20_000  # calls that may wait in the coordinator: more than there are ranks
 
@@ -102,7 +101,7 @@ def begin(spec: RunSpec, take_over: bool) -> None:
     Raises:
         RunOwnedError, FencedError: Another live job of this cluster owns the run.
     """
-    reply = decode(ray.get(coordinator(spec).begin.remote(spec, who(), take_over)), Ok | Failure)
+    reply = decode(ray.get(coordinator(spec).begin.remote(spec, take_over)), Ok | Failure)
     if isinstance(reply, Failure):
         raise reply.error()
 

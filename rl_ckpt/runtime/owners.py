@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from rl_ckpt.errors import CheckpointError, FencedError, RunOwnedError
 from rl_ckpt.runtime.spec import RunSpec, job_of
-from rl_ckpt.store.lease import moment
+from rl_ckpt.store.lease import liveness, moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,16 +20,14 @@ class User:
     """A Checkpointer that saves to the run."""
 
     spec: RunSpec
-    """With the id of the user."""
-    who: str
-    """Release, host and process of its driver."""
+    """With the id of the user, and who it is."""
     since: float
     """Unix seconds of its first save."""
 
     @property
     def text(self) -> str:
         """For messages."""
-        return f"{self.who} (Ray job {self.spec.job})"
+        return f"{self.spec.by} (Ray job {self.spec.job})"
 
 
 @dataclass(slots=True)
@@ -45,10 +43,10 @@ class Owners:
     _taken: dict[str, str] = field(default_factory=dict)
     """Ray jobs that were taken over from → what they are told."""
 
-    @property
-    def owner(self) -> User | None:
-        """Whose job saves; None where none has, or the last one is done."""
-        return self._owner
+    def owner_is_seen(self) -> bool:
+        """Whether the process of the one that saves is seen to be alive: on this host."""
+        process = self._owner.spec.process if self._owner is not None else None
+        return process is not None and liveness(process) == "alive"
 
     def attach(self, user: str) -> None:
         """A Checkpointer uses the run's actors."""

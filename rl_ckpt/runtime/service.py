@@ -31,8 +31,9 @@ from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest
 from rl_ckpt.runtime.spec import NAMESPACE, Place, RunSpec
 from rl_ckpt.runtime.staging import StagedRank
 from rl_ckpt.store.committer import SaveRequest, info_from, info_of
+from rl_ckpt.store.lease import this_process
 from rl_ckpt.store.pending import PendingSave, in_thread
-from rl_ckpt.store.run import Run
+from rl_ckpt.store.run import Run, who
 from rl_ckpt.store.urls import open_store
 
 _PHASES = 3  # in which a rank may use up `join_timeout_s`: beginning, joining, staging or matching
@@ -71,7 +72,9 @@ class Service:
         """Whether the first save takes the run over; asked for once, so not an option of the coordinator's."""
         options = dataclasses.replace(options, take_over=False)
         user = f"{ray.get_runtime_context().get_job_id()}-{uuid.uuid4().hex[:12]}"
-        spec = RunSpec(url, dict(storage_options), tuple(keep), options, *methods, user=user)
+        spec = RunSpec(
+            url, dict(storage_options), tuple(keep), options, *methods, user=user, by=who(), process=this_process()
+        )
         self.spec = start_coordinator(spec)
         self.owns_run = False
         self._begun = False

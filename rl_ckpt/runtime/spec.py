@@ -10,6 +10,7 @@ import xxhash
 
 from rl_ckpt.options import Options
 from rl_ckpt.plan.retention import KeepRule
+from rl_ckpt.store.lease import Process
 
 NAMESPACE = "rl_ckpt"
 
@@ -28,6 +29,10 @@ class RunSpec:
     """Id of the coordinator's actor: tells one service of a run from the next."""
     user: str = ""
     """Id of the Checkpointer: its Ray job, a dash, and a random part."""
+    by: str = ""
+    """Release, host and process that made the Checkpointer, for messages."""
+    process: Process | None = None
+    """The same, to be looked for."""
 
     @property
     def key(self) -> str:

@@ -63,6 +63,8 @@ class CommitLog:
             str, LogRecord
         ] = {}  # by write id: sent, outcome not learnt; one may yet land at head + 1
         self._late: list[CommitRecord] = []
+        self.fenced_by: EpochRecord | None = None
+        """The newer owner, once this writer has met its record."""
 
     @property
     def epoch(self) -> int:
@@ -182,28 +184,39 @@ class CommitLog:
         if winner is None:
             return made[-1]
         if isinstance(winner, EpochRecord):
-            raise self.fenced(winner)
+            self.fenced_by = winner
+            raise self._fenced(winner)
         raise CommitConflictError(
             f"{self._store.url}: another writer committed checkpoint {winner.id} as record {winner.number}; two jobs "
             "write to one run. Give each its own url"
         )
 
-    def fenced(self, newer: EpochRecord) -> FencedError:
-        """The error of a writer that was taken over from."""
+    def check_owner(self) -> None:
+        """Asks the store nothing.
+
+        Raises:
+            FencedError: It is known that a newer coordinator owns the run.
+        """
+        if self.fenced_by is not None:
+            raise self._fenced(self.fenced_by)
+
+    def _fenced(self, newer: EpochRecord) -> FencedError:
         return FencedError(
             f"{self._store.url} was taken over by {newer.owner} (epoch {newer.epoch}, this is {self._epoch}) at "
             f"{moment(newer.time)}; this process may not commit any more. If that was a mistake, stop the other job "
             "and start again"
         )
 
-    def successor(self) -> EpochRecord | None:
-        """A newer owner's epoch record, where it stands right after the newest record that this process knows.
+    def look_for_newer(self) -> bool:
+        """Whether a newer owner's epoch record stands right after the newest record that this process knows.
 
         Raises:
             StorageError: The store failed.
         """
         found = self._read_one(records.commit_name(self._head + 1))
-        return found if isinstance(found, EpochRecord) and found.epoch > self._epoch else None
+        if isinstance(found, EpochRecord) and found.epoch > self._epoch:
+            self.fenced_by = found
+        return self.fenced_by is not None
 
     def take_late(self) -> list[CommitRecord]:
         """Commits of this process whose outcome was unknown and that turned out to have landed, since the last call."""

@@ -108,7 +108,7 @@ class Committer:
         except BaseException:
             self._lease.close()
             raise
-        self._lease.start(run.log.successor)
+        self._lease.start(run.log.look_for_newer)
         # A committer that nobody closed and nobody has any more does not keep the run from others.
         self._end = weakref.finalize(self, self._lease.stop)
         self._end.atexit = False
@@ -142,9 +142,9 @@ class Committer:
 
         Raises:
             InvalidInputError: The step is committed already in this line of checkpoints, or being saved.
-            FencedError: The lease's thread has seen that a newer coordinator owns the run.
+            FencedError: It is known already that a newer coordinator owns the run.
         """
-        self._check_owner()
+        self.run.log.check_owner()
         if self.is_gone():
             raise StorageError(f"{self.run.store.url} was removed under this process; make a new Checkpointer")
         with self._lock:
@@ -164,12 +164,7 @@ class Committer:
 
     def fenced(self) -> bool:
         """Whether it is known that a newer coordinator owns the run."""
-        return self._lease.fenced_by is not None
-
-    def _check_owner(self) -> None:
-        newer = self._lease.fenced_by
-        if newer is not None:
-            raise self.run.log.fenced(newer)
+        return self.run.log.fenced_by is not None
 
     def close(self) -> None:
         """Lets the run go: no thread and no lease of this committer is left, and the next writer need not wait."""

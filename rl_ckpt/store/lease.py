@@ -118,9 +118,7 @@ class Lease:
         self._written = ""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._successor: Callable[[], EpochRecord | None] = lambda: None
-        self.fenced_by: EpochRecord | None = None
-        """The newer owner, once the renewing thread has seen it."""
+        self._taken: Callable[[], bool] = lambda: False
 
     @property
     def id(self) -> str:
@@ -228,13 +226,13 @@ class Lease:
 
     # Renewing.
 
-    def start(self, successor: Callable[[], EpochRecord | None]) -> None:
+    def start(self, taken: Callable[[], bool]) -> None:
         """Renews the lease from now on, in a thread of its own, until `close` or `stop`, or a newer owner is seen.
 
         Args:
-            successor: Reads a newer owner's epoch record, if there is one.
+            taken: Asks the store whether a newer owner has the run.
         """
-        self._successor = successor
+        self._taken = taken
         self._thread = threading.Thread(target=self._run, name="rl_ckpt-lease", daemon=True)
         self._thread.start()
 
@@ -250,8 +248,7 @@ class Lease:
             # the newer owner has swept.
             if not self._store.exists(records.RUN_FILE):
                 return False
-            self.fenced_by = self._successor()
-            if self.fenced_by is not None:
+            if self._taken():
                 self.withdraw()
                 return False
             self._put()

@@ -49,6 +49,9 @@ for line in sys.stdin:
         if word == "save":
             give(team, [state(int(step[0]))])
             print("saved", ckpt.save(int(step[0]), team).result(60).step, flush=True)
+        elif word == "new":
+            ckpt = Checkpointer(url, storage_options=options)
+            print("new", flush=True)
         elif word == "restore":
             print("restored", ckpt.restore(team).step, flush=True)
         else:
@@ -176,11 +179,14 @@ def test_two_clusters_on_one_url(kind: str, tmp_path: Path, workers: list[Any], 
             assert save(ckpt, workers, 4) == 4
             with pytest.raises(RunOwnedError):
                 Checkpointer(url, storage_options=options).save_state(9, {"n": 1})
-            assert first("close") == "closed"
+            assert first("new") == "new"
+            assert first("save 5").startswith("RunOwnedError "), "its coordinator asks again for a new Checkpointer"
             assert save(ckpt, workers, 5) == 5
+        assert first("save 6") == "saved 6"
+        assert first("close") == "closed"
         log = Run.open(url, options).log.read()
         assert [(c.step, c.epoch, c.parent) for c in log.commits] == line_of(
-            log.commits, [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
+            log.commits, [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2), (6, 3)]
         )
         assert store.list(records.LEASES) == []
 

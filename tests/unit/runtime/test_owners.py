@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from ray import cloudpickle
 
@@ -9,11 +11,13 @@ from rl_ckpt.errors import CheckpointError, FencedError, RunOwnedError
 from rl_ckpt.options import Options
 from rl_ckpt.runtime.owners import Owners, User
 from rl_ckpt.runtime.spec import RunSpec
+from rl_ckpt.store.lease import Process, this_process
 
 
-def user(name: str, who: str = "") -> User:
-    spec = RunSpec("s3://b/r", {}, (), Options(), "get_state", "set_state", "service", name)
-    return User(spec, who or f"rl-ckpt on host of {name}", 1_700_000_000.0)
+def user(name: str, process: Process | None = None) -> User:
+    by = f"rl-ckpt on host of {name}"
+    spec = RunSpec("s3://b/r", {}, (), Options(), "get_state", "set_state", "service", name, by, process)
+    return User(spec, 1_700_000_000.0)
 
 
 def begun(owners: Owners, name: str, dead: frozenset[str] = frozenset(), take_over: bool = False) -> str:
@@ -102,6 +106,17 @@ def test_the_last_live_user_ends_the_actors(owners: Owners) -> None:
     owners.attach("02-b")
     assert owners.detach("02-b", set()) is False
     assert owners.detach("01-a", set()) is True
+
+
+def test_an_owner_is_seen_where_its_process_is_on_this_host() -> None:
+    owners, here = Owners("s3://b/r"), this_process()
+    assert not owners.owner_is_seen()
+    owners.begin(user("01-a", here), False, set())
+    assert owners.owner_is_seen()
+    for other in (dataclasses.replace(here, machine="another"), dataclasses.replace(here, started="0"), None):
+        owners.begin(user("02-b", other), True, set())
+        assert not owners.owner_is_seen()
+        owners.begin(user("01-a", here), True, set())
 
 
 def test_it_survives_the_way_to_the_next_start(owners: Owners) -> None:

@@ -269,6 +269,9 @@ def test_a_claim_that_fails_leaves_no_lease(bench: Bench) -> None:
     bench.store.before = once(fail, "list", prefix=records.COMMITS)
     with pytest.raises(StorageError):
         Committer(run, (), 0.0)
+    bench.store.before = once(fail, "create", prefix=records.COMMITS)
+    with pytest.raises(StorageError):
+        Committer(run, (), 0.0)
     assert bench.names() == []
     assert lease_threads() == []
 
