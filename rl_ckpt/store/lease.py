@@ -200,7 +200,7 @@ class Lease:
         self._put()  # the store says when that was
         times = {item.name: item.modified for item in self._store.list(records.LEASES)}
         mine, theirs = times.get(self.name, 0.0), times.get(held.name, 0.0)
-        return max(0.0, mine - theirs - _GRANULARITY_S) if mine > 0 else 0.0
+        return max(0.0, mine - theirs - _GRANULARITY_S)
 
     def _owned(self, theirs: LeaseRecord) -> RunOwnedError:
         job = f", for {theirs.job}" if theirs.job else ""

@@ -41,21 +41,22 @@ options = json.loads(options)
 more = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20} if address == "local" else {}
 ray.init(address, log_to_driver=False, **more)
 team = [Holder.remote()]
-ckpt = Checkpointer(url, storage_options=options)
+made = [Checkpointer(url, storage_options=options)]
 print("ready", flush=True)
 for line in sys.stdin:
     word, *step = line.split()
     try:
         if word == "save":
             give(team, [state(int(step[0]))])
-            print("saved", ckpt.save(int(step[0]), team).result(60).step, flush=True)
+            print("saved", made[-1].save(int(step[0]), team).result(60).step, flush=True)
         elif word == "new":
-            ckpt = Checkpointer(url, storage_options=options)
+            made.append(Checkpointer(url, storage_options=options))
             print("new", flush=True)
         elif word == "restore":
-            print("restored", ckpt.restore(team).step, flush=True)
+            print("restored", made[-1].restore(team).step, flush=True)
         else:
-            ckpt.close()
+            for ckpt in made:
+                ckpt.close()
             print("closed", flush=True)
     except CheckpointError as error:
         print(type(error).__name__, str(error).replace(chr(10), " "), flush=True)
