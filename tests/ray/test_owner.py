@@ -167,6 +167,8 @@ def test_two_clusters_on_one_url(kind: str, tmp_path: Path, workers: list[Any], 
                 RunOwnedError, match=rf"alive: .*process \d+, for .*process {first.process.pid} \(Ray job "
             ):
                 save(ckpt, workers, 2)
+        with pytest.raises(RunOwnedError):
+            ckpt.prepare(workers)
         assert ckpt.restore(workers).step == 1, "who reads asks nobody"
         ckpt.close()
         assert names(store) == before
