@@ -205,7 +205,7 @@ def test_a_job_whose_cluster_is_killed_starts_again_at_once(tmp_path: Path, work
         assert first("save 1") == "saved 1"
         first.kill()
     never_over(open_store(url))
-    with Checkpointer(url) as ckpt:
+    with Checkpointer(url, write_timeout_s=30) as ckpt:
         assert save(ckpt, workers, 2) == 2
 
 
@@ -254,7 +254,7 @@ def test_a_coordinator_that_is_killed_goes_on_at_once_and_remembers_whose_the_ru
     tmp_path: Path, cluster: Any, workers: list[Any]
 ) -> None:
     url = str(tmp_path / "run")
-    with Checkpointer(url) as ckpt, other_job(cluster.address, url, {}) as other:
+    with Checkpointer(url, write_timeout_s=30) as ckpt, other_job(cluster.address, url, {}) as other:
         assert save(ckpt, workers, 1) == 1
         old = pid_of(link(ckpt))
         kill_process(old)
