@@ -7,6 +7,7 @@ no Ray.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,6 +58,7 @@ class Checkpointer:
         when_busy: WhenBusy = "wait",
         allow_pickle: bool = False,
         weak_commits: bool = False,
+        take_over: bool = False,
         chunk_bytes: int = Options.chunk_bytes,
         write_streams: int = Options.write_streams,
         join_timeout_s: float = Options.join_timeout_s,
@@ -77,6 +79,8 @@ class Checkpointer:
                 Loading such a checkpoint runs code from it.
             weak_commits: Accepts a store without create-only PUT: two coordinators may then overwrite each other's
                 commits.
+            take_over: Whether the first save takes the run over from another job that is alive and owns it. Without it
+                that save raises `RunOwnedError`, and with it the other job's next save raises `FencedError`.
             chunk_bytes: Upper limit of a chunk, in bytes.
             write_streams: Shard files that a node writes at a time.
             join_timeout_s: How long a save or restore waits for all its workers, in seconds.
@@ -95,6 +99,7 @@ class Checkpointer:
             grace_s=grace_s,
             allow_pickle=allow_pickle,
             weak_commits=weak_commits,
+            take_over=take_over,
         )
         if isinstance(keep, type | KeepRule) or any(isinstance(r, type) or not isinstance(r, KeepRule) for r in keep):
             raise InvalidInputError(f"keep={keep!r} must be a list of rules such as [LatestN(3), EveryNSteps(1000)]")
@@ -137,6 +142,8 @@ class Checkpointer:
             WorkerFailuresError: Workers are dead or their `get_state` raised; by rank.
             SaveTimeoutError: Workers did not take part in time.
             SaveSkippedError: Earlier saves are still being written (`when_busy="skip"`).
+            RunOwnedError: Another job that is alive owns the run, and `take_over` was not given; nothing was written.
+            FencedError: Another job took the run over.
             CheckpointError: An earlier save failed in the background and nobody had asked for its result yet.
         """
         request = self._request(step, metrics, tag)
@@ -203,7 +210,7 @@ class Checkpointer:
 
         service = self._running_service()
         service.owns_run = True
-        return WorkerCheckpointer(service.spec, rank, world_size)
+        return WorkerCheckpointer(service.spec, rank, world_size, service.take_over)
 
     def save_state(
         self, step: int, tree: Any, *, metrics: Mapping[str, object] | None = None, tag: str | None = None
@@ -220,7 +227,7 @@ class Checkpointer:
             The save under way.
 
         Raises:
-            InvalidInputError, SaveSkippedError, CheckpointError: As for `save`.
+            InvalidInputError, SaveSkippedError, RunOwnedError, FencedError, CheckpointError: As for `save`.
         """
         begun = time.monotonic()
         request = self._request(step, metrics, tag)
@@ -234,6 +241,7 @@ class Checkpointer:
             self._saver = PlainSaver(
                 Run.create(self._url, self._storage_options, self._options.weak_commits), self._keep, self._options
             )
+            self._options = dataclasses.replace(self._options, take_over=False)  # it was asked for once, and is done
         if self._saver.sweep_failure:
             warnings.warn(f"old checkpoints could not be swept: {self._saver.sweep_failure}", stacklevel=2)
         return self._track(PendingSave(request.step, self._saver.save(request, flat, begun)))
@@ -384,6 +392,7 @@ class Checkpointer:
                 self._saver.close()
                 self._saver = None
             self._service = Service(self._url, self._storage_options, self._keep, self._options, self._methods)
+            self._options = dataclasses.replace(self._options, take_over=False)  # it is the service's to do, once
         return self._service
 
     def _track(self, pending: PendingSave) -> PendingSave:

@@ -5,6 +5,7 @@ CheckpointError                          code: a stable string; every class surv
 ├── CheckpointNotFoundError(FileNotFoundError)
 ├── CorruptionError                      which file and chunk, expected and found digest
 ├── CommitConflictError                  somebody else committed; who, and what to do
+│   └── RunOwnedError                    another job that is alive owns the run; who, since when, how to take over
 ├── CommitUnknownError                   the store's answer was lost and could not be found out
 ├── FencedError                          a newer coordinator owns this run
 ├── SaveSkippedError                     the previous saves were still writing and the user chose to skip
@@ -61,6 +62,12 @@ class CommitConflictError(CheckpointError):
     """Somebody else committed what this call wanted to commit."""
 
     code = "commit_conflict"
+
+
+class RunOwnedError(CommitConflictError):
+    """Another job, which is alive, owns the run; nothing was written. `take_over=True` takes it over."""
+
+    code = "run_owned"
 
 
 class CommitUnknownError(CheckpointError):
@@ -124,6 +131,7 @@ _BY_CODE: dict[str, type[CheckpointError]] = {
         CheckpointNotFoundError,
         CorruptionError,
         CommitConflictError,
+        RunOwnedError,
         CommitUnknownError,
         FencedError,
         SaveSkippedError,

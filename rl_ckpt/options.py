@@ -37,6 +37,9 @@ class Options:
     weak_commits: bool = False
     """Accepts a store without create-only PUT: two coordinators at once may then overwrite each other's commits."""
 
+    take_over: bool = False
+    """Whether the first save takes the run over from another job that is alive."""
+
     def __post_init__(self) -> None:
         """Checks every value.
 

@@ -1,4 +1,4 @@
-"""Records: run.json, the commit log's records and pins, as self-checking JSON (docs/format.md).
+"""Records: run.json, the commit log's records, pins and leases, as self-checking JSON (docs/format.md).
 
 Owns: their fields and their encoding. A record's file is `{"digest": ..., "record": {...}}`, where the digest covers
 the bytes of `record` as they stand in the file. Does not know: where files are, who may create one.
@@ -18,7 +18,7 @@ from rl_ckpt.state.leaves import Json
 FORMAT_VERSION = 1
 
 RUN_FILE = "run.json"
-COMMITS, MANIFESTS, SHARDS, PINS = "commits/", "manifests/", "shards/", "pins/"
+COMMITS, MANIFESTS, SHARDS, PINS, LEASES = "commits/", "manifests/", "shards/", "pins/", "leases/"
 
 
 class RunRecord(msgspec.Struct, frozen=True, tag="run", tag_field="kind"):
@@ -72,6 +72,8 @@ class EpochRecord(msgspec.Struct, frozen=True, tag="epoch", tag_field="kind", kw
     owner: str
     """Release, host and process, for messages."""
     time: float
+    lease: str = ""
+    """Id of the writer's lease; empty where it has none."""
 
 
 class PinRecord(msgspec.Struct, frozen=True, tag="pin", tag_field="kind", kw_only=True):
@@ -85,6 +87,35 @@ class PinRecord(msgspec.Struct, frozen=True, tag="pin", tag_field="kind", kw_onl
 
 _ID = re.compile(r"\d{1,19}-\w+\Z", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{32}\Z")
+
+
+class LeaseRecord(msgspec.Struct, frozen=True, tag="lease", tag_field="kind", kw_only=True):
+    """A writer's word that it lives, written again and again while it does."""
+
+    epoch: int
+    id: str
+    """Random; the epoch record with this id in `lease` says that the run is this writer's."""
+    owner: str
+    """As in the epoch record."""
+    job: str
+    """What the writer works for, for messages; may be empty."""
+    host: str
+    pid: int
+    started: str
+    """When the process began, in the words of its machine: tells it from a later one with the same number."""
+    machine: str
+    """Start of the machine and process namespace in which `pid` counts; empty where neither is known."""
+    service: str
+    """Random id of what goes on in another process when this one dies; empty where nothing does."""
+    since: float
+    """Unix seconds, by the writer's clock, as `seen`: for messages."""
+    seen: float
+    beat: int
+    """How often it was written: whoever sees it change knows that the writer lives."""
+    lease_s: float
+    """A lease that has not changed for as many seconds is over."""
+
+
 LogRecord = CommitRecord | EpochRecord
 Record = TypeVar("Record", bound=msgspec.Struct)
 
@@ -173,3 +204,14 @@ def manifest_name(checkpoint: str) -> str:
 def pin_name(pin: str) -> str:
     """File of a pin."""
     return f"{PINS}{pin}.json"
+
+
+def lease_name(epoch: int, lease: str) -> str:
+    """File of a writer's lease."""
+    return f"{LEASES}{epoch:08d}-{lease}.json"
+
+
+def lease_epoch(name: str) -> int | None:
+    """The epoch in a lease's file name; None for any other file."""
+    number, dash, _ = name.removeprefix(LEASES).removesuffix(".json").partition("-")
+    return int(number) if dash and number.isdecimal() and name.startswith(LEASES) else None

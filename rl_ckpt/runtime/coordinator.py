@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable
@@ -18,7 +19,7 @@ from typing import Any
 import msgspec
 import ray
 
-from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, StorageError
+from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, SaveTimeoutError, StorageError
 from rl_ckpt.runtime import restore_machine as rm
 from rl_ckpt.runtime import save_steps as sm
 from rl_ckpt.runtime.generations import StagingFile
@@ -45,6 +46,8 @@ from rl_ckpt.runtime.messages import (
     decode,
     encode,
 )
+from rl_ckpt.runtime.owners import Owners, User
+from rl_ckpt.runtime.owners_kept import KeptOwners, dead_jobs
 from rl_ckpt.runtime.restore_work import RestoreWork
 from rl_ckpt.runtime.save_machine import SaveMachine
 from rl_ckpt.runtime.save_work import SaveWork
@@ -53,13 +56,20 @@ from rl_ckpt.runtime.spec import RunSpec
 from rl_ckpt.store.committer import SaveRequest
 
 _OUTCOMES_KEPT = 256
+_DEATH_KNOWN_S = 5.0  # within which Ray knows that a driver was killed
+_LOOK_AGAIN_S = 0.1
 
 
 class Coordinator:
     """See the module. Made by `links.start_coordinator`."""
 
-    def __init__(self, spec: RunSpec) -> None:
-        """Ready at once: the store is opened when it is first needed."""
+    def __init__(self, spec: RunSpec, service: str) -> None:
+        """Ready at once: the store is opened when it is first needed.
+
+        Args:
+            spec: Of whoever starts it; those who save bring theirs.
+            service: Random id, the same when Ray starts it again in another process.
+        """
         incarnation = f"{uuid.uuid4().hex[:8]}-"
         self._saves = SaveMachine(spec.options, incarnation)
         self._restores = rm.RestoreMachine(spec.options, incarnation)
@@ -68,9 +78,11 @@ class Coordinator:
         self._servers = Servers()
         self._tasks: set[asyncio.Task[None]] = set()
         self._restore_work = RestoreWork(spec)
-        self._save_work = SaveWork(spec, self._restore_work.forget)
+        self._save_work = SaveWork(spec, service, self._restore_work.forget)
         self._opened_with = spec.storage_options
-        self._users: dict[str, str] = {}  # drivers that use these actors → their Ray job
+        self._kept = KeptOwners(spec.coordinator, service)
+        self._owners = self._kept.load() or Owners(spec.url)  # as they were where this is a new start of the same
+        self._user = ""  # whose rules and options are in use
         self._idle = asyncio.Event()
         self._idle.set()
         self._counts = {"messages": 0, "bytes_in": 0, "bytes_out": 0, "largest": 0, "repeats": 0}
@@ -81,12 +93,14 @@ class Coordinator:
         """A rank takes part in a save; the reply says what it stages."""
         message = self._read(data, JoinSave)
         self._servers.note(message.server)
-        return await self._answer(message.key, message.rank, lambda: self._saves.join(message))
+        refused = self._refused(message)
+        return refused or await self._answer(message.key, message.rank, lambda: self._saves.join(message))
 
     async def repeat_save(self, data: bytes) -> bytes:
         """A rank takes part in a save, with a state of the shape that it had in the last one."""
         message = self._read(data, RepeatSave)
-        return await self._answer(message.key, message.rank, lambda: self._saves.repeat(message))
+        refused = self._refused(message)
+        return refused or await self._answer(message.key, message.rank, lambda: self._saves.repeat(message))
 
     async def staged(self, data: bytes) -> None:
         """A rank has staged."""
@@ -134,18 +148,45 @@ class Coordinator:
         message = self._read(data, Lost)
         self._do(self._restores.lost(message.key, message.rank, message.world_size, message.failure))
 
-    async def attach(self, user: str, job: str) -> None:
-        """A driver (of the Ray job `job`) uses the run's actors."""
-        self._users[user] = job
+    async def attach(self, user: str) -> None:
+        """A Checkpointer uses the run's actors."""
+        self._owners.attach(user)
+        self._kept.keep(self._owners)
 
-    async def detach(self, user: str) -> bool:
-        """A driver is done with the run's actors; answers whether it may end them, as no live driver uses them."""
-        self._users.pop(user, None)
-        dead = {job["JobID"] for job in ray._private.state.jobs() if job["IsDead"]}
-        return not [other for other, job in self._users.items() if job not in dead]
+    async def detach(self, user: str, end: bool = True) -> bool:
+        """A Checkpointer is done with the run's actors; answers whether it may end them, as no live job uses them.
 
-    async def configure(self, spec: RunSpec) -> None:
-        """Takes over the rules and options of the driver that saves (a coordinator may be found, not made)."""
+        Args:
+            user: Its id.
+            end: Whether it would.
+        """
+        last = self._owners.detach(user, dead_jobs()) and end
+        self._kept.keep(None if last else self._owners)
+        if last:
+            await self._save_work.close()
+        return last
+
+    async def begin(self, spec: RunSpec, take_over: bool) -> bytes:
+        """A Checkpointer is about to save for the first time; the reply says whether it may."""
+        user, loop = User(spec, time.time()), asyncio.get_running_loop()
+        until = loop.time() + _DEATH_KNOWN_S
+        while (refused := self._owners.begin(user, take_over, dead_jobs())) is not None and loop.time() < until:
+            if self._owners.owner_is_seen():
+                break
+            await asyncio.sleep(_LOOK_AGAIN_S)  # an owner that was killed just now is not known to be dead yet
+        if refused is not None:
+            return encode(Failure.of(refused))
+        self._kept.keep(self._owners)
+        self._save_work.begin(user.text, take_over, not self._saves.busy())
+        self._follow(spec.user)
+        return encode(Ok())
+
+    def _follow(self, user: str) -> None:
+        """Takes over the rules and options of the Checkpointer that saves (a coordinator may be found, not made)."""
+        spec = self._owners.spec_of(user)
+        if user == self._user or spec is None:
+            return
+        self._user = user
         self._saves.configure(spec.options)
         self._restores.options = spec.options
         anew = spec.storage_options != self._opened_with and not self._saves.busy()  # rotated keys, say
@@ -154,6 +195,14 @@ class Coordinator:
             self._servers.configure(spec)
         self._save_work.configure(spec, anew)
         self._restore_work.configure(spec, anew)
+
+    def _refused(self, message: JoinSave | RepeatSave) -> bytes | None:
+        """The answer to a rank of a job that does not own the run; None where it may save."""
+        self._follow(message.user)
+        refused = self._owners.refused(message.user)
+        if refused is None or message.key in self._saves.states():  # what has begun goes on
+            return None
+        return self._reply(Failure.of(refused))
 
     async def under_way(self, key: str) -> bool:
         """Whether a save or restore is past the call for its workers: who waits for it need not keep the time."""
@@ -167,10 +216,15 @@ class Coordinator:
         """Names of the shard servers that took part so far."""
         return self._servers.names()
 
-    async def drain(self) -> bytes:
-        """Answers once no save is under way and the sweep is done."""
-        await self._idle.wait()
-        await self._save_work.drain()
+    async def drain(self, seconds: float | None = None) -> bytes:
+        """Answers once no save is under way and the sweep is done, or after so many seconds with what is left."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+                await self._save_work.drain()
+        except TimeoutError:
+            left = ", ".join(f"{key}: {state}" for key, state in self._saves.states().items()) or "the sweep"
+            return encode(Failure.of(SaveTimeoutError(f"not done within {seconds} s: {left}")))
         return encode(Ok())
 
     # The shell.

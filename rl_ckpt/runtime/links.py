@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import uuid
 from typing import Any
 
 import msgspec
@@ -11,7 +12,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rl_ckpt.errors import CheckpointError, InvalidInputError
 from rl_ckpt.runtime.coordinator import Coordinator
-from rl_ckpt.runtime.messages import Failure, decode, encode
+from rl_ckpt.runtime.messages import Failure, Ok, decode, encode
 from rl_ckpt.runtime.shard_server import CONCURRENCY_GROUPS, ShardServer
 from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
 
@@ -37,7 +38,7 @@ def start_coordinator(spec: RunSpec) -> RunSpec:
         max_restarts=-1,
         num_cpus=0,
         max_concurrency=_RANKS_AT_ONCE,
-    ).remote(spec)
+    ).remote(spec, uuid.uuid4().hex)
     service: str = handle._actor_id.hex()
     _coordinators[service] = handle
     return dataclasses.replace(spec, service=service)
@@ -92,6 +93,17 @@ def server(spec: RunSpec) -> Any:
     if spec.service not in _handles:
         _handles[spec.service] = ray.get_actor(_servers[spec.service], namespace=NAMESPACE)
     return _handles[spec.service]
+
+
+def begin(spec: RunSpec, take_over: bool) -> None:
+    """Asks the coordinator, before the first save of a Checkpointer, whether its job may save.
+
+    Raises:
+        RunOwnedError, FencedError: Another live job of this cluster owns the run.
+    """
+    reply = decode(ray.get(coordinator(spec).begin.remote(spec, take_over)), Ok | Failure)
+    if isinstance(reply, Failure):
+        raise reply.error()
 
 
 class ToldError(Exception):

@@ -56,6 +56,8 @@ class JoinSave(msgspec.Struct, frozen=True):
     """File of staging memory that was promised to this rank, in which it does not write any more."""
     prepare: bool = False
     """Only makes everything ready for saves of this shape."""
+    user: str = ""
+    """As in `RunSpec`."""
 
 
 class SaveOrders(msgspec.Struct, frozen=True, tag="orders"):
@@ -87,6 +89,8 @@ class RepeatSave(msgspec.Struct, frozen=True):
     """The rank's plain leaves (plan/standing.py)."""
     identities: bytes
     """The identities of the rank's inventory, joined."""
+    user: str = ""
+    """As in `RunSpec`."""
 
 
 class RepeatOrders(msgspec.Struct, frozen=True, tag="repeat"):

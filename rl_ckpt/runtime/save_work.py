@@ -27,9 +27,18 @@ T = TypeVar("T")
 class SaveWork:
     """See the module. For one event loop."""
 
-    def __init__(self, spec: RunSpec, gone: Callable[[], None]) -> None:
-        """Nothing is opened yet; `gone` is told where the run was removed, and a new one comes in its place."""
+    def __init__(self, spec: RunSpec, service: str, gone: Callable[[], None]) -> None:
+        """Nothing is opened yet.
+
+        Args:
+            spec: Of the run.
+            service: Id of the coordinator, the same when it comes back in another process.
+            gone: Is told where the run was removed, and a new one comes in its place.
+        """
         self._spec = spec
+        self._service = service
+        self._job = ""
+        self._take_over = False
         self._gone = gone
         self._committing = ThreadPoolExecutor(1, "rl_ckpt-commit")
         self._naming = ThreadPoolExecutor(1, "rl_ckpt-name")
@@ -40,26 +49,58 @@ class SaveWork:
         """Takes a driver's rules and options; `anew` where everything is to be opened with them."""
         self._spec = spec
         if anew:
-            self._committer = None
+            self._let_go()
         if self._committer is not None:
             self._committer.configure(spec.keep, spec.options.grace_s)
+
+    def begin(self, job: str, take_over: bool, idle: bool) -> None:
+        """A Checkpointer is about to save for the first time.
+
+        Args:
+            job: For messages to others.
+            take_over: Takes the run over from a writer outside of this cluster too.
+            idle: Whether no save is under way.
+        """
+        self._job = job
+        self._take_over = self._take_over or take_over
+        if self._committer is not None and (self._committer.fenced() or (take_over and idle)):
+            self._let_go()  # whether this one may have the run is asked again
+
+    def _let_go(self) -> None:
+        committer, self._committer = self._committer, None
+        if committer is not None:
+            self._committing.submit(committer.close)
+
+    async def close(self) -> None:
+        """Lets the run go; the next save opens it again."""
+        self._let_go()
+        await self.drain()
 
     async def open(self) -> Committer:
         """Opens the run for writing, unless it is open.
 
         Raises:
+            RunOwnedError: Another job that is alive owns the run.
             CheckpointError: The store failed.
         """
         return await self._in_thread(self._committing, self._opened)
 
     def _opened(self) -> Committer:
         if self._committer is not None and self._committer.is_gone():
-            self._committer = None  # its folder was removed: this is a new run
+            self._let_go()  # its folder was removed: this is a new run
             self._gone()
         if self._committer is None:
             spec = self._spec
             run = Run.create(spec.url, spec.storage_options, spec.options.weak_commits)
-            self._committer = Committer(run, spec.keep, spec.options.grace_s)
+            self._committer = Committer(
+                run,
+                spec.keep,
+                spec.options.grace_s,
+                take_over=self._take_over,
+                job=self._job,
+                service=self._service,
+            )
+            self._take_over = False  # asked for once: a coordinator that is fenced later stays so
         return self._committer
 
     async def name(self, request: SaveRequest) -> str:

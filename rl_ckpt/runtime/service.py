@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import time
 import uuid
 import warnings
@@ -24,18 +25,20 @@ from rl_ckpt.info import CheckpointInfo, RestoreReport
 from rl_ckpt.options import Options
 from rl_ckpt.plan.retention import KeepRule
 from rl_ckpt.runtime.inside import prepare_in_actor, restore_in_actor, save_in_actor
-from rl_ckpt.runtime.links import coordinator, start_coordinator
+from rl_ckpt.runtime.links import begin, coordinator, start_coordinator
 from rl_ckpt.runtime.messages import Failure, Lost, Ok, SaveDone, decode, encode
 from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest
 from rl_ckpt.runtime.spec import NAMESPACE, Place, RunSpec
 from rl_ckpt.runtime.staging import StagedRank
 from rl_ckpt.store.committer import SaveRequest, info_from, info_of
+from rl_ckpt.store.lease import this_process
 from rl_ckpt.store.pending import PendingSave, in_thread
-from rl_ckpt.store.run import Run
+from rl_ckpt.store.run import Run, who
 from rl_ckpt.store.urls import open_store
 
 _PHASES = 3  # in which a rank may use up `join_timeout_s`: beginning, joining, staging or matching
 _ASK_AGAIN_S = 0.5
+_ANSWER_S = 60.0  # for what waits for nothing
 _STRAGGLERS_S = 5.0  # how long to wait for the other ranks once one has failed
 
 
@@ -65,14 +68,20 @@ class Service:
                 f"{url} is one process's memory; give a folder or an object store to save Ray actors"
             )
         open_store(url, storage_options)  # options that can't be used are said here, not by actors
-        self.spec = start_coordinator(RunSpec(url, dict(storage_options), tuple(keep), options, *methods))
+        self.take_over = options.take_over
+        """Whether the first save takes the run over; asked for once, so not an option of the coordinator's."""
+        options = dataclasses.replace(options, take_over=False)
+        user = f"{ray.get_runtime_context().get_job_id()}-{uuid.uuid4().hex[:12]}"
+        spec = RunSpec(
+            url, dict(storage_options), tuple(keep), options, *methods, user=user, by=who(), process=this_process()
+        )
+        self.spec = start_coordinator(spec)
         self.owns_run = False
-        self._user = uuid.uuid4().hex
-        self._job = ray.get_runtime_context().get_job_id()
-        ray.get(coordinator(self.spec).attach.remote(self._user, self._job))
+        self._begun = False
+        ray.get(coordinator(self.spec).attach.remote(user))
         # At a normal end of the driver, staged saves are waited for and no shared memory is left behind. A driver that
         # is killed leaves the actors: what is staged still commits, and a new driver finds them by name.
-        self._at_exit = partial(_close, self.spec, self._user)
+        self._at_exit = partial(_close_at_exit, self.spec)
         atexit.register(self._at_exit)
 
     def save(self, request: SaveRequest, workers: Sequence[Any]) -> PendingSave:
@@ -80,6 +89,7 @@ class Service:
         begun = time.monotonic()
         handles = self._begin_saving(workers)
         replies = self._call_all(handles, "lost_save", save_in_actor, request, StagedRank)
+        self._begun = True
         checkpoints = {reply.checkpoint for reply in replies}
         if len(checkpoints) != 1:
             raise CheckpointError(f"step {request.step}: the ranks were told different checkpoints: {checkpoints}")
@@ -88,13 +98,13 @@ class Service:
     def prepare(self, workers: Sequence[Any]) -> None:
         """See `Checkpointer.prepare`."""
         self._call_all(self._begin_saving(workers), "lost_save", prepare_in_actor, None, Ok)
+        self._begun = True
 
     def _begin_saving(self, workers: Sequence[Any]) -> list[Any]:
         handles = _handles(workers)
+        if not self._begun:  # until a save has gone through: the coordinator keeps it for its own restart
+            begin(self.spec, self.take_over)
         self.owns_run = True
-        link = coordinator(self.spec)
-        link.attach.remote(self._user, self._job)  # again: a coordinator that was restarted has forgotten it
-        link.configure.remote(self.spec)
         return handles
 
     def restore(
@@ -127,9 +137,13 @@ class Service:
         )
 
     def close(self) -> None:
-        """Waits until no save is under way, and ends the actors."""
+        """Waits until no save is under way, and ends the actors.
+
+        Raises:
+            SaveTimeoutError: Saves were still under way after `write_timeout_s`; the actors stay and go on with them.
+        """
         atexit.unregister(self._at_exit)
-        self._at_exit()
+        _close(self.spec)
 
     def _call_all(
         self, handles: Sequence[Any], lost: str, function: Callable[..., bytes], request: object, kind: Any
@@ -255,17 +269,35 @@ def _server_names(spec: RunSpec) -> list[str]:
     return [a["name"] for a in actors if a["namespace"] == NAMESPACE and a["name"].startswith(spec.server(""))]
 
 
-def _close(spec: RunSpec, user: str) -> None:
+def _close_at_exit(spec: RunSpec) -> None:
+    try:
+        _close(spec)
+    except SaveTimeoutError as error:
+        warnings.warn(str(error), stacklevel=1)
+
+
+def _close(spec: RunSpec) -> None:
     if not ray.is_initialized():
         return
-    with contextlib.suppress(ray.exceptions.RayError, ValueError):  # ended already, or its cluster was
+    limit_s = spec.options.write_timeout_s
+    with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.RaySystemError, ValueError):  # ended already
         link = coordinator(spec)
-        ray.get(link.drain.remote())
-        if not ray.get(link.detach.remote(user)):
-            return  # another driver uses these actors
+        try:
+            drained = decode(ray.get(link.drain.remote(limit_s), timeout=limit_s + _ANSWER_S), Ok | Failure)
+            last = isinstance(drained, Ok) and ray.get(link.detach.remote(spec.user), timeout=_ANSWER_S)
+        except ray.exceptions.GetTimeoutError:
+            drained = Failure("save_timeout", "the coordinator did not answer")
+        if isinstance(drained, Failure):
+            link.detach.remote(spec.user, False)
+            raise SaveTimeoutError(
+                f"{spec.url} was not closed: {drained.message}. Its actors stay and go on with what is staged; a new "
+                "Checkpointer of this url finds them, and its close ends them"
+            )
+        if not last:
+            return  # another job uses these actors
         for name in _server_names(spec):
             with contextlib.suppress(ray.exceptions.RayError, ValueError):  # its node is gone
                 server: Any = ray.get_actor(name, namespace=NAMESPACE)
-                ray.get(server.close.remote())
+                ray.get(server.close.remote(), timeout=_ANSWER_S)
                 ray.kill(server)
         ray.kill(link)

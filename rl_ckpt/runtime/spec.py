@@ -10,6 +10,7 @@ import xxhash
 
 from rl_ckpt.options import Options
 from rl_ckpt.plan.retention import KeepRule
+from rl_ckpt.store.lease import Process
 
 NAMESPACE = "rl_ckpt"
 
@@ -26,11 +27,22 @@ class RunSpec:
     set_state: str
     service: str = ""
     """Id of the coordinator's actor: tells one service of a run from the next."""
+    user: str = ""
+    """Id of the Checkpointer: its Ray job, a dash, and a random part."""
+    by: str = ""
+    """Release, host and process that made the Checkpointer, for messages."""
+    process: Process | None = None
+    """The same, to be looked for."""
 
     @property
     def key(self) -> str:
         """Short name of the run, from its url."""
         return xxhash.xxh3_64_hexdigest(self.url.encode())
+
+    @property
+    def job(self) -> str:
+        """Ray job of the Checkpointer."""
+        return job_of(self.user)
 
     @property
     def coordinator(self) -> str:
@@ -40,6 +52,11 @@ class RunSpec:
     def server(self, node: str) -> str:
         """Name of the shard server of a node."""
         return f"rl_ckpt-{self.key}-{node[:16]}"
+
+
+def job_of(user: str) -> str:
+    """Ray job of a Checkpointer, from its id."""
+    return user.partition("-")[0]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.options import check_step
 from rl_ckpt.runtime.inside import guarded
-from rl_ckpt.runtime.links import coordinator
+from rl_ckpt.runtime.links import begin
 from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest, restore_rank
 from rl_ckpt.runtime.service import pending_save
 from rl_ckpt.runtime.spec import Place, RunSpec
@@ -21,7 +21,7 @@ from rl_ckpt.store.pending import PendingSave, raise_untold
 class WorkerCheckpointer:
     """A rank's handle. Picklable: made by `Checkpointer.worker`, sent to the worker, used there by one thread."""
 
-    def __init__(self, spec: RunSpec, rank: int, world_size: int) -> None:
+    def __init__(self, spec: RunSpec, rank: int, world_size: int, take_over: bool = False) -> None:
         """Made by `Checkpointer.worker`.
 
         Raises:
@@ -32,6 +32,8 @@ class WorkerCheckpointer:
         self._spec = spec
         self._rank = rank
         self._world_size = world_size
+        self._take_over = take_over
+        self._begun = False
         self._parent: str | None = None
         self._pending: list[PendingSave] = []
         self.last_restored: RestoredRank | None = None
@@ -63,16 +65,21 @@ class WorkerCheckpointer:
         """
         begun = time.monotonic()
         request = SaveRequest(check_step(step), encode_metrics(metrics or {}), tag, self._parent)
-        place = Place(f"save-{request.step}", self._rank, self._world_size)
+        place = Place(f"save-{self._spec.job}-{request.step}", self._rank, self._world_size)
         with guarded(self._spec, place, "lost_save"):
             raise_untold(self._pending)  # in here, so that the other ranks do not wait for this one
-            if self._rank == 0:
-                coordinator(self._spec).configure.remote(self._spec)
+            self._begin()
             staged = save_rank(self._spec, place, request, state, begun)
+        self._begun = True
         self._parent = None
         pending = pending_save(self._spec, request.step, staged.checkpoint, begun)
         self._pending = [p for p in self._pending if not p.settled()] + [pending]
         return pending
+
+    def _begin(self) -> None:
+        """Before the first save: every rank, since none may join before the coordinator knows that its job may."""
+        if not self._begun:
+            begin(self._spec, self._take_over)
 
     def prepare(self, state: Any) -> None:
         """Makes the first save of a state of this shape as fast as the later ones. All ranks call it.
@@ -80,9 +87,11 @@ class WorkerCheckpointer:
         Raises:
             CheckpointError: As `Checkpointer.prepare`.
         """
-        place = Place("prepare", self._rank, self._world_size)
+        place = Place(f"prepare-{self._spec.job}", self._rank, self._world_size)
         with guarded(self._spec, place, "lost_save"):
+            self._begin()
             prepare_rank(self._spec, place, state)
+        self._begun = True
 
     def restore(
         self,
@@ -110,7 +119,8 @@ class WorkerCheckpointer:
             CheckpointError: As `Checkpointer.restore`.
         """
         wanted = None if step is None else check_step(step)
-        place = Place(f"restore-{'newest' if wanted is None else wanted}", self._rank, self._world_size)
+        which = "newest" if wanted is None else wanted
+        place = Place(f"restore-{self._spec.job}-{which}", self._rank, self._world_size)
         with guarded(self._spec, place, "lost_restore"):
             tree, self.last_restored = restore_rank(
                 self._spec, place, RestoreRequest(wanted, select, rename, strict), state

@@ -25,6 +25,7 @@ from rl_ckpt.errors import (
 from rl_ckpt.format import records
 from rl_ckpt.format.records import CommitRecord, EpochRecord, LogRecord
 from rl_ckpt.store.base import ObjectExistsError, ObjectMissingError, Store
+from rl_ckpt.store.lease import Lease, moment
 
 _READERS = 16
 _APPEND_TRIES = 5
@@ -44,6 +45,8 @@ class Log:
     """Highest epoch."""
     owner: str = ""
     """Who opened that epoch."""
+    last_epoch: EpochRecord | None = None
+    """The newest epoch record."""
     damaged: dict[str, str] = field(default_factory=dict)
     """Records that can't be read: name → why."""
 
@@ -64,6 +67,8 @@ class CommitLog:
         ] = {}  # by write id: sent, outcome not learnt; one may yet land at head + 1
         self._late: list[CommitRecord] = []
         self._sent: dict[int, float] = {}  # numbers for which a request went unanswered → when, by this process's clock
+        self.fenced_by: EpochRecord | None = None
+        """The newer owner, once this writer has met its record."""
 
     @property
     def epoch(self) -> int:
@@ -101,6 +106,7 @@ class CommitLog:
             tuple(r for r in ordered if isinstance(r, CommitRecord)),
             max((r.epoch for r in ordered), default=0),
             epochs[-1].owner if epochs else "",
+            epochs[-1] if epochs else None,
             damaged,
         )
 
@@ -120,26 +126,40 @@ class CommitLog:
             return f"{name} belongs to another place (run {record.run}, number {record.number})"
         return record
 
-    def claim(self, owner: str) -> Log:
+    def claim(self, owner: str, lease: Lease | None = None, take_over: bool = False) -> Log:
         """Takes the run over: appends an epoch record, which fences every older writer.
 
         Args:
             owner: Who takes over, for the messages that others will get.
+            lease: This writer's, to be written before the epoch record; None: none, and nobody else's is looked at.
+            take_over: Takes over from a writer that is alive too.
 
         Returns:
             The log up to the new epoch record.
 
         Raises:
+            RunOwnedError: Another writer owns the run and is alive.
             StorageError, CommitUnknownError: The store failed.
         """
         while True:
             log = self.read()
             epoch = log.epoch + 1
             self._head = log.head
+            # Before the epoch record, and looked at again whenever another writer was faster: of two that begin at
+            # once, the one that loses the race for the record finds the other's lease, which is there already. A crash
+            # after this line leaves a lease that no epoch record names: nobody reads it, the sweep removes it.
+            if lease is not None:
+                lease.claim(log.last_epoch, epoch, take_over)
 
             def make(number: int, write_id: str, epoch: int = epoch) -> LogRecord:
                 return EpochRecord(
-                    number=number, run=self._run, write_id=write_id, epoch=epoch, owner=owner, time=time.time()
+                    number=number,
+                    run=self._run,
+                    write_id=write_id,
+                    epoch=epoch,
+                    owner=owner,
+                    time=time.time(),
+                    lease=lease.id if lease is not None else "",
                 )
 
             if self._append(make) is None:
@@ -168,14 +188,39 @@ class CommitLog:
         if winner is None:
             return made[-1]
         if isinstance(winner, EpochRecord):
-            raise FencedError(
-                f"{self._store.url} was taken over by {winner.owner} (epoch {winner.epoch}, this is {self._epoch}); "
-                "this process may not commit any more. If that was a mistake, stop the other job and start again"
-            )
+            self.fenced_by = winner
+            raise self._fenced(winner)
         raise CommitConflictError(
             f"{self._store.url}: another writer committed checkpoint {winner.id} as record {winner.number}; two jobs "
             "write to one run. Give each its own url"
         )
+
+    def check_owner(self) -> None:
+        """Asks the store nothing.
+
+        Raises:
+            FencedError: It is known that a newer coordinator owns the run.
+        """
+        if self.fenced_by is not None:
+            raise self._fenced(self.fenced_by)
+
+    def _fenced(self, newer: EpochRecord) -> FencedError:
+        return FencedError(
+            f"{self._store.url} was taken over by {newer.owner} (epoch {newer.epoch}, this is {self._epoch}) at "
+            f"{moment(newer.time)}; this process may not commit any more. If that was a mistake, stop the other job "
+            "and start again"
+        )
+
+    def look_for_newer(self) -> bool:
+        """Whether a newer owner's epoch record stands right after the newest record that this process knows.
+
+        Raises:
+            StorageError: The store failed.
+        """
+        found = self._read_one(records.commit_name(self._head + 1))
+        if isinstance(found, EpochRecord) and found.epoch > self._epoch:
+            self.fenced_by = found
+        return self.fenced_by is not None
 
     def take_late(self) -> list[CommitRecord]:
         """Commits of this process whose outcome was unknown and that turned out to have landed, since the last call."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ from rl_ckpt.plan.retention import KeepRule, to_drop
 from rl_ckpt.state import leaves
 from rl_ckpt.state.arrays import UnsupportedLeafError
 from rl_ckpt.state.leaves import Json
+from rl_ckpt.store.lease import LEASE_S, Lease
 from rl_ckpt.store.run import Run, lineage, who
 from rl_ckpt.store.sweep import Sweeper
 
@@ -72,17 +74,46 @@ class Committer:
     `attempt` and `abandon` may be called by any thread and wait for nothing; all else is for one thread at a time.
     """
 
-    def __init__(self, run: Run, keep: Sequence[KeepRule], grace_s: float) -> None:
-        """Takes the run over: appends an epoch record.
+    def __init__(
+        self,
+        run: Run,
+        keep: Sequence[KeepRule],
+        grace_s: float,
+        *,
+        take_over: bool = False,
+        job: str = "",
+        service: str = "",
+        lease_s: float = LEASE_S,
+    ) -> None:
+        """Takes the run over: appends an epoch record, and keeps a lease from then on.
+
+        Args:
+            run: The run.
+            keep: Retention rules.
+            grace_s: How long orphans are kept, in seconds.
+            take_over: Takes the run over from another writer that is alive too.
+            job: What this writer works for, for messages.
+            service: Id of what opens the run again from another process when this one dies (store/lease.py).
+            lease_s: How long another writer must wait when this one dies where it can't see that, in seconds.
 
         Raises:
+            RunOwnedError: Another writer owns the run and is alive; nothing was written.
             StorageError, CommitUnknownError: The store failed.
         """
         self.run = run
         self._keep = tuple(keep)
-        log = run.log.claim(who())
+        self._lease = Lease(run.store, who(), job=job, service=service, lease_s=lease_s)
+        try:
+            log = run.log.claim(who(), self._lease, take_over)
+        except BaseException:
+            self._lease.close()
+            raise
+        self._lease.start(run.log.look_for_newer)
+        # A committer that nobody closed and nobody has any more does not keep the run from others.
+        self._end = weakref.finalize(self, self._lease.stop)
+        self._end.atexit = False
         self._commits = list(log.commits)
-        self._sweeper = Sweeper(run, grace_s, hold=bool(log.damaged))
+        self._sweeper = Sweeper(run, grace_s, hold=bool(log.damaged), lease=self._lease.name)
         self._open: dict[str, _Attempt] = {}
         self._lock = threading.Lock()  # held where commits and attempts change, never while the store is asked
         self._unsettled: set[str] = set()  # attempts whose commit record was sent and may yet land
@@ -111,7 +142,9 @@ class Committer:
 
         Raises:
             InvalidInputError: The step is committed already in this line of checkpoints, or being saved.
+            FencedError: It is known already that a newer coordinator owns the run.
         """
+        self.run.log.check_owner()
         if self.is_gone():
             raise StorageError(f"{self.run.store.url} was removed under this process; make a new Checkpointer")
         with self._lock:
@@ -128,6 +161,15 @@ class Committer:
             self._sweeper.protect(checkpoint, set())
             self._open[checkpoint] = _Attempt(request.step, line, request.parent)
         return checkpoint
+
+    def fenced(self) -> bool:
+        """Whether it is known that a newer coordinator owns the run."""
+        return self.run.log.fenced_by is not None
+
+    def close(self) -> None:
+        """Lets the run go: no thread and no lease of this committer is left, and the next writer need not wait."""
+        self._end.detach()
+        self._lease.close()
 
     def _line(self, parent: str | None) -> set[str]:
         """Ids of the checkpoint that the job continues and its ancestors; with saves under way, as for the newest."""

@@ -55,11 +55,12 @@ class PlainSaver:
         """Takes the run over for this process.
 
         Raises:
+            RunOwnedError: Another job that is alive owns the run, and the options do not say to take it over.
             StorageError, CommitUnknownError: The store failed.
         """
         self._run = run
         self._options = options
-        self._committer = Committer(run, keep, options.grace_s)
+        self._committer = Committer(run, keep, options.grace_s, take_over=options.take_over)
         self._buffers: queue.Queue[np.ndarray[Any, np.dtype[np.uint8]]] = queue.Queue()
         for _ in range(_GENERATIONS):
             self._buffers.put(np.empty(0, np.uint8))
@@ -152,8 +153,9 @@ class PlainSaver:
             self.sweep_failure = str(error)
 
     def close(self) -> None:
-        """Waits until everything staged is committed or has failed."""
+        """Waits until everything staged is committed or has failed, and lets the run go."""
         self._writer.shutdown(wait=True)
+        self._committer.close()
 
 
 def _pages(size_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

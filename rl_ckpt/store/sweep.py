@@ -7,6 +7,7 @@ coordinator that was fenced long ago from finding its next record number free.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -26,14 +27,16 @@ _LOOK_EVERY_S = 3600.0  # for what shard servers that were killed leave of saves
 class Sweeper:
     """Deletes orphans of one run; kept by the run's committer."""
 
-    def __init__(self, run: Run, grace_s: float, hold: bool) -> None:
+    def __init__(self, run: Run, grace_s: float, hold: bool, lease: str = "") -> None:
         """A sweeper that waits `grace_s` seconds between first seeing an orphan and deleting it.
 
         Args:
             run: The run.
             grace_s: In seconds.
             hold: Whether to delete no orphans: commit records are damaged, and what they commit looks like orphans.
+            lease: File of this writer's own lease.
         """
+        self._lease = lease
         self._hold = hold
         self._run = run
         self.grace_s = grace_s
@@ -111,6 +114,8 @@ class Sweeper:
         self._leaving |= going
         self._recorded |= going.keys()
         self._gone |= going.keys()
+        if looking:
+            store.delete(self._stale_leases())
         # Record first: a crash after this line leaves a manifest and files that no commit names, never the reverse.
         store.delete([records.commit_name(self._leaving[checkpoint].number) for checkpoint in sorted(self._recorded)])
         self._recorded.clear()
@@ -173,6 +178,14 @@ class Sweeper:
             except CorruptionError:
                 return None
         return self._files[commit.id]
+
+    def _stale_leases(self) -> list[str]:
+        """Leases of writers that were taken over from, or that lost the race for this epoch: nobody reads them."""
+        return [
+            item.name
+            for item in self._run.store.list(records.LEASES)
+            if item.name != self._lease and (records.lease_epoch(item.name) or math.inf) <= self._run.log.epoch
+        ]
 
     def _pinned(self) -> set[str]:
         out: set[str] = set()

@@ -80,7 +80,7 @@ class TestSteps:
             ):
                 ckpt.save_state(step, state(step))
         ckpt.close()
-        assert listing(folder) == before
+        assert listing(folder) == {name: data for name, data in before.items() if not name.startswith("leases/")}
 
     def test_a_lower_step_after_a_rollback_starts_a_branch(self, ckpt: Checkpointer) -> None:
         first, second = ckpt.checkpoints()
