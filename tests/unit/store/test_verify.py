@@ -13,6 +13,7 @@ import pytest
 from rl_ckpt import Checkpointer, CheckpointNotFoundError, CorruptionError, LatestN, StorageError, VerifyReport
 from rl_ckpt.format import records
 from rl_ckpt.store.base import Buffer
+from rl_ckpt.store.layout import compose_anew, leaves_in, writer_of
 from rl_ckpt.store.local import LocalStore
 from rl_ckpt.store.repair import spots
 from rl_ckpt.store.run import Run
@@ -309,3 +310,21 @@ def test_the_report_counts_each_shared_chunk_once(twice: Twice) -> None:
     report: VerifyReport = Checkpointer(url).verify(3)
     assert report.bytes == 72_024
     assert before <= store.stats.snapshot().bytes_read
+
+
+@pytest.mark.parametrize(
+    "run", sorted((Path(__file__).resolve().parents[2] / "data").glob("v*/*")), ids=lambda run: run.name
+)
+def test_golden_runs_are_good_and_their_files_can_be_made_anew(run: Path) -> None:
+    report = Checkpointer(str(run)).verify()
+    assert report.checkpoints
+    assert report.ok, report.damage
+    opened = Run.open(str(run))
+    for commit in opened.log.read().commits:
+        manifest = opened.manifest(commit)
+        for entry in manifest.files:
+            if writer_of(entry.name) == commit.id:
+                data = bytearray((run / entry.name).read_bytes())
+                made = compose_anew(entry, leaves_in(manifest, entry.name), memoryview(data))
+                assert made is not None
+                assert b"".join(map(bytes, made.segments)) == bytes(data)
