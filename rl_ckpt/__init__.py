@@ -25,7 +25,7 @@ from rl_ckpt.errors import (
     UntrustedDataError,
     WorkerFailuresError,
 )
-from rl_ckpt.info import CheckpointInfo, RestoreReport
+from rl_ckpt.info import CheckpointInfo, Preemption, Recovery, RestoreReport, SuperviseReport
 from rl_ckpt.plan.retention import EveryNSteps, KeepRule, LatestN
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
 from rl_ckpt.store.pending import PendingSave
@@ -45,12 +45,15 @@ __all__ = [
     "LatestN",
     "PendingSave",
     "PerRank",
+    "Preemption",
+    "Recovery",
     "Replicated",
     "RestoreReport",
     "SaveSkippedError",
     "SaveTimeoutError",
     "Sharded",
     "StorageError",
+    "SuperviseReport",
     "UntrustedDataError",
     "WorkerFailuresError",
     "__version__",
