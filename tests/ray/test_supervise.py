@@ -220,9 +220,7 @@ def test_losses_without_progress_are_limited(ckpt: Checkpointer) -> None:
         kill_process(pid_of(workers[1]))
         ray.get([worker.look.remote(advance) for worker in workers])
 
-    with pytest.raises(
-        WorkerFailuresError, match="gave up after 3 losses in a row with no new checkpoint"
-    ) as caught:
+    with pytest.raises(WorkerFailuresError, match="gave up after 3 losses in a row with no new checkpoint") as caught:
         ckpt.supervise(job.make, train, max_failures=2)
     assert len(starts) == len(job.teams) == 3
     assert isinstance(caught.value.__cause__, ray.exceptions.RayActorError)
