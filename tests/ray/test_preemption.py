@@ -289,8 +289,10 @@ def test_times_that_can_not_be(tmp_path: Path, what: dict[str, Any]) -> None:
 
 
 def drain(address: str, node: str, deadline_ms: int) -> None:
-    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    accepted, why = ray._raylet.GcsClient(address=address).drain_node(node, reason, "a test", deadline_ms)
+    reasons: Any = autoscaler_pb2  # both are made at run time
+    raylet: Any = ray._raylet
+    reason = reasons.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    accepted, why = raylet.GcsClient(address=address).drain_node(node, reason, "a test", deadline_ms)
     assert accepted, why
 
 
@@ -321,7 +323,7 @@ def test_a_node_that_is_drained_is_told_with_its_deadline_and_its_workers(cluste
             assert (info.step, info.world_size) == (1, 4)
         assert "rl_ckpt-preemption" not in [thread.name for thread in threading.enumerate()]
         # Ray places new actors elsewhere: those that have to move are replaced and restored alone.
-        movers = [Holder.remote() for _ in there]
+        movers: list[Any] = [Holder.remote() for _ in there]
         give(movers, [state(rank, 9) for rank in there])
         assert set(ray.get([worker.look.remote(_node) for worker in movers])) == {home}
         ckpt.restore(movers, ranks=there)

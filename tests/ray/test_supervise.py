@@ -259,7 +259,6 @@ def test_a_get_state_that_raises_is_no_loss(ckpt: Checkpointer) -> None:
     assert (caught.value.lost, len(job.teams)) == ((), 1)
 
 
-@ray.remote(num_cpus=0)
 class FailsInInit:
     def __init__(self) -> None:
         raise ValueError("no such file")
@@ -270,7 +269,8 @@ def test_workers_whose_constructor_raises_are_made_once(ckpt: Checkpointer) -> N
 
     def make() -> list[Any]:
         calls.append(1)
-        return [FailsInInit.remote()]
+        failing: Any = ray.remote(num_cpus=0)(FailsInInit)
+        return [failing.remote()]
 
     with pytest.raises(CheckpointError, match="no such file"):
         ckpt.supervise(make, Job(ckpt).train)
