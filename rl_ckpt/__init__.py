@@ -26,7 +26,15 @@ from rl_ckpt.errors import (
     UntrustedDataError,
     WorkerFailuresError,
 )
-from rl_ckpt.info import CheckpointInfo, Damage, RestoreReport, VerifyReport
+from rl_ckpt.info import (
+    CheckpointInfo,
+    Damage,
+    Preemption,
+    Recovery,
+    RestoreReport,
+    SuperviseReport,
+    VerifyReport,
+)
 from rl_ckpt.plan.retention import EveryNSteps, KeepRule, LatestN
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
 from rl_ckpt.store.pending import PendingSave
@@ -47,6 +55,8 @@ __all__ = [
     "LatestN",
     "PendingSave",
     "PerRank",
+    "Preemption",
+    "Recovery",
     "Replicated",
     "RestoreReport",
     "RunOwnedError",
@@ -54,6 +64,7 @@ __all__ = [
     "SaveTimeoutError",
     "Sharded",
     "StorageError",
+    "SuperviseReport",
     "UntrustedDataError",
     "VerifyReport",
     "WorkerFailuresError",

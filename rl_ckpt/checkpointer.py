@@ -10,13 +10,13 @@ import contextlib
 import dataclasses
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rl_ckpt.errors import CheckpointNotFoundError, CorruptionError, InvalidInputError
-from rl_ckpt.info import CheckpointInfo, RestoreReport, VerifyReport
-from rl_ckpt.options import Options, WhenBusy, check_step
+from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptionError, InvalidInputError
+from rl_ckpt.info import CheckpointInfo, RestoreReport, SuperviseReport, VerifyReport
+from rl_ckpt.options import Options, WhenBusy, check_deadline, check_step
 from rl_ckpt.plan.match import match_all, view
 from rl_ckpt.plan.retention import KeepRule
 from rl_ckpt.state.leaves import is_utf8
@@ -31,6 +31,7 @@ from rl_ckpt.store.urls import check_url
 from rl_ckpt.store.verify import verify
 
 if TYPE_CHECKING:
+    from rl_ckpt.runtime.preemption import PreemptionWatch
     from rl_ckpt.runtime.service import Service
     from rl_ckpt.runtime.worker import WorkerCheckpointer
 
@@ -124,6 +125,7 @@ class Checkpointer:
         *,
         metrics: Mapping[str, object] | None = None,
         tag: str | None = None,
+        deadline_s: float | None = None,
     ) -> PendingSave:
         """Saves the state of Ray actors; back as soon as it is staged.
 
@@ -133,6 +135,10 @@ class Checkpointer:
                 What is equal on several workers is written once; what differs belongs to its rank.
             metrics: Plain values to find the checkpoint by later (a return, a loss).
             tag: A name; a tagged checkpoint is never swept.
+            deadline_s: For an urgent save: seconds from now until it is decided, by this call or by `result()`. It is
+                committed by then, or nothing of it remains (SaveTimeoutError). In the rare case that the commit record
+                itself was on its way to a store that did not answer, it may yet land (CommitUnknownError). `close`
+                waits no longer either.
 
         Returns:
             The save under way: training may go on. `result()` waits for the commit.
@@ -146,7 +152,7 @@ class Checkpointer:
             FencedError: Another job took the run over.
             CheckpointError: An earlier save failed in the background and nobody had asked for its result yet.
         """
-        request = self._request(step, metrics, tag)
+        request = self._request(step, metrics, tag, deadline_s)
         raise_untold(self._pending)
         return self._track(self._running_service().save(request, workers))
 
@@ -172,6 +178,7 @@ class Checkpointer:
         select: str | Sequence[str] | None = None,
         rename: Mapping[str, str] | None = None,
         strict: bool = True,
+        ranks: Sequence[int] | None = None,
     ) -> RestoreReport:
         """Restores Ray actors, onto any number of them.
 
@@ -185,6 +192,8 @@ class Checkpointer:
             select: Globs of saved paths to restore (`"policy/*"`, `"!optimizer"`); None: everything.
             rename: Saved path or prefix → the workers' path or prefix.
             strict: Whether paths that are missing, unexpected or mismatched are an error; if not they are left alone.
+            ranks: As which of the saved ranks each worker is restored: replacements of lost workers alone, while the
+                others go on. The next save continues the newest checkpoint, as if nothing had been restored.
 
         Returns:
             What was restored, from where, and what was left alone.
@@ -196,9 +205,79 @@ class Checkpointer:
             WorkerFailuresError: Workers failed; by rank.
         """
         wanted = None if step is None else check_step(step)
-        report = self._running_service().restore(workers, wanted, select, rename, strict)
-        self._parent = report.id
+        report = self._running_service().restore(workers, wanted, select, rename, strict, ranks)
+        if ranks is None:  # else the job goes on from where the others are
+            self._parent = report.id
         return report
+
+    def supervise(
+        self,
+        make_workers: Callable[[], Sequence[Any]],
+        train: Callable[[Sequence[Any], RestoreReport | None], Any],
+        *,
+        max_failures: int = 3,
+        retry_on: Sequence[type[Exception]] = (),
+        recover_timeout_s: float = 300.0,
+        settle_timeout_s: float = 120.0,
+    ) -> SuperviseReport:
+        """Trains to the end, and recovers by itself from lost workers, objects and nodes.
+
+        Makes workers, restores them from the newest good checkpoint if there is any, and calls `train`. When that
+        raises because something was lost: waits until what was being saved is decided, ends the workers that are left
+        (`ray.kill`; only those that `make_workers` returned), makes new ones, restores, and calls `train` again. Any
+        other error is raised at once, as are errors of the store which no lost worker explains.
+
+        Args:
+            make_workers: Returns Ray actor handles, by rank, as many as it likes; called again after a loss. Where it
+                raises a loss itself (a node that is not known to be dead yet), it is called again, with growing waits.
+            train: Takes the workers and what they were restored from (None: begin anew), saves as it likes, and returns
+                when it is done.
+            max_failures: How many losses in a row, with no new checkpoint in between, are recovered from.
+            retry_on: Further errors, of either function, that count as a loss: `GetTimeoutError` for workers that hang.
+            recover_timeout_s: How long new workers may take until they are restored, all attempts together, in seconds.
+            settle_timeout_s: How long a recovery waits for saves under way, in seconds.
+
+        Returns:
+            What `train` returned, and every recovery. The workers are left as they are.
+
+        Raises:
+            WorkerFailuresError: Too many losses, or no new workers in time; says how often it was tried. The last error
+                is its `__cause__`.
+            CheckpointError: As `restore`.
+        """
+        from rl_ckpt.runtime.supervise import Limits, Supervisor
+
+        limits = Limits(max_failures, tuple(retry_on), recover_timeout_s, settle_timeout_s)
+        service = self._running_service()
+        return Supervisor(self, self._decided, service.settle, make_workers, train, limits).run()
+
+    def lost_ranks(self, workers: Sequence[Any], *, patience_s: float = 5.0) -> list[int]:
+        """Ranks of workers that are dead or can't be reached; for `restore(replacements, ranks=...)`.
+
+        Args:
+            workers: Ray actor handles, by rank.
+            patience_s: How long to wait for those that do not answer, in seconds; they count as busy, not as lost.
+        """
+        from rl_ckpt.runtime.losses import lost_ranks
+
+        return lost_ranks(workers, patience_s)
+
+    def preemption(self, *, grace_s: float = 30.0, poll_s: float = 1.0) -> PreemptionWatch:
+        """Watches for SIGTERM to this process and for nodes that Ray drains, inside a `with` block.
+
+        The training loop asks `notice(workers)` each time around, and once there is one, makes an urgent save
+        (`save(deadline_s=...)`).
+
+        Args:
+            grace_s: How long there is from a SIGTERM, or from a drain without a deadline, in seconds.
+            poll_s: How often Ray is asked, in seconds.
+
+        Raises:
+            InvalidInputError: A time is not greater than 0.
+        """
+        from rl_ckpt.runtime.preemption import PreemptionWatch
+
+        return PreemptionWatch(grace_s, poll_s)
 
     def worker(self, rank: int, world_size: int) -> WorkerCheckpointer:
         """A picklable handle for use inside worker `rank` of `world_size`: every worker calls `save` or `restore`.
@@ -379,10 +458,26 @@ class Checkpointer:
         """Closes."""
         self.close()
 
-    def _request(self, step: int, metrics: Mapping[str, object] | None, tag: str | None) -> SaveRequest:
+    def _decided(self, seconds: float) -> tuple[list[str], list[str]]:
+        """Waits for saves under way, as long; ids of those that are checkpoints by now, and why others failed."""
+        deadline = time.monotonic() + seconds
+        committed, failed = list[str](), list[str]()
+        saves, self._pending = self._pending, []
+        for pending in saves:
+            told = pending.settled()
+            try:
+                committed.append(pending.result(max(0.0, deadline - time.monotonic())).id)
+            except CheckpointError as error:
+                failed += [] if told else [f"step {pending.step}: {error}"]
+        return committed, failed
+
+    def _request(
+        self, step: int, metrics: Mapping[str, object] | None, tag: str | None, deadline_s: float | None = None
+    ) -> SaveRequest:
         if tag is not None and not (isinstance(tag, str) and tag and is_utf8(tag)):
             raise InvalidInputError(f"tag={tag!r} must be a string of Unicode text, and not empty")
-        return SaveRequest(check_step(step), encode_metrics(metrics or {}), tag, self._parent)
+        encoded = encode_metrics(metrics or {})
+        return SaveRequest(check_step(step), encoded, tag, self._parent, check_deadline(deadline_s))
 
     def _running_service(self) -> Service:
         from rl_ckpt.runtime.service import Service

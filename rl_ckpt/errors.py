@@ -19,7 +19,7 @@ A message says what happened, to which step, rank or file, what was expected and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 
@@ -105,16 +105,19 @@ class WorkerFailuresError(CheckpointError):
 
     Attributes:
         failures: What went wrong, by rank.
+        lost: Those of them that are dead or can't be reached, or that lost an actor or a node which they needed; the
+            others' own code failed.
     """
 
     code = "worker_failures"
 
-    def __init__(self, message: str, failures: Mapping[int, str] | None = None) -> None:
+    def __init__(self, message: str, failures: Mapping[int, str] | None = None, lost: Iterable[int] = ()) -> None:
         super().__init__(message)
         self.failures: dict[int, str] = dict(failures or {})
+        self.lost: tuple[int, ...] = tuple(sorted(set(lost)))
 
-    def __reduce__(self) -> tuple[type[WorkerFailuresError], tuple[str, dict[int, str]]]:
-        return type(self), (self.message, self.failures)
+    def __reduce__(self) -> tuple[type[WorkerFailuresError], tuple[str, dict[int, str], tuple[int, ...]]]:
+        return type(self), (self.message, self.failures, self.lost)
 
 
 class UntrustedDataError(CheckpointError):
@@ -143,17 +146,20 @@ _BY_CODE: dict[str, type[CheckpointError]] = {
 }
 
 
-def from_code(code: str, message: str, failures: Mapping[int, str] | None = None) -> CheckpointError:
+def from_code(
+    code: str, message: str, failures: Mapping[int, str] | None = None, lost: Iterable[int] = ()
+) -> CheckpointError:
     """The error that `code` stands for, as it travelled between processes as plain data.
 
     Args:
         code: One of the `code` attributes above; an unknown one gives a plain `CheckpointError`.
         message: The message, ready for a person.
         failures: By rank, for `WorkerFailuresError`.
+        lost: The ranks among them that were lost.
 
     Returns:
         The error, not raised.
     """
     if code == WorkerFailuresError.code:
-        return WorkerFailuresError(message, failures)
+        return WorkerFailuresError(message, failures, lost)
     return _BY_CODE.get(code, CheckpointError)(message)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,3 +116,60 @@ class VerifyReport:
     def ok(self) -> bool:
         """Whether nothing is damaged (any more)."""
         return all(item.repaired_from is not None for item in self.damage)
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """One recovery of a supervised job."""
+
+    error: str
+    """What told of the loss."""
+    time: float
+    """When it was noticed, in Unix seconds."""
+    lost: tuple[int, ...]
+    """Ranks of the workers that were found dead; empty where something else was lost, an object or a node, say."""
+    failed_saves: tuple[str, ...]
+    """Saves under way that did not become checkpoints, and why."""
+    restored: RestoreReport | None
+    """What the new workers were restored from; None: nothing had been saved yet, they began anew."""
+    attempts: int
+    """How often workers were made until they were restored."""
+    settled_s: float
+    """From the notice until what was being saved was decided and the old workers were ended, in seconds."""
+    rebuilt_s: float
+    """From then until new workers stood, in seconds."""
+    restored_s: float
+    """How long the restore took, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class SuperviseReport:
+    """What a supervised job did."""
+
+    result: Any
+    """What `train` returned in the end."""
+    restored: RestoreReport | None
+    """What the first workers were restored from; None: nothing was there yet."""
+    recoveries: tuple[Recovery, ...] = ()
+    """In order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preemption:
+    """A notice that this process or nodes of the job will soon be taken away."""
+
+    reason: str
+    """For people: the signal, or which nodes are drained."""
+    deadline: float
+    """When, in Unix seconds: as announced, or else the grace time after it was noticed."""
+    this_process: bool
+    """Whether this process has to go (a signal, or its own node): save and return. Else only `ranks`."""
+    nodes: tuple[str, ...] = ()
+    """Ids of the nodes that are drained, of those that concern the job."""
+    ranks: tuple[int, ...] = ()
+    """Which of the given workers are on these nodes."""
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the deadline, in seconds; 0 where it has passed."""
+        return max(0.0, self.deadline - time.time())

@@ -65,6 +65,19 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def check_deadline(seconds: object) -> float | None:
+    """A deadline in seconds greater than 0, or None.
+
+    Raises:
+        InvalidInputError: It is neither.
+    """
+    if seconds is None:
+        return None
+    if not _is_number(seconds) or not 0 < seconds < float("inf"):  # type: ignore[operator]  # a number by then
+        raise InvalidInputError(f"deadline_s={seconds!r} must be a number of seconds greater than 0, or None")
+    return float(seconds)  # type: ignore[arg-type]
+
+
 def check_step(step: object) -> int:
     """A step as an int of at least 0.
 

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import signal
-import time
 from types import TracebackType
 from typing import Any
 
@@ -76,18 +75,6 @@ class LocalCluster:
                 os.kill(process.pid, signal.SIGKILL)
         self._cluster.remove_node(node, allow_graceful=False)  # reaps it, and forgets it
         return len(victims)
-
-    def wait_until_gone(self, node_id: str, timeout_s: float = 60.0) -> None:
-        """Return once Ray knows that a node is dead, so that nothing is placed on it any more.
-
-        Raises:
-            TimeoutError: Ray still lists it as alive.
-        """
-        deadline = time.monotonic() + timeout_s
-        while any(entry["Alive"] and entry["NodeID"] == node_id for entry in ray.nodes()):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"Ray still lists node {node_id[:8]} as alive {timeout_s:.0f} s after it was killed")
-            time.sleep(0.05)
 
     def close(self) -> None:
         """Disconnect and stop every node."""

@@ -1,7 +1,7 @@
 """The demo job: train, save while training, lose a node, rebuild with other workers, restore, go on.
 
-Owns the order of these things, the record of every save and the checks after the recovery. Everything that makes
-checkpoints is `rl_ckpt.Checkpointer`, used as anybody would: `save`, `restore`, nothing else.
+Owns the training, the record of every save and the checks after the recovery. Everything that makes checkpoints, and
+the recovery itself, is `rl_ckpt.Checkpointer`, used as anybody would: `save` and `supervise`, nothing else.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
-from rl_ckpt import Checkpointer, PendingSave
+from rl_ckpt import Checkpointer, PendingSave, RestoreReport
 from rl_ckpt.demo.cluster import LocalCluster
 from rl_ckpt.demo.learner import Update
 from rl_ckpt.demo.records import Check, IterationRecord, JobConfig, JobResult, RecoveryRecord, SaveRecord
-from rl_ckpt.demo.team import LOST, Team
+from rl_ckpt.demo.team import Team
 from rl_ckpt.errors import CheckpointError, InvalidInputError
 
 Say = Callable[[str], None]
@@ -64,39 +65,54 @@ class Job:
         self._result = JobResult()
         self._saves: list[Future[SaveRecord]] = []
         self._saved_digests: dict[int, list[dict[str, str]]] = {}
-        self._life = 0
-        self._killed = ""
+        self._team: Team | None = None
         self._killed_at = math.nan
+        self._failed_after = 0
         self._watchers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="demo-save")
 
     def run(self) -> JobResult:
         """Train to the end, with the failure in the middle."""
-        config = self._config
-        team = self._build_team(config.workers)
-        step = 0
         with self._watchers:
-            while step < config.iterations:
-                fail_now = self._life == 0 and step >= config.fail_at
-                if fail_now:
-                    self._settle()  # so that there is certainly a checkpoint to come back to
-                try:
-                    update = team.iterate(self._kill_a_node if fail_now else None)
-                except LOST as error:
-                    team, step = self._recover(team, error)
-                    continue
-                step = update.step
-                self._note(update)
-                if step % config.save_every == 0:
-                    self._save(team, step)
+            report = self._ckpt.supervise(self._make_workers, self._train)
             self._settle()
-            team.disband()
+        for recovery in report.recoveries:
+            assert recovery.restored is not None  # the node is killed after a save
+            noticed_s, rebuilt_s = recovery.time - self._killed_at, recovery.settled_s + recovery.rebuilt_s
+            times = (noticed_s, rebuilt_s, recovery.restored_s)
+            source = recovery.restored.bytes_from
+            self._result.recovery = RecoveryRecord(self._failed_after, recovery.restored.step, *times, source)
         self._check_progress()
         return self._result
 
-    def _build_team(self, rollout_workers: int) -> Team:
+    @property
+    def _life(self) -> int:
+        return 0 if math.isnan(self._killed_at) else 1
+
+    def _make_workers(self) -> list[Any]:
+        """A new team on the nodes that are there; `supervise` restores it."""
+        count = self._config.workers_after if self._life else self._config.workers
         nodes = self._cluster.nodes
-        self._say(f"building a learner and {rollout_workers} rollout workers on {len(nodes)} node(s)")
-        return Team(self._config, rollout_workers, nodes, self._life)
+        self._say(f"building a learner and {count} rollout workers on {len(nodes)} node(s)")
+        self._team = Team(self._config, count, nodes, self._life)
+        return self._team.workers
+
+    def _train(self, workers: Sequence[Any], restored: RestoreReport | None) -> None:
+        """Train to the end; what an actor's death raises is for `supervise`."""
+        team, step = self._team, 0
+        assert team is not None
+        if restored is not None:
+            step = restored.step
+            self._say(f"restored step {step} onto {len(workers)} actors in {restored.seconds:.2f} s")
+            self._check_state(step, team.digests())
+        while step < self._config.iterations:
+            fail_now = self._life == 0 and step >= self._config.fail_at
+            if fail_now:
+                self._settle()  # so that there is certainly a checkpoint to come back to
+            update = team.iterate(self._kill_a_node if fail_now else None)
+            step = update.step
+            self._note(update)
+            if step % self._config.save_every == 0:
+                self._save(team, step)
 
     def _note(self, update: Update) -> None:
         """Record an iteration and print its line."""
@@ -125,28 +141,9 @@ class Job:
     def _kill_a_node(self) -> None:
         """Kill the node that holds the learner, in the middle of an iteration."""
         victim = self._cluster.nodes[0]
-        self._killed, self._killed_at = victim, time.perf_counter()
+        self._failed_after, self._killed_at = self._result.iterations[-1].step, time.time()
         count = self._cluster.kill_node(victim)
         self._say(f"!!! SIGKILL to node {victim[:8]}: {count} processes, the learner and half of the rollout workers")
-
-    def _recover(self, lost: Team, error: Exception) -> tuple[Team, int]:
-        """A new team on the nodes that are left, with the state of the newest checkpoint."""
-        noticed = time.perf_counter()
-        failed_after = self._result.iterations[-1].step
-        self._say(f"the job noticed after {noticed - self._killed_at:.1f} s: {type(error).__name__}")
-        lost.disband()
-        self._cluster.wait_until_gone(self._killed)
-        self._life += 1
-        team = self._build_team(self._config.workers_after)
-        rebuilt = time.perf_counter()
-        step = self._ckpt.restore(team.workers).step
-        restored = time.perf_counter()
-        self._say(f"restored step {step} onto {len(team.workers)} actors in {restored - rebuilt:.2f} s")
-        self._result.recovery = RecoveryRecord(
-            failed_after, step, noticed - self._killed_at, rebuilt - noticed, restored - rebuilt
-        )
-        self._check_state(step, team.digests())
-        return team, step
 
     def _check_state(self, step: int, found: list[dict[str, str]]) -> None:
         """Everything with a counterpart is what was saved, bit for bit; the policy is so on every worker."""

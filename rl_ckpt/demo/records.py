@@ -5,6 +5,7 @@ Shared by `job`, which fills them, and `report`, which draws them; imports nothi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -79,7 +80,9 @@ class RecoveryRecord:
     rebuilt_s: float
     """From then until a new set of actors stood."""
     restored_s: float
-    """Duration of `restore()`."""
+    """Duration of the restore."""
+    bytes_from: Mapping[str, int] = field(default_factory=dict)
+    """What it read, by source; as in `RestoreReport`."""
 
 
 @dataclass(frozen=True, slots=True)

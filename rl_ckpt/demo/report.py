@@ -7,7 +7,7 @@ of iterations the job worked through, so that the work that the failure cost and
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,6 +144,11 @@ def write_png(result: JobResult, path: Path) -> None:
     figure.savefig(path)
 
 
+def _sources(bytes_from: Mapping[str, int]) -> str:
+    """Where a restore found what it needed."""
+    return ", ".join(f"{source} {size:,}" for source, size in bytes_from.items() if size) or "nowhere, it needed none"
+
+
 def show(result: JobResult, console: Console, png: Path) -> None:
     """Print everything there is to say about a run, and write its PNG.
 
@@ -163,6 +168,7 @@ def show(result: JobResult, console: Console, png: Path) -> None:
             f"{recovery.restored_s:.2f} s: {recovery.failed_after - recovery.restored_step} step(s) were done again.",
             soft_wrap=True,
         )
+        console.print(f"The restore took its bytes from: {_sources(recovery.bytes_from)}.", soft_wrap=True)
     for check in result.checks:
         mark = Text("ok", "green") if check.passed else Text("FAILED", "red")
         console.print(mark, f" {check.name} ({check.detail})", soft_wrap=True, markup=False, highlight=False)

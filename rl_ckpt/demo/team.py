@@ -2,7 +2,7 @@
 
 Owns the actor handles and one iteration of training. Rank 0 of a save is the learner, ranks 1, 2, … are the rollout
 workers: `workers` has that order. Experience and weights travel between the actors, never through the driver. A team
-does not recover: when one of its actors is lost, `iterate` raises, and the job builds another team.
+does not recover: when one of its actors is lost, `iterate` raises, and `supervise` has another team made.
 """
 
 from __future__ import annotations
@@ -11,15 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rl_ckpt.demo.learner import Learner, Settings, Update
 from rl_ckpt.demo.records import JobConfig
 from rl_ckpt.demo.rollout import RolloutWorker
-
-LOST = (RayActorError, ObjectLostError)
-"""What `iterate` raises when an actor, or what it had just made, is gone."""
 
 Actor = Any
 """Handle of a Ray actor; Ray types its methods as Any."""
@@ -73,11 +69,6 @@ class Team:
         """By rank: digests of the parts of every actor's state."""
         result: list[dict[str, str]] = ray.get([worker.digests.remote() for worker in self.workers])
         return result
-
-    def disband(self) -> None:
-        """Kill what is left of the team."""
-        for worker in self.workers:
-            ray.kill(worker)
 
     def _share_policy(self) -> list[ray.ObjectRef[Any]]:
         # Actors take their calls in order, so whoever comes after this call meets workers with equal weights.

@@ -75,6 +75,7 @@ class Coordinator:
         self._restores = rm.RestoreMachine(spec.options, incarnation)
         self._waiting: dict[tuple[str, int], list[asyncio.Future[bytes]]] = {}
         self._outcomes: OrderedDict[str, asyncio.Future[SaveOutcome]] = OrderedDict()
+        self._expired: OrderedDict[str, Failure] = OrderedDict()  # saves that their callers have given up
         self._servers = Servers()
         self._tasks: set[asyncio.Task[None]] = set()
         self._restore_work = RestoreWork(spec)
@@ -92,6 +93,8 @@ class Coordinator:
     async def join_save(self, data: bytes) -> bytes:
         """A rank takes part in a save; the reply says what it stages."""
         message = self._read(data, JoinSave)
+        if message.key in self._expired:
+            return self._reply(self._expired[message.key])
         self._servers.note(message.server)
         refused = self._refused(message)
         return refused or await self._answer(message.key, message.rank, lambda: self._saves.join(message))
@@ -99,6 +102,8 @@ class Coordinator:
     async def repeat_save(self, data: bytes) -> bytes:
         """A rank takes part in a save, with a state of the shape that it had in the last one."""
         message = self._read(data, RepeatSave)
+        if message.key in self._expired:
+            return self._reply(self._expired[message.key])
         refused = self._refused(message)
         return refused or await self._answer(message.key, message.rank, lambda: self._saves.repeat(message))
 
@@ -114,6 +119,23 @@ class Coordinator:
         """A rank can't go on with a save."""
         message = self._read(data, Lost)
         self._do(self._saves.lost(message))
+
+    async def expire_save(self, key: str, why: str, for_good: bool) -> None:
+        """The caller of a save waits no longer for it; `for_good` where the key never comes again."""
+        failure = SaveTimeoutError(why)
+        if for_good:  # ranks that come to it later must not bring it about all the same
+            self._expired[key] = Failure.of(failure)
+            while len(self._expired) > _OUTCOMES_KEPT:
+                self._expired.popitem(last=False)
+        self._do(self._saves.expire(key, failure))
+
+    async def forsake(self) -> None:
+        """Workers that saved by themselves were ended: saves for which some had still to do something end."""
+        error = SaveTimeoutError("the workers of this save were ended")
+        for key, state in self._saves.states().items():
+            if key.startswith("save-") and state not in (sm.SETTLING, sm.WRITING, sm.COMMITTING):
+                self._do(self._saves.expire(key, error))
+                self._saves.forget(key)
 
     async def wait_save(self, checkpoint: str) -> bytes:
         """Answers once the save of `checkpoint` is decided."""

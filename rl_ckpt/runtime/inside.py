@@ -19,6 +19,7 @@ import ray
 
 from rl_ckpt.errors import CheckpointError, InvalidInputError, WorkerFailuresError
 from rl_ckpt.runtime.links import ToldError, coordinator
+from rl_ckpt.runtime.losses import is_loss
 from rl_ckpt.runtime.messages import Failure, Lost, Ok, encode
 from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest, restore_rank
 from rl_ckpt.runtime.spec import Place, RunSpec
@@ -101,7 +102,7 @@ def guarded(spec: RunSpec, place: Place, lost: str) -> Iterator[None]:
         failed = error
     except ray.exceptions.RayError as error:
         text = f"rank {place.rank}: the coordinator or a shard server was lost: {error}"
-        failed = WorkerFailuresError(text, {place.rank: text})
+        failed = WorkerFailuresError(text, {place.rank: text}, [place.rank] if is_loss(error) else ())
     except Exception as error:  # noqa: BLE001 - the user's get_state or set_state may raise anything; it must not poison the actor
         text = f"rank {place.rank} (process {os.getpid()}): {type(error).__name__}: {error}"
         failed = WorkerFailuresError(text, {place.rank: text})

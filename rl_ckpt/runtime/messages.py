@@ -27,15 +27,17 @@ class Failure(msgspec.Struct, frozen=True, tag="failure"):
     message: str
     failures: dict[int, str] = {}
     """By rank, where it is about ranks."""
+    lost: tuple[int, ...] = ()
+    """Ranks among them that were lost, not failed by code of their own."""
 
     @staticmethod
     def of(error: CheckpointError) -> Failure:
         """An error of ours as a value."""
-        return Failure(error.code, error.message, getattr(error, "failures", {}))
+        return Failure(error.code, error.message, getattr(error, "failures", {}), getattr(error, "lost", ()))
 
     def error(self) -> CheckpointError:
         """The error again, not raised."""
-        return from_code(self.code, self.message, self.failures)
+        return from_code(self.code, self.message, self.failures, self.lost)
 
 
 class JoinSave(msgspec.Struct, frozen=True):

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.format import records
 from rl_ckpt.format.manifest import ArrayRef, Manifest
 from rl_ckpt.plan.match import Match, match_all, match_state, view
@@ -51,6 +52,8 @@ class RestoreRequest:
     select: str | Sequence[str] | None = None
     rename: Mapping[str, str] | None = None
     strict: bool = True
+    ranks: tuple[int, ...] | None = None
+    """By worker: as which of the saved ranks it is restored; None: as its own."""
 
 
 class RestoredRank(msgspec.Struct, frozen=True, tag="restored"):
@@ -91,7 +94,7 @@ def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: An
         candidate = asked.get()
         with paused():
             manifest = msgspec.json.decode(candidate.manifest, type=Manifest)
-            match = _match(manifest, place.rank, flat, request)
+            match = _match(manifest, _saved_rank(manifest, place, request), flat, request)
             refuse_pickles(manifest, match, spec.options.allow_pickle)
             targets = _targets(manifest, match, flat)
             needs = _needs(manifest, targets.by_place.values())
@@ -119,6 +122,15 @@ def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: An
         kept, ignored = tuple(match.kept), tuple(match.ignored)
         done = (manifest.id, manifest.step, manifest.world_size, size, found.bytes_from, kept, ignored)
         return tree, RestoredRank(*done, candidate.fell_back)
+
+
+def _saved_rank(manifest: Manifest, place: Place, request: RestoreRequest) -> int:
+    rank = place.rank if request.ranks is None else request.ranks[place.rank]
+    if request.ranks is not None and rank >= manifest.world_size:
+        raise InvalidInputError(
+            f"ranks={list(request.ranks)}: checkpoint {manifest.id} was saved by ranks 0 … {manifest.world_size - 1}"
+        )
+    return rank
 
 
 def _match(manifest: Manifest, rank: int, flat: FlatTree | None, request: RestoreRequest) -> Match:

@@ -423,6 +423,16 @@ class SaveMachine:
             error = WorkerFailuresError(f"rank {rank}: {failure.message}", {rank: failure.message})
         return self._fail(save, error, also=rank)
 
+    def expire(self, key: str, error: CheckpointError) -> list[Instruction]:
+        """Its caller waits no longer: it ends, unless its commit is on the way."""
+        save = self._saves.get(key)
+        return [] if save is None or save.state in (COMMITTING, DONE, FAILED) else self._fail(save, error)
+
+    def forget(self, key: str) -> None:
+        """Nobody is left who could ask why a save failed."""
+        if key in self._saves and self._saves[key].state == FAILED:
+            del self._saves[key]
+
     def timed_out(self, token: str, state: str) -> list[Instruction]:
         """The time for a state is over."""
         save = self._current(token)

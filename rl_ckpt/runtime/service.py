@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import math
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,8 +26,10 @@ from rl_ckpt.errors import (
 from rl_ckpt.info import CheckpointInfo, RestoreReport
 from rl_ckpt.options import Options
 from rl_ckpt.plan.retention import KeepRule
+from rl_ckpt.runtime.deadline import Deadline
 from rl_ckpt.runtime.inside import prepare_in_actor, restore_in_actor, save_in_actor
 from rl_ckpt.runtime.links import begin, coordinator, start_coordinator
+from rl_ckpt.runtime.losses import in_one_line, is_loss
 from rl_ckpt.runtime.messages import Failure, Lost, Ok, SaveDone, decode, encode
 from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest
 from rl_ckpt.runtime.spec import NAMESPACE, Place, RunSpec
@@ -39,6 +43,7 @@ from rl_ckpt.store.urls import open_store
 _PHASES = 3  # in which a rank may use up `join_timeout_s`: beginning, joining, staging or matching
 _ASK_AGAIN_S = 0.5
 _ANSWER_S = 60.0  # for what waits for nothing
+_LAST_WORD_S = 1.0
 _STRAGGLERS_S = 5.0  # how long to wait for the other ranks once one has failed
 
 
@@ -81,19 +86,27 @@ class Service:
         ray.get(coordinator(self.spec).attach.remote(user))
         # At a normal end of the driver, staged saves are waited for and no shared memory is left behind. A driver that
         # is killed leaves the actors: what is staged still commits, and a new driver finds them by name.
-        self._at_exit = partial(_close_at_exit, self.spec)
+        self._patience = _Patience()
+        self._at_exit = partial(_close_at_exit, self.spec, self._patience)
         atexit.register(self._at_exit)
 
     def save(self, request: SaveRequest, workers: Sequence[Any]) -> PendingSave:
         """See `Checkpointer.save`."""
         begun = time.monotonic()
-        handles = self._begin_saving(workers)
-        replies = self._call_all(handles, "lost_save", save_in_actor, request, StagedRank)
+        handles, key = self._begin_saving(workers), uuid.uuid4().hex
+        limit = None if request.deadline_s is None else Deadline(self.spec, key, request, begun, for_good=True)
+        self._patience.until = None if limit is None else limit.at
+        try:
+            replies = self._call_all(handles, "lost_save", save_in_actor, request, StagedRank, key, limit)
+        except BaseException:
+            if limit is not None:
+                limit.over()
+            raise
         self._begun = True
         checkpoints = {reply.checkpoint for reply in replies}
         if len(checkpoints) != 1:
             raise CheckpointError(f"step {request.step}: the ranks were told different checkpoints: {checkpoints}")
-        return pending_save(self.spec, request.step, checkpoints.pop(), begun)
+        return pending_save(self.spec, request.step, checkpoints.pop(), begun, limit)
 
     def prepare(self, workers: Sequence[Any]) -> None:
         """See `Checkpointer.prepare`."""
@@ -114,27 +127,36 @@ class Service:
         select: str | Sequence[str] | None,
         rename: Mapping[str, str] | None,
         strict: bool,
+        ranks: Sequence[int] | None = None,
     ) -> RestoreReport:
         """See `Checkpointer.restore`."""
         begun = time.monotonic()
         handles = _handles(workers)
-        request = RestoreRequest(step, select, dict(rename) if rename else None, strict)
-        ranks = self._call_all(handles, "lost_restore", restore_in_actor, request, RestoredRank)
-        first = ranks[0]
+        saved = None if ranks is None else _check_ranks(ranks, len(handles))
+        request = RestoreRequest(step, select, dict(rename) if rename else None, strict, saved)
+        done = self._call_all(handles, "lost_restore", restore_in_actor, request, RestoredRank)
+        first, numbers = done[0], saved or range(len(done))
         return RestoreReport(
             step=first.step,
             id=first.id,
-            world_size=len(ranks),
+            world_size=len(done),
             saved_world_size=first.saved_world_size,
-            bytes=sum(rank.bytes for rank in ranks),
+            bytes=sum(rank.bytes for rank in done),
             bytes_from=first.bytes_from,
             seconds=time.monotonic() - begun,
-            kept={i: rank.kept for i, rank in enumerate(ranks) if rank.kept},
-            ignored={i: rank.ignored for i, rank in enumerate(ranks) if rank.ignored},
-            ranks_without_counterpart=tuple(range(first.saved_world_size, len(ranks))),
-            ranks_dropped=tuple(range(len(ranks), first.saved_world_size)),
+            kept={i: rank.kept for i, rank in zip(numbers, done, strict=True) if rank.kept},
+            ignored={i: rank.ignored for i, rank in zip(numbers, done, strict=True) if rank.ignored},
+            ranks_without_counterpart=() if saved else tuple(range(first.saved_world_size, len(done))),
+            ranks_dropped=() if saved else tuple(range(len(done), first.saved_world_size)),
             fell_back=first.fell_back,
         )
+
+    def settle(self, seconds: float) -> None:
+        """Waits for saves that workers began themselves and have staged; the workers are ended by now."""
+        with contextlib.suppress(ray.exceptions.RayError):  # not settled in time, or the coordinator was lost
+            link = coordinator(self.spec)
+            link.forsake.remote()
+            ray.get(link.drain.remote(), timeout=seconds)
 
     def close(self) -> None:
         """Waits until no save is under way, and ends the actors.
@@ -143,36 +165,46 @@ class Service:
             SaveTimeoutError: Saves were still under way after `write_timeout_s`; the actors stay and go on with them.
         """
         atexit.unregister(self._at_exit)
-        _close(self.spec)
+        _close(self.spec, self._patience)
 
     def _call_all(
-        self, handles: Sequence[Any], lost: str, function: Callable[..., bytes], request: object, kind: Any
+        self,
+        handles: Sequence[Any],
+        lost: str,
+        function: Callable[..., bytes],
+        request: object,
+        kind: Any,
+        key: str = "",
+        limit: Deadline | None = None,
     ) -> list[Any]:
-        """Runs `function` inside every worker.
+        """Runs `function` inside every worker, until the limit at the longest.
 
         Raises:
             CheckpointError: What the coordinator said, or `WorkerFailuresError` by rank, or `SaveTimeoutError`.
         """
-        key, count = uuid.uuid4().hex, len(handles)
+        key, count = key or uuid.uuid4().hex, len(handles)
         refs = {
             handle.__ray_call__.remote(function, self.spec, Place(key, rank, count), request): rank
             for rank, handle in enumerate(handles)
         }
         replies: dict[int, Any] = {}
         patience_s = _PHASES * self.spec.options.join_timeout_s
-        deadline = time.monotonic() + patience_s
+        last = math.inf if limit is None else limit.at
+        deadline = min(time.monotonic() + patience_s, last)
         while refs:
             ready, _ = ray.wait(list(refs), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                if not ray.get(coordinator(self.spec).under_way.remote(key)):
+                if time.monotonic() >= last or not ray.get(coordinator(self.spec).under_way.remote(key)):
                     break
-                deadline = time.monotonic() + patience_s
+                deadline = min(time.monotonic() + patience_s, last)
             for ref in ready:
                 rank = refs.pop(ref)
                 replies[rank] = self._reply(ref, lost, Place(key, rank, count), kind)
                 if isinstance(replies[rank], Failure):
                     deadline = min(deadline, time.monotonic() + _STRAGGLERS_S)
-        _raise_failures(replies, sorted(refs.values()), self.spec.options)
+        if refs and lost == "lost_save":  # the silent ones must not bring it about later
+            coordinator(self.spec).expire_save.remote(key, "this save is over; save again", True)
+        _raise_failures(replies, sorted(refs.values()), self.spec.options, limit)
         return [replies[rank] for rank in range(count)]
 
     def _reply(self, ref: Any, lost: str, place: Place, kind: Any) -> Any:
@@ -180,8 +212,8 @@ class Service:
         try:
             return decode(ray.get(ref), kind | Failure)
         except ray.exceptions.RayError as error:
-            text = f"rank {place.rank} is dead or unreachable: {str(error).strip().splitlines()[0]}"
-            failure = Failure.of(WorkerFailuresError(text, {place.rank: text}))
+            text = f"rank {place.rank} is dead or unreachable: {in_one_line(error)}"
+            failure = Failure.of(WorkerFailuresError(text, {place.rank: text}, [place.rank] if is_loss(error) else ()))
             message = Lost(place.key, place.rank, place.world_size, failure)
             getattr(coordinator(self.spec), lost).remote(encode(message))
             return failure
@@ -204,9 +236,26 @@ def _handles(workers: Sequence[Any]) -> list[Any]:
     return handles
 
 
-def _raise_failures(replies: Mapping[int, Any], silent: Sequence[int], options: Options) -> None:
+def _check_ranks(ranks: Sequence[int], count: int) -> tuple[int, ...]:
+    """Saved ranks for `count` workers; the checkpoint decides whether there are such."""
+    if isinstance(ranks, str | bytes) or not isinstance(ranks, Iterable):
+        raise InvalidInputError(f"ranks={ranks!r} must be a list of saved ranks, one for each worker")
+    found = tuple(ranks)
+    wrong = [rank for rank in found if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0]
+    if wrong or len(set(found)) < len(found):
+        raise InvalidInputError(f"ranks={list(found)}: give each worker a rank of its own, an int of at least 0")
+    if len(found) != count:
+        raise InvalidInputError(f"ranks={list(found)} names {len(found)} ranks for {count} workers; give one for each")
+    return found
+
+
+def _raise_failures(
+    replies: Mapping[int, Any], silent: Sequence[int], options: Options, limit: Deadline | None = None
+) -> None:
     failures = {rank: reply for rank, reply in sorted(replies.items()) if isinstance(reply, Failure)}
     if not failures:
+        if silent and limit is not None:
+            raise SaveTimeoutError(f"ranks {list(silent)} did not answer before the save's deadline; nothing was saved")
         if silent:
             raise SaveTimeoutError(
                 f"ranks {list(silent)} did not answer; they may be busy in another method. Raise `join_timeout_s` (now "
@@ -214,16 +263,21 @@ def _raise_failures(replies: Mapping[int, Any], silent: Sequence[int], options: 
             )
         return
     by_rank: dict[int, str] = {}
+    lost: set[int] = set()
     for failure in failures.values():
         by_rank |= failure.failures
+        lost.update(failure.lost)
     if by_rank:
-        raise WorkerFailuresError("; ".join(dict.fromkeys(by_rank.values())), by_rank)
+        raise WorkerFailuresError("; ".join(dict.fromkeys(by_rank.values())), by_rank, lost)
     raise next(iter(failures.values())).error()
 
 
-def pending_save(spec: RunSpec, step: int, checkpoint: str, begun: float) -> PendingSave:
+def pending_save(spec: RunSpec, step: int, checkpoint: str, begun: float, limit: Deadline | None = None) -> PendingSave:
     """A save that is staged, as its caller holds it."""
-    return PendingSave(step, in_thread(lambda: _outcome(spec, checkpoint, begun), f"rl_ckpt-wait-{step}"))
+    future = in_thread(lambda: _outcome(spec, checkpoint, begun), f"rl_ckpt-wait-{step}")
+    if limit is not None:
+        limit.guard(future)
+    return PendingSave(step, future)
 
 
 def _outcome(spec: RunSpec, checkpoint: str, begun: float) -> CheckpointInfo:
@@ -269,17 +323,30 @@ def _server_names(spec: RunSpec) -> list[str]:
     return [a["name"] for a in actors if a["namespace"] == NAMESPACE and a["name"].startswith(spec.server(""))]
 
 
-def _close_at_exit(spec: RunSpec) -> None:
+@dataclass(slots=True)
+class _Patience:
+    """How long the end of a driver waits for what is staged."""
+
+    until: float | None = None
+    """Of the last urgent save, by `time.monotonic`; None: `write_timeout_s`."""
+
+    def left_s(self, otherwise_s: float) -> float:
+        """In seconds; a little where there is none left, for saves that are decided."""
+        return otherwise_s if self.until is None else max(_LAST_WORD_S, self.until - time.monotonic())
+
+
+def _close_at_exit(spec: RunSpec, patience: _Patience) -> None:
     try:
-        _close(spec)
+        _close(spec, patience)
     except SaveTimeoutError as error:
         warnings.warn(str(error), stacklevel=1)
 
 
-def _close(spec: RunSpec) -> None:
+def _close(spec: RunSpec, patience: _Patience) -> None:
     if not ray.is_initialized():
         return
-    limit_s = spec.options.write_timeout_s
+    # Past an urgent save's deadline, the actors are left as by a driver that is killed: what is committed stands.
+    limit_s = patience.left_s(spec.options.write_timeout_s)
     with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.RaySystemError, ValueError):  # ended already
         link = coordinator(spec)
         try:

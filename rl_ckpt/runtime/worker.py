@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rl_ckpt.errors import InvalidInputError
-from rl_ckpt.options import check_step
+from rl_ckpt.options import check_deadline, check_step
+from rl_ckpt.runtime.deadline import Deadline
 from rl_ckpt.runtime.inside import guarded
 from rl_ckpt.runtime.links import begin
 from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest, restore_rank
@@ -50,7 +53,13 @@ class WorkerCheckpointer:
         return self._world_size
 
     def save(
-        self, step: int, state: Any, *, metrics: Mapping[str, object] | None = None, tag: str | None = None
+        self,
+        step: int,
+        state: Any,
+        *,
+        metrics: Mapping[str, object] | None = None,
+        tag: str | None = None,
+        deadline_s: float | None = None,
     ) -> PendingSave:
         """Saves this rank's state; back as soon as it is staged. All ranks call it with the same step.
 
@@ -59,20 +68,26 @@ class WorkerCheckpointer:
             state: This rank's state tree.
             metrics: Rank 0's count, or those of whichever rank joins first.
             tag: As metrics.
+            deadline_s: As for `Checkpointer.save`; the shortest of all ranks counts.
 
         Raises:
             CheckpointError: As `Checkpointer.save`.
         """
         begun = time.monotonic()
-        request = SaveRequest(check_step(step), encode_metrics(metrics or {}), tag, self._parent)
+        metrics, limit_s = encode_metrics(metrics or {}), check_deadline(deadline_s)
+        request = SaveRequest(check_step(step), metrics, tag, self._parent, limit_s)
         place = Place(f"save-{self._spec.job}-{request.step}", self._rank, self._world_size)
-        with guarded(self._spec, place, "lost_save"):
+        with guarded(self._spec, place, "lost_save"), contextlib.ExitStack() as undone:
             raise_untold(self._pending)  # in here, so that the other ranks do not wait for this one
             self._begin()
+            limit = None if limit_s is None else Deadline(self._spec, place.key, request, begun, for_good=False)
+            if limit is not None:
+                undone.callback(limit.over)
             staged = save_rank(self._spec, place, request, state, begun)
+            undone.pop_all()
         self._begun = True
         self._parent = None
-        pending = pending_save(self._spec, request.step, staged.checkpoint, begun)
+        pending = pending_save(self._spec, request.step, staged.checkpoint, begun, limit)
         self._pending = [p for p in self._pending if not p.settled()] + [pending]
         return pending
 
@@ -101,8 +116,9 @@ class WorkerCheckpointer:
         select: str | Sequence[str] | None = None,
         rename: Mapping[str, str] | None = None,
         strict: bool = True,
+        alone: bool = False,
     ) -> Any:
-        """Restores this rank. All ranks call it with the same step.
+        """Restores this rank. All ranks call it with the same step, unless one is restored `alone`.
 
         Args:
             state: What the worker has; its arrays are filled in place where dtype and shape agree. None: the tree as it
@@ -111,6 +127,7 @@ class WorkerCheckpointer:
             select: As for `Checkpointer.restore`.
             rename: As for `Checkpointer.restore`.
             strict: As for `Checkpointer.restore`.
+            alone: Whether only this rank restores, as the replacement of one that was lost, while the others go on.
 
         Returns:
             The restored tree.
@@ -121,9 +138,12 @@ class WorkerCheckpointer:
         wanted = None if step is None else check_step(step)
         which = "newest" if wanted is None else wanted
         place = Place(f"restore-{self._spec.job}-{which}", self._rank, self._world_size)
+        request = RestoreRequest(wanted, select, rename, strict)
+        if alone:
+            place = Place(f"restore-{self._rank}-{uuid.uuid4().hex}", 0, 1)
+            request = RestoreRequest(wanted, select, rename, strict, (self._rank,))
         with guarded(self._spec, place, "lost_restore"):
-            tree, self.last_restored = restore_rank(
-                self._spec, place, RestoreRequest(wanted, select, rename, strict), state
-            )
-        self._parent = self.last_restored.id
+            tree, self.last_restored = restore_rank(self._spec, place, request, state)
+        if not alone:  # else the job goes on from where the others are
+            self._parent = self.last_restored.id
         return tree

@@ -41,6 +41,8 @@ class SaveRequest:
     tag: str | None = None
     parent: str | None = None
     """Id of the checkpoint that the job last restored or saved; None: the newest."""
+    deadline_s: float | None = None
+    """How long it may take from the call to the commit, in seconds; None: no such limit."""
 
 
 @dataclass(frozen=True, slots=True)

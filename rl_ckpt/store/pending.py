@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any
 
 from rl_ckpt.errors import SaveTimeoutError
 from rl_ckpt.info import CheckpointInfo
@@ -81,15 +83,23 @@ def raise_untold(saves: Iterable[PendingSave]) -> None:
             raise failure
 
 
+def settle(set_outcome: Callable[[Any], None], outcome: object) -> None:
+    """Sets a future's outcome, unless it was given up at its deadline."""
+    with contextlib.suppress(InvalidStateError):
+        set_outcome(outcome)
+
+
 def in_thread(call: Callable[[], CheckpointInfo], name: str) -> Future[CheckpointInfo]:
     """Runs a blocking wait in a daemon thread, as a future."""
     future: Future[CheckpointInfo] = Future()
 
     def run() -> None:
         try:
-            future.set_result(call())
+            info = call()
         except BaseException as error:  # noqa: BLE001 - it is not handled here but handed to whoever asks for the result
-            future.set_exception(error)
+            settle(future.set_exception, error)
+        else:
+            settle(future.set_result, info)
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return future

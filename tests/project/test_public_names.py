@@ -67,7 +67,7 @@ def test_the_version_is_the_distribution() -> None:
 @pytest.mark.parametrize("cls", _error_classes())
 def test_an_error_survives_pickling(cls: type[errors.CheckpointError]) -> None:
     if cls is errors.WorkerFailuresError:
-        error: errors.CheckpointError = errors.WorkerFailuresError("2 workers failed", {0: "lost", 3: "no memory"})
+        error: errors.CheckpointError = errors.WorkerFailuresError("2 workers failed", {0: "lost", 3: "no memory"}, [0])
     else:
         error = cls("step 7: what happened; what to do")
     back = pickle.loads(pickle.dumps(error))

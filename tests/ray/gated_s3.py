@@ -43,15 +43,15 @@ class Gate:
 
 
 @contextmanager
-def run_gated(server: S3Server) -> Iterator[Gate]:
-    """A gate in front of a server."""
+def run_gated(server: S3Server, paths: str = "/shards/") -> Iterator[Gate]:
+    """A gate in front of a server, for what is written to such paths."""
     with run_proxy(server) as proxy:
         gate = Gate(S3Server("gated", proxy.url, server.key, server.secret))
         gate.open()
         take = proxy.take
 
         def hold(method: str, path: str) -> Fault | None:
-            if method in ("PUT", "POST") and "/shards/" in path and not gate.gate.is_set():
+            if method in ("PUT", "POST") and paths in path and not gate.gate.is_set():
                 gate.waiting.set()
                 gate.gate.wait(WAIT_S)
             return take(method, path)

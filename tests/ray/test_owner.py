@@ -21,7 +21,7 @@ import ray
 from rl_ckpt import Checkpointer, FencedError, RunOwnedError, SaveTimeoutError
 from rl_ckpt.format import records
 from rl_ckpt.format.records import CommitRecord, LeaseRecord
-from rl_ckpt.runtime.service import _close
+from rl_ckpt.runtime.service import _close, _Patience
 from rl_ckpt.runtime.spec import NAMESPACE
 from rl_ckpt.store.base import Store
 from rl_ckpt.store.run import Run
@@ -296,7 +296,7 @@ def test_a_close_that_would_wait_too_long_says_what_it_leaves(
         with pytest.raises(
             SaveTimeoutError, match=r"was not closed: not done within 0.01 s: .*: writing.*Its actors stay"
         ):
-            _close(dataclasses.replace(spec_of(ckpt), options=impatient))
+            _close(dataclasses.replace(spec_of(ckpt), options=impatient), _Patience())
         gate.open()
         assert pending.result(WAIT_S).step == 2
 
