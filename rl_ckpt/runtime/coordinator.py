@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -48,11 +49,12 @@ from rl_ckpt.runtime.messages import (
 from rl_ckpt.runtime.restore_work import RestoreWork
 from rl_ckpt.runtime.save_machine import SaveMachine
 from rl_ckpt.runtime.save_work import SaveWork
-from rl_ckpt.runtime.server_calls import Servers
+from rl_ckpt.runtime.server_calls import Servers, node_is_dead
 from rl_ckpt.runtime.spec import RunSpec
 from rl_ckpt.store.committer import SaveRequest
 
 _OUTCOMES_KEPT = 256
+_NEWS_S = 1.0  # how long a driver's question waits for news of its save
 
 
 class Coordinator:
@@ -71,6 +73,7 @@ class Coordinator:
         self._save_work = SaveWork(spec, self._restore_work.forget)
         self._opened_with = spec.storage_options
         self._users: dict[str, str] = {}  # drivers that use these actors → their Ray job
+        self._news = asyncio.Event()  # set, and replaced, whenever something has happened
         self._idle = asyncio.Event()
         self._idle.set()
         self._counts = {"messages": 0, "bytes_in": 0, "bytes_out": 0, "largest": 0, "repeats": 0}
@@ -100,6 +103,17 @@ class Coordinator:
         """A rank can't go on with a save."""
         message = self._read(data, Lost)
         self._do(self._saves.lost(message))
+
+    async def restages(self, key: str) -> bytes:
+        """What a driver has to ask its workers for since one of them died; waits for it, but not for long."""
+        deadline = time.monotonic() + _NEWS_S
+        while True:
+            found = self._saves.restages(key)
+            left_s = deadline - time.monotonic()
+            if isinstance(found, Failure) or found.orders or not found.waits or left_s <= 0:
+                return self._reply(found)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._news.wait(), left_s)
 
     async def wait_save(self, checkpoint: str) -> bytes:
         """Answers once the save of `checkpoint` is decided."""
@@ -211,9 +225,12 @@ class Coordinator:
                 case sm.LookUp(key, checkpoint):
                     self._spawn(self._look_up(key, checkpoint), key, self._saves.failed)
                 case sm.ReserveMemory(key, server, generation, size):
-                    self._spawn(self._reserve(key, server, generation, size), key, self._saves.failed)
-                case sm.Write(key, server, order):
-                    self._spawn(self._write(key, server, order), key, self._saves.failed)
+                    self._spawn(self._reserve(key, server, generation, size), key, partial(self._server_failed, server))
+                case sm.ReserveAnnex(key, lane, server, generation, size):
+                    work = self._reserve_annex(key, lane, server, generation, size)
+                    self._spawn(work, key, partial(self._server_failed, server))
+                case sm.Write(key, lane, order, server):
+                    self._spawn(self._write(key, lane, order, server), key, partial(self._server_failed, server))
                 case sm.Commit(key, save):
                     self._spawn(self._commit(key, save), key, self._saves.failed)
                 case sm.Finish(_, outcome, checkpoint):
@@ -232,6 +249,8 @@ class Coordinator:
                     self._later(seconds, partial(self._restores.timed_out, key, state))
                 case _:
                     raise AssertionError(f"unknown instruction {instruction!r}")
+        self._news.set()
+        self._news = asyncio.Event()
         self._idle.clear() if self._saves.busy() else self._idle.set()
 
     def _later(self, seconds: float, event: Callable[[], Iterable[Any]]) -> None:
@@ -275,13 +294,29 @@ class Coordinator:
         return self._saves.looked_up(key, await self._save_work.look_up(checkpoint))
 
     async def _reserve(self, key: str, server: str, generation: int, size: int) -> Iterable[Any]:
-        name = f"generation-{generation}-{key.replace('#', '-').replace('/', '_')}"
-        done = await self._servers.call(server, "reserve", Reserve(generation, name, size), Reserved)
+        order = Reserve(generation, _generation_name(key, generation), size)
+        done = await self._servers.call(server, "reserve", order, Reserved)
         return self._saves.reserved(key, server, generation, StagingFile(size, done.path))
 
-    async def _write(self, key: str, server: str, order: WriteOrder) -> Iterable[Any]:
+    async def _reserve_annex(self, key: str, lane: str, server: str, generation: int, size: int) -> Iterable[Any]:
+        # It begins as the generation's file does, and so goes when that is made anew.
+        name = f"{_generation_name(key, generation)}-{lane.rpartition('.')[2]}-"
+        done = await self._servers.call(server, "reserve", Reserve(generation, name, size, beside=True), Reserved)
+        return self._saves.annexed(key, lane, done.path)
+
+    async def _write(self, key: str, lane: str, order: WriteOrder, server: str) -> Iterable[Any]:
         done = await self._servers.call(server, "write", order, WriteDone)
-        return self._saves.written(key, server, done.written)
+        return self._saves.written(key, lane, done.written)
+
+    def _server_failed(self, server: str, key: str, error: CheckpointError) -> Iterable[Any]:
+        """A call of a server failed. Where its node is dead, others may do what it was to do."""
+        if node_is_dead(server):
+            return [*self._saves.server_lost(server, self._copies(server)), *self._saves.failed(key, error, server)]
+        return self._saves.failed(key, error, server)
+
+    def _copies(self, server: str) -> Mapping[str, tuple[str, str]]:
+        """By checkpoint, who has a whole copy of what a lost server had staged, and in which file."""
+        return {}
 
     async def _commit(self, key: str, save: sm.Save) -> Iterable[Any]:
         return self._saves.committed(key, await self._save_work.commit(save))
@@ -301,3 +336,7 @@ class Coordinator:
     async def _fetch(self, key: str, server: str, order: FetchOrder) -> Iterable[Any]:
         done = await self._servers.call(server, "fetch", order, FetchDone)
         return self._restores.fetched(key, server, done)
+
+
+def _generation_name(token: str, generation: int) -> str:
+    return f"generation-{generation}-{token.replace('#', '-').replace('/', '_')}"

@@ -16,27 +16,24 @@ import ray
 from rl_ckpt.errors import (
     CheckpointError,
     InvalidInputError,
-    SaveTimeoutError,
     StorageError,
-    WorkerFailuresError,
 )
 from rl_ckpt.info import CheckpointInfo, RestoreReport
 from rl_ckpt.options import Options
 from rl_ckpt.plan.retention import KeepRule
+from rl_ckpt.runtime.calls import call_all
 from rl_ckpt.runtime.inside import prepare_in_actor, restore_in_actor, save_in_actor
 from rl_ckpt.runtime.links import coordinator, start_coordinator
-from rl_ckpt.runtime.messages import Failure, Lost, Ok, SaveDone, decode, encode
+from rl_ckpt.runtime.messages import Failure, Ok, SaveDone, decode
 from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest
-from rl_ckpt.runtime.spec import NAMESPACE, Place, RunSpec
+from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
 from rl_ckpt.runtime.staging import StagedRank
 from rl_ckpt.store.committer import SaveRequest, info_from, info_of
 from rl_ckpt.store.pending import PendingSave, in_thread
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.urls import open_store
 
-_PHASES = 3  # in which a rank may use up `join_timeout_s`: beginning, joining, staging or matching
 _ASK_AGAIN_S = 0.5
-_STRAGGLERS_S = 5.0  # how long to wait for the other ranks once one has failed
 
 
 class Service:
@@ -139,38 +136,7 @@ class Service:
         Raises:
             CheckpointError: What the coordinator said, or `WorkerFailuresError` by rank, or `SaveTimeoutError`.
         """
-        key, count = uuid.uuid4().hex, len(handles)
-        refs = {
-            handle.__ray_call__.remote(function, self.spec, Place(key, rank, count), request): rank
-            for rank, handle in enumerate(handles)
-        }
-        replies: dict[int, Any] = {}
-        patience_s = _PHASES * self.spec.options.join_timeout_s
-        deadline = time.monotonic() + patience_s
-        while refs:
-            ready, _ = ray.wait(list(refs), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                if not ray.get(coordinator(self.spec).under_way.remote(key)):
-                    break
-                deadline = time.monotonic() + patience_s
-            for ref in ready:
-                rank = refs.pop(ref)
-                replies[rank] = self._reply(ref, lost, Place(key, rank, count), kind)
-                if isinstance(replies[rank], Failure):
-                    deadline = min(deadline, time.monotonic() + _STRAGGLERS_S)
-        _raise_failures(replies, sorted(refs.values()), self.spec.options)
-        return [replies[rank] for rank in range(count)]
-
-    def _reply(self, ref: Any, lost: str, place: Place, kind: Any) -> Any:
-        """A worker's answer; where it died, the coordinator is told, so that the other ranks do not wait for it."""
-        try:
-            return decode(ray.get(ref), kind | Failure)
-        except ray.exceptions.RayError as error:
-            text = f"rank {place.rank} is dead or unreachable: {str(error).strip().splitlines()[0]}"
-            failure = Failure.of(WorkerFailuresError(text, {place.rank: text}))
-            message = Lost(place.key, place.rank, place.world_size, failure)
-            getattr(coordinator(self.spec), lost).remote(encode(message))
-            return failure
+        return call_all(self.spec, handles, lost, function, request, kind)
 
 
 def _handles(workers: Sequence[Any]) -> list[Any]:
@@ -188,23 +154,6 @@ def _handles(workers: Sequence[Any]) -> list[Any]:
     if len({handle._actor_id for handle in handles}) < len(handles):
         raise InvalidInputError("workers holds the same actor twice; give each rank an actor of its own")
     return handles
-
-
-def _raise_failures(replies: Mapping[int, Any], silent: Sequence[int], options: Options) -> None:
-    failures = {rank: reply for rank, reply in sorted(replies.items()) if isinstance(reply, Failure)}
-    if not failures:
-        if silent:
-            raise SaveTimeoutError(
-                f"ranks {list(silent)} did not answer; they may be busy in another method. Raise `join_timeout_s` (now "
-                f"{options.join_timeout_s} s) if that is expected"
-            )
-        return
-    by_rank: dict[int, str] = {}
-    for failure in failures.values():
-        by_rank |= failure.failures
-    if by_rank:
-        raise WorkerFailuresError("; ".join(dict.fromkeys(by_rank.values())), by_rank)
-    raise next(iter(failures.values())).error()
 
 
 def pending_save(spec: RunSpec, step: int, checkpoint: str, begun: float) -> PendingSave:

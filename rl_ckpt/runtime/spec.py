@@ -12,6 +12,8 @@ from rl_ckpt.options import Options
 from rl_ckpt.plan.retention import KeepRule
 
 NAMESPACE = "rl_ckpt"
+NODE_CHARS = 16
+"""So much of a node's id tells it from the others of its cluster."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class RunSpec:
 
     def server(self, node: str) -> str:
         """Name of the shard server of a node."""
-        return f"rl_ckpt-{self.key}-{node[:16]}"
+        return f"rl_ckpt-{self.key}-{node[:NODE_CHARS]}"
 
 
 @dataclass(frozen=True)
