@@ -50,7 +50,7 @@ def without(merged: Merged, dead: Collection[int]) -> tuple[Merged, Orphans]:
         for chunk in array.chunks:
             holders = alive(chunk.holders)
             if not holders:
-                orphans[array.path] = chunk.holders
+                _add(orphans, array.path, chunk.holders)
             chunks.append(msgspec.structs.replace(chunk, holders=holders))
         arrays.append(msgspec.structs.replace(array, chunks=chunks))
     return dataclasses.replace(merged, arrays=arrays), orphans
@@ -96,7 +96,7 @@ def redeal(
         if holders:
             writes.append(Write(array, msgspec.structs.replace(chunk, holders=holders), (a, c)))
         else:
-            orphans[array.path] = chunk.holders
+            _add(orphans, array.path, chunk.holders)
     if orphans:
         return plan, [], orphans
     rest = _taken_out(plan, frozenset(moved))
@@ -129,6 +129,11 @@ def _taken_out(plan: SavePlan, moved: frozenset[Place]) -> SavePlan:
             kept[lane] = left
     staged_bytes = {lane: size for lane, size in plan.staged_bytes.items() if lane in kept}
     return dataclasses.replace(plan, files=kept, staged_bytes=staged_bytes, sources=sources)
+
+
+def _add(orphans: dict[str, tuple[int, ...]], path: str, ranks: tuple[int, ...]) -> None:
+    """Several ranks may have had arrays, or parts of one, at a path."""
+    orphans[path] = tuple(sorted({*orphans.get(path, ()), *ranks}))
 
 
 def _alive(dead: frozenset[int]) -> Callable[[tuple[int, ...]], tuple[int, ...]]:

@@ -168,7 +168,9 @@ class Bench:
         assert isinstance(news, Restages)
         for order in news.orders:
             digests = tuple(bytes([i, 100 + order.rank]) * 8 for i in range(len(order.items)))
-            self.do(self.machine.staged(Staged(f"save-{step}", order.rank, order.checkpoint, digests, 0.1, order.annex)))
+            self.do(
+                self.machine.staged(Staged(f"save-{step}", order.rank, order.checkpoint, digests, 0.1, order.annex))
+            )
         return [order.rank for order in news.orders]
 
     def look_up(self) -> None:
