@@ -19,7 +19,7 @@ from rl_ckpt.options import Options
 from rl_ckpt.runtime.inside import restage_in_actor, save_in_actor
 from rl_ckpt.runtime.links import coordinator
 from rl_ckpt.runtime.messages import Failure, Lost, Restages, decode, encode
-from rl_ckpt.runtime.spec import Place, RunSpec
+from rl_ckpt.runtime.spec import CALL, Place, RunSpec
 from rl_ckpt.runtime.staging import StagedRank
 
 _PHASES = 3  # in which a rank may use up `join_timeout_s`: beginning, joining, staging or matching
@@ -66,7 +66,7 @@ class _Calls:
         self._lost = lost
         self._kind = kind
         self._saves = saves  # only then is there anything that others may do in a dead one's place
-        self._key = uuid.uuid4().hex
+        self._key = f"{CALL}{uuid.uuid4().hex}"
         self._refs: dict[Any, int] = {}
         self._question: Any = None
         self._replies: dict[int, Any] = {}

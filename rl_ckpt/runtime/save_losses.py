@@ -31,6 +31,7 @@ from rl_ckpt.runtime.save_steps import (
     Save,
     Write,
 )
+from rl_ckpt.runtime.spec import CALL
 from rl_ckpt.store.committer import SaveRequest
 
 _ENDED_KEPT = 256
@@ -93,6 +94,7 @@ class SaveLosses:
             return self._take_over(save) if save.state == STAGING else []
         error = failure.error()
         if isinstance(error, StorageError):  # somebody removed staging memory: the other generations' too, very likely
+            self._generations.revoke()
             self._generations.drop_free()
         if not isinstance(error, InvalidInputError | WorkerFailuresError):
             error = WorkerFailuresError(f"rank {rank}: {failure.message}", {rank: failure.message})
@@ -118,6 +120,11 @@ class SaveLosses:
             return to_restage(save)
         text = "the coordinator was lost during this save; save again"
         return self._ended.get(key) or Failure.of(WorkerFailuresError(text))
+
+    def ended(self, key: str) -> Failure | None:
+        """Why a driver's save has failed: who comes to it late finds nobody."""
+        end = self._ended.get(key) if key.startswith(CALL) else None
+        return end if isinstance(end, Failure) else None
 
     def _note_end(self, save: Save) -> None:
         self._ended[save.key] = save.failure or Restages(save.checkpoint, False)

@@ -147,7 +147,9 @@ class SaveMachine(SaveLosses):
 
     def _entered(self, message: JoinSave | RepeatSave) -> tuple[Save | None, list[Instruction]]:
         """The save that a rank wants to take part in; None where it has its answer."""
-        save = self._saves.get(message.key)
+        save, ended = self._saves.get(message.key), self.ended(message.key)
+        if save is None and ended is not None:
+            return None, [Order(message.key, message.rank, ended)]  # it was busy for so long
         if save is not None and save.state == FAILED and message.rank in save.told:
             save = None  # this rank knows of the failure and tries again
         out: list[Instruction] = []

@@ -12,6 +12,8 @@ from rl_ckpt.options import Options
 from rl_ckpt.plan.retention import KeepRule
 
 NAMESPACE = "rl_ckpt"
+CALL = "call-"
+"""How the keys of a driver's calls begin: each is of one call alone. Those of worker mode come again."""
 NODE_CHARS = 16
 """So much of a node's id tells it from the others of its cluster."""
 

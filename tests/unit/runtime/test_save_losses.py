@@ -12,6 +12,7 @@ from rl_ckpt import Replicated
 from rl_ckpt.errors import StorageError, WorkerFailuresError
 from rl_ckpt.runtime import save_steps as sm
 from rl_ckpt.runtime.messages import Failure, Lost, Restages, SaveDone, SaveOrders, Staged, StagedObjects
+from rl_ckpt.runtime.spec import CALL
 from tests.unit.runtime.save_bench import CHUNK_BYTES, Bench, State, join, repeat
 
 SHARED: State = {"w": np.arange(512.0), "v": np.arange(256.0), "u": np.arange(64.0)}
@@ -501,3 +502,19 @@ def test_orders_say_where_and_what() -> None:
     assert all(order.witness == () for order in news.orders), "the digests tell"
     assert isinstance(bench.reply(5, 0), SaveOrders)
     assert len({order.annex for order in news.orders}) == len(news.orders)
+
+
+def test_who_comes_late_to_a_drivers_save_hears_how_it_ended() -> None:
+    bench = Bench()
+    key = f"{CALL}1"
+    bench.join(0, 5, key=key)
+    bench.time_out(sm.JOINING)
+    bench.time_out(sm.FAILED)
+    assert bench.machine.states() == {}
+    bench.join(1, 5, key=key)
+    told = bench.replies[key, 1][-1]
+    assert isinstance(told, Failure)
+    assert "ranks [1] did not join" in told.message
+    assert bench.machine.states() == {}, "else it would wait there for ranks that do not come"
+    bench.join(1, 5)
+    assert bench.machine.states() == {"save-5": sm.JOINING}
