@@ -7,6 +7,7 @@ what was committed comes back bit-identical.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -41,6 +42,8 @@ from tests.ray.stops import Stop, hang, here, hold, state_of_saves, stop
 
 STAGING = "rl_ckpt.runtime.staging"
 SERVER = "rl_ckpt.runtime.shard_server"
+HAS_TIER = importlib.util.find_spec("rl_ckpt.runtime.tier") is not None
+needs_tier = pytest.mark.skipif(not HAS_TIER, reason="needs the memory tier")
 
 
 def shared(step: int = 0) -> dict[str, Any]:
@@ -74,8 +77,10 @@ def workers(cluster: Any) -> list[Any]:
     return on_nodes(3)
 
 
-def run(tmp_path: Path) -> Checkpointer:
-    return Checkpointer(str(tmp_path / "run"), join_timeout_s=20, chunk_bytes=1 << 18)
+def run(tmp_path: Path, **options: Any) -> Checkpointer:
+    if not HAS_TIER:
+        options.pop("memory_tier", None)
+    return Checkpointer(str(tmp_path / "run"), join_timeout_s=20, chunk_bytes=1 << 18, **options)
 
 
 def saving(ckpt: Checkpointer, step: int, team: Sequence[Any]) -> Future[PendingSave]:
@@ -343,8 +348,11 @@ def by_workers(ckpt: Checkpointer, workers: list[Any]) -> Callable[[], list[Any]
     return lambda: [_of(call) for call in calls]
 
 
-@pytest.mark.parametrize("mode", ["driver", "workers"])
-@pytest.mark.parametrize("when", ["joining", "reserving", "staging", "writing", "committing", "committed"])
+KILLS = [(when, "driver") for when in ("joining", "reserving", "staging", "writing", "committing", "committed")]
+KILLS += [(when, "workers") for when in ("joining", "staging", "committed")]
+
+
+@pytest.mark.parametrize(("when", "mode"), KILLS, ids="-".join)
 def test_the_coordinator_killed_in_any_state_leaves_the_save_whole_or_absent(
     tmp_path: Path, workers: list[Any], when: str, mode: str
 ) -> None:
@@ -398,42 +406,49 @@ def on_node(node: Any) -> Any:
     return kind.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.node_id, soft=False)).remote()
 
 
-@pytest.fixture
-def doomed(cluster: Any) -> Any:
-    """A node of its own."""
+def doomed(cluster: Any, ckpt: Checkpointer) -> Any:
+    """A node on which the run's coordinator is not."""
+    ray.get(link(ckpt).stats.remote())
     node = cluster.add_node(num_cpus=2, object_store_memory=80 << 20)
     cluster.wait_for_nodes()
     return node
 
 
 def test_a_node_that_dies_while_it_stages_is_replaced_in_the_same_save(
-    tmp_path: Path, cluster: Any, workers: list[Any], doomed: Any
+    tmp_path: Path, cluster: Any, workers: list[Any]
 ) -> None:
-    at, team = stop(tmp_path, "staging"), [workers[0], workers[1], on_node(doomed)]
     with run(tmp_path) as ckpt:
+        node, at = doomed(cluster, ckpt), stop(tmp_path, "staging")
+        team = [workers[0], workers[1], on_node(node)]
         give(team, [shared(1)] * 3)
         hold(team[2], at, STAGING, "stage")
         save = saving(ckpt, 1, team)
         at.reached()
-        lose_node(cluster, doomed)
+        lose_node(cluster, node)
         assert save.result(WAIT_S).result(WAIT_S).step == 1
         comes_back(ckpt, workers, 1)
         saves_again(ckpt, workers, 2)
 
 
-def test_a_node_that_dies_while_it_writes_ends_the_save_by_name_and_the_next_one_works(
-    tmp_path: Path, cluster: Any, workers: list[Any], doomed: Any
-) -> None:
-    at, team = stop(tmp_path, "writing"), [workers[0], workers[1], on_node(doomed)]
-    with run(tmp_path) as ckpt:
+@pytest.mark.parametrize("copied", [False, pytest.param(True, marks=needs_tier)], ids=["alone", "copied"])
+def test_a_node_that_dies_while_it_writes(tmp_path: Path, cluster: Any, workers: list[Any], copied: bool) -> None:
+    """A buddy that has a copy writes in its place; else the save ends by name, and the next one works."""
+    with run(tmp_path, memory_tier=copied) as ckpt:
+        node, at = doomed(cluster, ckpt), stop(tmp_path, "writing")
+        team = [workers[0], workers[1], on_node(node)]
         saves_again(ckpt, team, 1)
         give(team, [shared(2)] * 3)
-        lost = next(name for name in servers(ckpt) if name.endswith(doomed.node_id[:16]))
+        lost = next(name for name in servers(ckpt) if name.endswith(node.node_id[:16]))
         hold(servers(ckpt)[lost], at, SERVER, "write_files")
         pending = ckpt.save(2, team)
         at.reached()
-        lose_node(cluster, doomed)
-        with pytest.raises(WorkerFailuresError, match=lost):
-            pending.result(WAIT_S)
-        comes_back(ckpt, workers, 1)
-        saves_again(ckpt, workers, 2)
+        if copied:
+            until(lambda: any(memory_files(name, f"*{lost}*") for name in servers(ckpt)), "a buddy has a copy")
+        lose_node(cluster, node)
+        if copied:
+            assert pending.result(WAIT_S).step == 2
+        else:
+            with pytest.raises(WorkerFailuresError, match=lost):
+                pending.result(WAIT_S)
+        comes_back(ckpt, workers, 2 if copied else 1)
+        saves_again(ckpt, workers, 3)
