@@ -123,6 +123,13 @@ class Deaths(RuleBasedStateMachine):
                 self.work(pick, which)
             self.answer_all()
 
+    @rule(pick=PICK)
+    def up_to_staging(self, pick: int) -> None:
+        """All workers of a driver come to a save, and are told what to stage."""
+        if not self.driver(pick).key:
+            self.save(pick)
+            self.work_all(pick, 1)
+
     @rule()
     def quiet(self) -> None:
         """Nothing happens for a while: what is under way ends, and another save begins."""
@@ -130,7 +137,7 @@ class Deaths(RuleBasedStateMachine):
         self.save(0)
 
     def rest(self) -> None:
-        for _ in range(6):
+        for _ in range(3):
             for number, driver in enumerate(self.drivers):
                 self.work_all(number, 2)
                 while driver.dead:
@@ -254,10 +261,17 @@ class Deaths(RuleBasedStateMachine):
     # Deaths.
 
     @rule(pick=PICK, which=PICK)
+    def die_in_staging(self, pick: int, which: int) -> None:
+        self.up_to_staging(pick)
+        self.die(pick, 4 * which)
+        self.tell(pick)
+
+    @rule(pick=PICK, which=PICK)
     def die(self, pick: int, which: int) -> None:
         driver = self.driver(pick)
-        busy = [process for process in driver.team if process.waits or process.orders] or driver.team
-        self.kill(driver, busy[which % len(busy)])
+        busy = [process for process in driver.team if process.waits or process.orders]
+        if busy or which % 4 == 0:
+            self.kill(driver, (busy or driver.team)[which % len(busy or driver.team)])
 
     def kill(self, driver: Driver, process: Process) -> None:
         """A process is given up for dead; it may go on. Another one is there in its place for the next save."""
@@ -299,6 +313,8 @@ class Deaths(RuleBasedStateMachine):
     @rule(pick=PICK)
     def lose_node(self, pick: int) -> None:
         """With all workers on it; a new node comes in its place."""
+        if pick % 3:
+            return  # else hardly any save is left alone by it
         which = pick % 2
         lost = self.nodes[which]
         self.nodes[which] = f"server-{'ab'[which]}{next(self.numbers)}"
@@ -406,5 +422,5 @@ class Deaths(RuleBasedStateMachine):
 
 TestDeaths = Deaths.TestCase
 TestDeaths.settings = settings(
-    max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
