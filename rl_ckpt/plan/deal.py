@@ -27,6 +27,10 @@ COLUMNS_BEFORE_PACKING = 1024
 """So many small chunks a server are columns; with more, all of them are rows."""
 
 
+Place = tuple[int, int]
+"""Which chunk: the number of its array, and its own in it."""
+
+
 # `gc=False`: 100,000 of these must not make Python's collector walk the user's heap; none of them can be in a cycle.
 class StageItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One chunk that a rank copies to `offset` of its node's generation of staging memory."""
@@ -72,8 +76,8 @@ class SavePlan:
     staged_bytes: dict[str, int]
     """By shard server: size of the generation of staging memory that the save needs."""
     merged: Merged
-    sources: dict[tuple[int, int], _Source] = field(default_factory=dict)
-    """By array and chunk: where its bytes will lie."""
+    sources: dict[Place, Source] = field(default_factory=dict)
+    """Where the bytes of each chunk will lie."""
 
     @property
     def new_bytes(self) -> int:
@@ -81,7 +85,7 @@ class SavePlan:
         return sum(c.bytes for plans in self.files.values() for f in plans for c in f.columns)
 
 
-class _Source(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
+class Source(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     """Either a chunk that this save writes (server, file, column) or one that an older checkpoint holds."""
 
     server: str = ""
@@ -104,12 +108,12 @@ def stored_chunks(manifest: Manifest) -> dict[tuple[bytes, int], tuple[ShardFile
     }
 
 
-class _Write(msgspec.Struct, gc=False):
-    """A chunk to be staged, and its place: array and chunk."""
+class Write(msgspec.Struct, gc=False):
+    """A chunk to be staged, and its place."""
 
     array: MergedArray
     chunk: MergedChunk
-    place: tuple[int, int]
+    place: Place
 
 
 def deal(
@@ -131,17 +135,17 @@ def deal(
     """
     plan = SavePlan({rank: [] for rank in range(merged.world_size)}, {}, {}, merged)
     writes = [
-        _Write(array, chunk, (a, c)) for a, array in enumerate(merged.arrays) for c, chunk in enumerate(array.chunks)
+        Write(array, chunk, (a, c)) for a, array in enumerate(merged.arrays) for c, chunk in enumerate(array.chunks)
     ]
-    by_server: dict[str, list[tuple[int, _Write]]] = {}
-    for rank, write in _balance(writes, servers):
+    by_server: dict[str, list[tuple[int, Write]]] = {}
+    for rank, write in balance(writes, servers):
         by_server.setdefault(servers[rank], []).append((rank, write))
     for server in sorted(by_server):
-        _lay_out(plan, server, by_server[server], write_streams, file_bytes)
+        lay_out(plan, server, by_server[server], write_streams, file_bytes)
     return plan
 
 
-def _balance(writes: list[_Write], servers: Sequence[str]) -> list[tuple[int, _Write]]:
+def balance(writes: list[Write], servers: Sequence[str]) -> list[tuple[int, Write]]:
     """Deals each chunk to its least loaded holder; those with the fewest holders first: they have the least choice."""
     rank_load = [0] * len(servers)
     node_load = dict.fromkeys(servers, 0)
@@ -168,7 +172,7 @@ def _balance(writes: list[_Write], servers: Sequence[str]) -> list[tuple[int, _W
     return [(rank, writes[number]) for rank, numbers in enumerate(mine) for number in sorted(numbers)]
 
 
-def _by_holders(writes: Sequence[_Write]) -> list[tuple[tuple[int, ...], list[int]]]:
+def _by_holders(writes: Sequence[Write]) -> list[tuple[tuple[int, ...], list[int]]]:
     """Numbers of the chunks by who holds them; those with the fewest holders first."""
     lists: dict[int, list[int]] = {}  # by object first: a thousand holders are not hashed for every chunk of theirs
     groups: dict[tuple[int, ...], list[int]] = {}
@@ -181,13 +185,22 @@ def _by_holders(writes: Sequence[_Write]) -> list[tuple[tuple[int, ...], list[in
     return sorted(groups.items(), key=lambda item: (len(item[0]), item[0]))
 
 
-def _lay_out(
+def lay_out(
     plan: SavePlan,
     server: str,
-    dealt: list[tuple[int, _Write]],
+    dealt: list[tuple[int, Write]],
     write_streams: int,
     file_bytes: int,
 ) -> None:
+    """Gives each chunk of one shard server its place in staging memory and in a file; goes into the plan.
+
+    Args:
+        plan: Gets the server's part.
+        server: Its name.
+        dealt: Its chunks, and the ranks that stage them.
+        write_streams: As for `deal`.
+        file_bytes: As for `deal`.
+    """
     total = sum(write.chunk.size_bytes for _, write in dealt)
     target = max(min(-(-total // write_streams), file_bytes), 1 << 20)
     rows, columns = _small(dealt)
@@ -199,7 +212,7 @@ def _lay_out(
         planned: list[ColumnPlan] = []
         for rank, write in group:
             chunk, array, size = write.chunk, write.array, write.chunk.size_bytes
-            plan.sources[write.place] = _Source(server, len(files), len(planned))
+            plan.sources[write.place] = Source(server, len(files), len(planned))
             name, owner = ("", array.rank) if packed else (_column_name(array, chunk, names), None)
             planned.append(ColumnPlan(name, array.path, array.spec.dtype, chunk.box, offset, size, owner))
             plan.stage[rank].append(StageItem(array.path, chunk.box, offset, size, chunk.digest))
@@ -215,7 +228,7 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _small(dealt: list[tuple[int, _Write]]) -> tuple[list[tuple[int, _Write]], list[tuple[int, _Write]]]:
+def _small(dealt: list[tuple[int, Write]]) -> tuple[list[tuple[int, Write]], list[tuple[int, Write]]]:
     """Chunks for packed files, and the others. A few small chunks are columns: those are easier to look at.
 
     Packed chunks lie one after the other without padding, those of the widest alignment first. As a chunk is a multiple
@@ -224,16 +237,16 @@ def _small(dealt: list[tuple[int, _Write]]) -> tuple[list[tuple[int, _Write]], l
     small = [item for item in dealt if item[1].chunk.size_bytes < PACK_BELOW_BYTES]
     if len(small) <= COLUMNS_BEFORE_PACKING:
         return [], dealt
-    by_alignment: dict[int, list[tuple[int, _Write]]] = {}
+    by_alignment: dict[int, list[tuple[int, Write]]] = {}
     for item in small:
         by_alignment.setdefault(dtype_from_name(item[1].array.spec.dtype).alignment, []).append(item)
     packed = [item for width in sorted(by_alignment, reverse=True) for item in by_alignment[width]]
     return packed, [item for item in dealt if item[1].chunk.size_bytes >= PACK_BELOW_BYTES]
 
 
-def _groups(dealt: list[tuple[int, _Write]], target: int) -> list[list[tuple[int, _Write]]]:
+def _groups(dealt: list[tuple[int, Write]], target: int) -> list[list[tuple[int, Write]]]:
     """What goes into one file each: so many chunks that they reach `target` bytes."""
-    out: list[list[tuple[int, _Write]]] = []
+    out: list[list[tuple[int, Write]]] = []
     filled = target
     for item in dealt:
         if filled >= target:
@@ -269,8 +282,8 @@ def settle(plan: SavePlan, checkpoint: str, digests: Mapping[tuple[str, int], by
     Returns:
         The plan of what is written.
     """
-    moved: dict[_Source, _Source] = {}
-    first: dict[tuple[bytes, int], _Source] = {}
+    moved: dict[Source, Source] = {}
+    first: dict[tuple[bytes, int], Source] = {}
     settled: dict[str, list[FilePlan]] = {}
     for server, files in plan.files.items():
         kept: list[FilePlan] = []
@@ -278,15 +291,15 @@ def settle(plan: SavePlan, checkpoint: str, digests: Mapping[tuple[str, int], by
             columns: list[ColumnPlan] = []
             for c, column in enumerate(file.columns):
                 key = (digests[server, column.offset], column.bytes)
-                here, old = _Source(server, f, c), stored.get(key)
+                here, old = Source(server, f, c), stored.get(key)
                 if old is not None:
-                    moved[here] = _Source(old=old)
+                    moved[here] = Source(old=old)
                 elif key in first:
                     moved[here] = first[key]
                 else:
                     first[key] = here
                     if (f, c) != (len(kept), len(columns)):
-                        moved[here] = first[key] = _Source(server, len(kept), len(columns))
+                        moved[here] = first[key] = Source(server, len(kept), len(columns))
                     columns.append(column)
             if columns:
                 kept.append(FilePlan(shard_file_name(checkpoint, server, len(kept)), tuple(columns), file.packed))

@@ -12,7 +12,7 @@ import contextlib
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -51,13 +51,14 @@ from rl_ckpt.runtime.owners_kept import KeptOwners, dead_jobs
 from rl_ckpt.runtime.restore_work import RestoreWork
 from rl_ckpt.runtime.save_machine import SaveMachine
 from rl_ckpt.runtime.save_work import SaveWork
-from rl_ckpt.runtime.server_calls import Servers
+from rl_ckpt.runtime.server_calls import Servers, node_is_dead
 from rl_ckpt.runtime.spec import RunSpec
 from rl_ckpt.store.committer import SaveRequest
 
 _OUTCOMES_KEPT = 256
 _DEATH_KNOWN_S = 5.0  # within which Ray knows that a driver was killed
 _LOOK_AGAIN_S = 0.1
+_NEWS_S = 1.0  # how long a driver's question waits for news of its save
 
 
 class Coordinator:
@@ -75,7 +76,6 @@ class Coordinator:
         self._restores = rm.RestoreMachine(spec.options, incarnation)
         self._waiting: dict[tuple[str, int], list[asyncio.Future[bytes]]] = {}
         self._outcomes: OrderedDict[str, asyncio.Future[SaveOutcome]] = OrderedDict()
-        self._expired: OrderedDict[str, Failure] = OrderedDict()  # saves that their callers have given up
         self._servers = Servers()
         self._tasks: set[asyncio.Task[None]] = set()
         self._restore_work = RestoreWork(spec)
@@ -84,6 +84,7 @@ class Coordinator:
         self._kept = KeptOwners(spec.coordinator, service)
         self._owners = self._kept.load() or Owners(spec.url)  # as they were where this is a new start of the same
         self._user = ""  # whose rules and options are in use
+        self._news = asyncio.Event()  # set, and replaced, whenever something has happened
         self._idle = asyncio.Event()
         self._idle.set()
         self._counts = {"messages": 0, "bytes_in": 0, "bytes_out": 0, "largest": 0, "repeats": 0}
@@ -93,8 +94,6 @@ class Coordinator:
     async def join_save(self, data: bytes) -> bytes:
         """A rank takes part in a save; the reply says what it stages."""
         message = self._read(data, JoinSave)
-        if message.key in self._expired:
-            return self._reply(self._expired[message.key])
         self._servers.note(message.server)
         refused = self._refused(message)
         return refused or await self._answer(message.key, message.rank, lambda: self._saves.join(message))
@@ -102,8 +101,6 @@ class Coordinator:
     async def repeat_save(self, data: bytes) -> bytes:
         """A rank takes part in a save, with a state of the shape that it had in the last one."""
         message = self._read(data, RepeatSave)
-        if message.key in self._expired:
-            return self._reply(self._expired[message.key])
         refused = self._refused(message)
         return refused or await self._answer(message.key, message.rank, lambda: self._saves.repeat(message))
 
@@ -122,20 +119,26 @@ class Coordinator:
 
     async def expire_save(self, key: str, why: str, for_good: bool) -> None:
         """The caller of a save waits no longer for it; `for_good` where the key never comes again."""
-        failure = SaveTimeoutError(why)
-        if for_good:  # ranks that come to it later must not bring it about all the same
-            self._expired[key] = Failure.of(failure)
-            while len(self._expired) > _OUTCOMES_KEPT:
-                self._expired.popitem(last=False)
-        self._do(self._saves.expire(key, failure))
+        self._do(self._saves.expire(key, SaveTimeoutError(why), for_good))
 
     async def forsake(self) -> None:
         """Workers that saved by themselves were ended: saves for which some had still to do something end."""
         error = SaveTimeoutError("the workers of this save were ended")
         for key, state in self._saves.states().items():
             if key.startswith("save-") and state not in (sm.SETTLING, sm.WRITING, sm.COMMITTING):
-                self._do(self._saves.expire(key, error))
+                self._do(self._saves.expire(key, error, False))
                 self._saves.forget(key)
+
+    async def restages(self, key: str) -> bytes:
+        """What a driver has to ask its workers for since one of them died; waits for it, but not for long."""
+        deadline = time.monotonic() + _NEWS_S
+        while True:
+            found = self._saves.restages(key)
+            left_s = deadline - time.monotonic()
+            if isinstance(found, Failure) or found.orders or not found.waits or left_s <= 0:
+                return self._reply(found)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._news.wait(), left_s)
 
     async def wait_save(self, checkpoint: str) -> bytes:
         """Answers once the save of `checkpoint` is decided."""
@@ -287,9 +290,12 @@ class Coordinator:
                 case sm.LookUp(key, checkpoint):
                     self._spawn(self._look_up(key, checkpoint), key, self._saves.failed)
                 case sm.ReserveMemory(key, server, generation, size):
-                    self._spawn(self._reserve(key, server, generation, size), key, self._saves.failed)
-                case sm.Write(key, server, order):
-                    self._spawn(self._write(key, server, order), key, self._saves.failed)
+                    self._spawn(self._reserve(key, server, generation, size), key, partial(self._server_failed, server))
+                case sm.ReserveAnnex(key, lane, server, generation, size):
+                    work = self._reserve_annex(key, lane, server, generation, size)
+                    self._spawn(work, key, partial(self._server_failed, server))
+                case sm.Write(key, lane, order, server):
+                    self._spawn(self._write(key, lane, order, server), key, partial(self._server_failed, server))
                 case sm.Commit(key, save):
                     self._spawn(self._commit(key, save), key, self._saves.failed)
                 case sm.Finish(_, outcome, checkpoint):
@@ -308,6 +314,8 @@ class Coordinator:
                     self._later(seconds, partial(self._restores.timed_out, key, state))
                 case _:
                     raise AssertionError(f"unknown instruction {instruction!r}")
+        self._news.set()
+        self._news = asyncio.Event()
         self._idle.clear() if self._saves.busy() else self._idle.set()
 
     def _later(self, seconds: float, event: Callable[[], Iterable[Any]]) -> None:
@@ -351,13 +359,29 @@ class Coordinator:
         return self._saves.looked_up(key, await self._save_work.look_up(checkpoint))
 
     async def _reserve(self, key: str, server: str, generation: int, size: int) -> Iterable[Any]:
-        name = f"generation-{generation}-{key.replace('#', '-').replace('/', '_')}"
-        done = await self._servers.call(server, "reserve", Reserve(generation, name, size), Reserved)
+        order = Reserve(generation, _generation_name(key, generation), size)
+        done = await self._servers.call(server, "reserve", order, Reserved)
         return self._saves.reserved(key, server, generation, StagingFile(size, done.path))
 
-    async def _write(self, key: str, server: str, order: WriteOrder) -> Iterable[Any]:
+    async def _reserve_annex(self, key: str, lane: str, server: str, generation: int, size: int) -> Iterable[Any]:
+        # It begins as the generation's file does, and so goes when that is made anew.
+        name = f"{_generation_name(key, generation)}-{lane.rpartition('.')[2]}-"
+        done = await self._servers.call(server, "reserve", Reserve(generation, name, size, beside=True), Reserved)
+        return self._saves.annexed(key, lane, done.path)
+
+    async def _write(self, key: str, lane: str, order: WriteOrder, server: str) -> Iterable[Any]:
         done = await self._servers.call(server, "write", order, WriteDone)
-        return self._saves.written(key, server, done.written)
+        return self._saves.written(key, lane, done.written)
+
+    def _server_failed(self, server: str, key: str, error: CheckpointError) -> Iterable[Any]:
+        """A call of a server failed. Where its node is dead, others may do what it was to do."""
+        if node_is_dead(server):
+            return [*self._saves.server_lost(server, self._copies(server)), *self._saves.failed(key, error, server)]
+        return self._saves.failed(key, error, server)
+
+    def _copies(self, server: str) -> Mapping[str, tuple[str, str]]:
+        """By checkpoint, who has a whole copy of what a lost server had staged, and in which file."""
+        return {}
 
     async def _commit(self, key: str, save: sm.Save) -> Iterable[Any]:
         return self._saves.committed(key, await self._save_work.commit(save))
@@ -377,3 +401,7 @@ class Coordinator:
     async def _fetch(self, key: str, server: str, order: FetchOrder) -> Iterable[Any]:
         done = await self._servers.call(server, "fetch", order, FetchDone)
         return self._restores.fetched(key, server, done)
+
+
+def _generation_name(token: str, generation: int) -> str:
+    return f"generation-{generation}-{token.replace('#', '-').replace('/', '_')}"

@@ -98,6 +98,15 @@ class Generations:
         """Forgets a generation's files: who still writes there writes where nobody looks."""
         self._files = {key: file for key, file in self._files.items() if key[1] != generation}
 
+    def drop_free(self) -> None:
+        """Forgets the files of generations that no save holds and nobody may write to."""
+        for generation in self._free:
+            self.drop(generation)
+
+    def lose(self, server: str) -> None:
+        """Forgets the files of a shard server that is gone."""
+        self._files = {key: file for key, file in self._files.items() if key[0] != server}
+
     def missing(self, generation: int, sizes: Mapping[str, int]) -> list[str]:
         """Shard servers that have no file of at least so many bytes for it."""
         none = StagingFile(-1, "")

@@ -18,12 +18,12 @@ import msgspec
 import ray
 
 from rl_ckpt.errors import CheckpointError, InvalidInputError, WorkerFailuresError
-from rl_ckpt.runtime.links import ToldError, coordinator
+from rl_ckpt.runtime.links import ToldError, UnheardError, coordinator
 from rl_ckpt.runtime.losses import is_loss
-from rl_ckpt.runtime.messages import Failure, Lost, Ok, encode
+from rl_ckpt.runtime.messages import Failure, Lost, Ok, Restage, encode
 from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest, restore_rank
 from rl_ckpt.runtime.spec import Place, RunSpec
-from rl_ckpt.runtime.staging import StagedRank, prepare_rank, save_rank
+from rl_ckpt.runtime.staging import StagedRank, prepare_rank, restage_rank, save_rank
 from rl_ckpt.store.committer import SaveRequest
 
 
@@ -34,6 +34,17 @@ def save_in_actor(actor: Any, spec: RunSpec, place: Place, request: SaveRequest)
         begun = time.monotonic()
         state = _call(actor, spec.get_state)
         return save_rank(spec, place, request, state, begun)
+
+    return _as_value(spec, place, "lost_save", work)
+
+
+def restage_in_actor(actor: Any, spec: RunSpec, place: Place, order: Restage) -> bytes:
+    """Stages what a dead worker was to stage; runs inside an actor that has staged its own part of the save."""
+
+    def work() -> StagedRank:
+        begun = time.monotonic()
+        state = _call(actor, spec.get_state)
+        return restage_rank(spec, place, order, state, begun)
 
     return _as_value(spec, place, "lost_save", work)
 
@@ -70,7 +81,11 @@ def _call(actor: Any, name: str, *args: Any) -> Any:
     if inspect.iscoroutinefunction(method):
         text = "give a plain method (it may not wait for other actors)"
         raise InvalidInputError(f"{type(actor).__name__}.{name} is a coroutine; {text}")
-    return method(*args)
+    try:
+        return method(*args)
+    except (SystemExit, KeyboardInterrupt) as error:  # Ray would end the actor
+        what = f"{type(error).__name__}({error})"
+        raise RuntimeError(f"{type(actor).__name__}.{name} raised {what}, which would have ended the actor") from error
 
 
 def _as_value(spec: RunSpec, place: Place, lost: str, work: Callable[[], msgspec.Struct]) -> bytes:
@@ -91,22 +106,27 @@ def guarded(spec: RunSpec, place: Place, lost: str) -> Iterator[None]:
         place: Which rank, in which save or restore.
         lost: The coordinator's method to tell.
     """
+    unheard = False
     try:
         yield
         return
     except ToldError as told:
         raise told.error from None
+    except UnheardError as error:
+        text = f"rank {place.rank}: {error}"
+        failed: CheckpointError = WorkerFailuresError(text, {place.rank: str(error)}, [place.rank])
+        unheard = True
     except InvalidInputError as error:
-        failed: CheckpointError = InvalidInputError(f"rank {place.rank}: {error}")
+        failed = InvalidInputError(f"rank {place.rank}: {error}")
     except CheckpointError as error:
         failed = error
     except ray.exceptions.RayError as error:
-        text = f"rank {place.rank}: the coordinator or a shard server was lost: {error}"
+        text = f"rank {place.rank}: a process that it needs was lost: {error}"
         failed = WorkerFailuresError(text, {place.rank: text}, [place.rank] if is_loss(error) else ())
     except Exception as error:  # noqa: BLE001 - the user's get_state or set_state may raise anything; it must not poison the actor
         text = f"rank {place.rank} (process {os.getpid()}): {type(error).__name__}: {error}"
         failed = WorkerFailuresError(text, {place.rank: text})
-    message = Lost(place.key, place.rank, place.world_size, Failure.of(failed))
+    message = Lost(place.key, place.rank, place.world_size, Failure.of(failed), unheard=unheard)
     with contextlib.suppress(ValueError, ray.exceptions.RayError):  # no coordinator left to tell
         getattr(coordinator(spec), lost).remote(encode(message))
     raise failed

@@ -18,6 +18,8 @@ from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
 
 _RANKS_AT_ONCE = 20_000  # calls that may wait in the coordinator: more than there are ranks
 
+_RETRIES = 3
+
 _coordinators: dict[str, Any] = {}
 _servers: dict[str, str] = {}  # service id → this node's shard server, once it has answered
 _handles: dict[str, Any] = {}  # service id → the handle of that server
@@ -78,6 +80,9 @@ def ensure_server(spec: RunSpec) -> str:
                 lifetime="detached",
                 get_if_exists=True,
                 max_restarts=-1,
+                # A call that a death of the server's process broke off runs again once it is back: its files of
+                # staging memory are still there, and every method may run twice. Not for ever: a call may be the cause.
+                max_task_retries=_RETRIES,
                 num_cpus=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
             )
@@ -113,6 +118,10 @@ class ToldError(Exception):
         """Carries the error to be raised to the caller."""
         super().__init__(str(error))
         self.error = error
+
+
+class UnheardError(Exception):
+    """The coordinator was lost, or could not be reached, while it was asked: whether it knows is not known."""
 
 
 def ask(method: Any, message: msgspec.Struct, kind: Any) -> Any:
@@ -151,8 +160,14 @@ class Asked:
 
         Raises:
             ToldError: It is a failure.
+            UnheardError: The coordinator was lost.
         """
-        reply = decode(ray.get(self._ref), self._kind | Failure)
+        try:
+            data = ray.get(self._ref)
+        except ray.exceptions.RayActorError as error:
+            why = str(error).strip().splitlines()[0]
+            raise UnheardError(f"the coordinator was lost meanwhile ({why}); nothing was done. Try again") from error
+        reply = decode(data, self._kind | Failure)
         if isinstance(reply, Failure):
             raise ToldError(reply.error())
         return reply

@@ -122,6 +122,30 @@ class Staged(msgspec.Struct, frozen=True):
     checkpoint: str
     digests: tuple[bytes, ...]
     stall_s: float
+    annex: str = ""
+    """File of what the rank has taken over from a dead one; empty where it is of the rank's own orders."""
+
+
+class Restage(msgspec.Struct, frozen=True):
+    """A rank stages what a dead one was to stage, in a save for which it has staged its own part."""
+
+    rank: int
+    checkpoint: str
+    annex: str
+    """File of staging memory, on the rank's node."""
+    items: tuple[StageItem, ...]
+    witness: tuple[int, ...]
+    """Indexes among the items that the rank has staged: if their values are other ones by now, its state moved on."""
+
+
+class Restages(msgspec.Struct, frozen=True, tag="restages"):
+    """How a save stands in which workers have died, for its driver."""
+
+    checkpoint: str
+    waits: bool
+    """Whether anything of the dead ranks has to be staged yet."""
+    orders: tuple[Restage, ...] = ()
+    """What the driver has to ask ranks for; each is told once."""
 
 
 class StageObjects(msgspec.Struct, frozen=True):
@@ -155,6 +179,10 @@ class Lost(msgspec.Struct, frozen=True):
     failure: Failure
     checkpoint: str = ""
     """Of the save, where it has a name already: a later one may have the same key."""
+    dead: bool = False
+    """Whether its process is gone, and not only its state can't be saved: others may have what it was to stage."""
+    unheard: bool = False
+    """Whether the coordinator was lost on the way: the one that is told now need not know of the save."""
 
 
 class WriteOrder(msgspec.Struct, frozen=True):
@@ -298,6 +326,8 @@ class Reserve(msgspec.Struct, frozen=True):
     name: str
     """Of the file, unique: a straggler of a failed save must not find the next one's under its name."""
     bytes: int
+    beside: bool = False
+    """Whether the generation's older files stay."""
 
 
 class Reserved(msgspec.Struct, frozen=True, tag="reserved"):

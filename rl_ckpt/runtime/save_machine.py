@@ -20,23 +20,25 @@ from rl_ckpt.errors import (
     WorkerFailuresError,
 )
 from rl_ckpt.options import Options
-from rl_ckpt.plan.deal import Stored, Written, deal, settle
+from rl_ckpt.plan.deal import Stored, Written, settle
 from rl_ckpt.plan.merge import merge
 from rl_ckpt.plan.standing import Standing, standing
-from rl_ckpt.runtime.generations import GENERATIONS, Generations, StagingFile
+from rl_ckpt.runtime.generations import GENERATIONS, StagingFile
 from rl_ckpt.runtime.messages import (
     Failure,
     JoinAgain,
     JoinSave,
-    Lost,
     RepeatOrders,
     RepeatSave,
+    Restages,
     SaveDone,
     SaveOrders,
     Staged,
     StagedObjects,
     WriteOrder,
 )
+from rl_ckpt.runtime.restaging import deal_out, reserve_annexes, take_over
+from rl_ckpt.runtime.save_losses import SaveLosses, unknown_dead
 from rl_ckpt.runtime.save_steps import (
     COMMITTING,
     DONE,
@@ -65,7 +67,7 @@ from rl_ckpt.store.committer import SaveRequest
 _FAILED_KEPT = 64  # failed saves that some ranks have not heard of yet
 
 
-class SaveMachine:
+class SaveMachine(SaveLosses):
     """All saves of a run. Every method is an event and returns what is to be done about it."""
 
     def __init__(self, options: Options, incarnation: str = "") -> None:
@@ -76,13 +78,9 @@ class SaveMachine:
             incarnation: Of the coordinator, so that its tokens, and what is named after them (plans, files of staging
                 memory), are not those of one before it.
         """
-        self.options = options
+        super().__init__(options)
         self._incarnation = incarnation
-        self._saves: dict[str, Save] = {}
         self._begun = 0
-        self._generations = Generations()
-        self._making: dict[str, tuple[int, set[str]]] = {}  # token → spare generation, and servers still making it
-        self._standing: Standing | None = None
         self._queue: list[str] = []  # waiting for a generation, in the order in which they were complete
         self._line: list[str] = []  # hold a generation, in the order in which they must commit
 
@@ -116,9 +114,8 @@ class SaveMachine:
             return [*out, *self._fail(save, InvalidInputError(problem), also=message.rank)]
         save.joined[message.rank] = message
         save.prepare = message.prepare
-        again: list[Instruction] = [Order(save.key, rank, JoinAgain()) for rank in save.repeats]
-        save.repeats.clear()
-        if len(save.joined) < save.world_size:
+        again = self._ask_again(save)
+        if save.state == FAILED or len(save.joined) < save.world_size:
             return [*out, *again]
         return [*out, *again, *self._complete(save)]
 
@@ -141,9 +138,19 @@ class SaveMachine:
             return out
         return [*out, *self._complete_repeat(save, plan)]
 
+    def _ask_again(self, save: Save) -> list[Instruction]:
+        """Has the ranks that came with a state of the standing plan's shape come with an inventory."""
+        if save.dead & save.repeats.keys():
+            return self._fail(save, unknown_dead(save))
+        again: list[Instruction] = [Order(save.key, rank, JoinAgain()) for rank in save.repeats]
+        save.repeats.clear()
+        return again
+
     def _entered(self, message: JoinSave | RepeatSave) -> tuple[Save | None, list[Instruction]]:
         """The save that a rank wants to take part in; None where it has its answer."""
-        save = self._saves.get(message.key)
+        save, ended = self._saves.get(message.key), self.ended(message.key)
+        if save is None and ended is not None:
+            return None, [Order(message.key, message.rank, ended)]  # it was busy for so long
         if save is not None and save.state == FAILED and message.rank in save.told:
             save = None  # this rank knows of the failure and tries again
         out: list[Instruction] = []
@@ -177,12 +184,15 @@ class SaveMachine:
         except InvalidInputError as error:
             return self._fail(save, error)
         save.servers = tuple(join.server for join in joined)
-        save.plan = deal(merged, save.servers, options.write_streams, options.file_bytes)
-        save.plan_id = save.token
+        plan = deal_out(save, merged, options)
+        if isinstance(plan, WorkerFailuresError):
+            return self._fail(save, plan)
+        save.plan, save.plan_id = plan, save.token
         # The ranks to which memory was promised are all here: then none of them writes into it.
         same = self._standing is not None and self._standing.servers == save.servers
         self._generations.revoke(_agreed(joined) if same else {})
-        self._standing = standing(save.plan_id, inventories, save.servers, save.plan, chunk_bytes)
+        stands = not save.dead  # else a rank has no part in it
+        self._standing = standing(save.plan_id, inventories, save.servers, plan, chunk_bytes) if stands else None
         return self._prepare(save) if save.prepare else self._admit(save)
 
     def _complete_repeat(self, save: Save, plan: Standing) -> list[Instruction]:
@@ -190,8 +200,7 @@ class SaveMachine:
         # Another group's plan may have come to stand since the first of them was heard.
         alike = all(message.plan == plan.id for message in save.repeats.values())
         if not alike or not plan.holds_for([save.repeats[rank].identities for rank in ranks]):
-            save.repeats.clear()
-            return [Order(save.key, rank, JoinAgain()) for rank in ranks]
+            return self._ask_again(save)
         save.servers, save.plan_id = plan.servers, plan.id
         save.plan = plan.renewed([save.repeats[rank].plains for rank in ranks])
         return self._admit(save)
@@ -311,10 +320,12 @@ class SaveMachine:
 
     def _stage(self, save: Save) -> list[Instruction]:
         assert save.plan is not None
-        save.state = STAGING
-        sizes = save.plan.staged_bytes
+        problem = take_over(save, self._gone, self.options)
+        if problem is not None:
+            return self._fail(save, problem)
+        save.state, sizes = STAGING, save.plan.staged_bytes
         save.memory = {server: self._generations.path(server, save.generations[0]) for server in sizes}
-        stands = save.plan_id == self._standing_id()
+        stands = save.plan_id == self._standing_id() and not save.dead
         promised = self._generations.promise(save.plan_id, sizes) if stands else {}
         orders: list[Instruction] = []
         for rank, server in enumerate(save.servers):
@@ -328,6 +339,8 @@ class SaveMachine:
             *orders,
             Arm(save.token, STAGING, self.options.join_timeout_s),
             LookUp(save.token, save.checkpoint),
+            *reserve_annexes(save),
+            *self._try_settle(save),
         ]
 
     def looked_up(self, token: str, stored: Stored) -> list[Instruction]:
@@ -343,12 +356,22 @@ class SaveMachine:
         save = self._saves.get(message.key)
         if save is None or save.state != STAGING or save.plan is None or save.checkpoint != message.checkpoint:
             return []
+        if message.rank in save.dead and message.rank not in save.staged:
+            return []  # it was given up, and what it has staged is staged by others
         if isinstance(message, StagedObjects):
             save.objects.setdefault(message.rank, {}).update(message.digests)
+        elif message.annex:
+            for annex in save.annexes.values():
+                if (annex.rank, annex.path) == (message.rank, message.annex):
+                    annex.digests = message.digests
         else:
             save.staged[message.rank] = message.digests
             save.stall_s = max(save.stall_s, message.stall_s)
-        if not save.hear(message.rank):
+        save.hear(message.rank)
+        return self._try_settle(save)
+
+    def _try_settle(self, save: Save) -> list[Instruction]:
+        if not save.complete():
             return []
         save.state = SETTLING
         if save.stored is None:
@@ -362,20 +385,20 @@ class SaveMachine:
         save.plan = settle(save.plan, save.checkpoint, save.found, save.stored)
         save.state = WRITING
         out: list[Instruction] = [
-            Write(save.token, server, WriteOrder(save.memory[server], tuple(files)))
-            for server, files in save.plan.files.items()
+            Write(save.token, lane, WriteOrder(save.memory[lane], tuple(files)), save.server(lane))
+            for lane, files in save.plan.files.items()
         ]
         spares = self._make_spares(save)
         if not out:
             return [*self._try_commit(), *spares]
         return [Arm(save.token, WRITING, self.options.write_timeout_s), *out, *spares]
 
-    def written(self, token: str, server: str, written: Sequence[Written]) -> list[Instruction]:
-        """A server has written its files."""
+    def written(self, token: str, lane: str, written: Sequence[Written]) -> list[Instruction]:
+        """A server has written a lane's files."""
         save = self._current(token)
         if save is None or save.state != WRITING:
             return []
-        save.written[server] = written
+        save.written[lane] = written
         return self._try_commit()
 
     def _try_commit(self) -> list[Instruction]:
@@ -395,43 +418,19 @@ class SaveMachine:
             return []
         save.state = DONE
         del self._saves[save.key]
+        self._note_end(save.key, save.failure or Restages(save.checkpoint, False))
         return [Finish(token, done, save.checkpoint), *self._give_up_generations(save)]
 
     # Failing.
 
-    def failed(self, token: str, error: CheckpointError) -> list[Instruction]:
+    def failed(self, token: str, error: CheckpointError, server: str = "") -> list[Instruction]:
         """The committer or a server failed."""
+        if server in self._gone:
+            return []  # `server_lost` has seen to it
         if token in self._making:  # a spare generation: the save that needs it will say so, if it is still so then
             return self._made_spare(token)
         save = self._current(token)
         return self._fail(save, error) if save is not None and save.state not in (DONE, FAILED) else []
-
-    def lost(self, message: Lost) -> list[Instruction]:
-        """A rank can't go on: it died, its state can't be saved, or it changed while it was staged."""
-        save, rank, failure = self._saves.get(message.key), message.rank, message.failure
-        if message.checkpoint and (save is None or save.checkpoint != message.checkpoint):
-            return []  # of an attempt that is over
-        if save is None:
-            save = self._begin(message.key, SaveRequest(0), message.world_size)
-        if save.state == FAILED:
-            save.told.add(rank)
-            self._drop_told(save)
-        if save.state in (SETTLING, WRITING, COMMITTING, DONE, FAILED):
-            return []  # what it had is staged already: nothing is lost
-        error = failure.error()
-        if not isinstance(error, InvalidInputError | WorkerFailuresError):
-            error = WorkerFailuresError(f"rank {rank}: {failure.message}", {rank: failure.message})
-        return self._fail(save, error, also=rank)
-
-    def expire(self, key: str, error: CheckpointError) -> list[Instruction]:
-        """Its caller waits no longer: it ends, unless its commit is on the way."""
-        save = self._saves.get(key)
-        return [] if save is None or save.state in (COMMITTING, DONE, FAILED) else self._fail(save, error)
-
-    def forget(self, key: str) -> None:
-        """Nobody is left who could ask why a save failed."""
-        if key in self._saves and self._saves[key].state == FAILED:
-            del self._saves[key]
 
     def timed_out(self, token: str, state: str) -> list[Instruction]:
         """The time for a state is over."""
@@ -450,6 +449,7 @@ class SaveMachine:
             self._generations.drop(generation)
         again = save.repeats and save.state == RESERVING
         save.state, save.failure = FAILED, Failure.of(error)
+        self._note_end(save.key, save.failure or Restages(save.checkpoint, False))
         save.told |= set(save.staged)  # they wait for the save's outcome, and hear it from there
         waiting = sorted(save.here - save.staged.keys())
         out: list[Instruction] = [self._tell(save, rank, save.failure) for rank in waiting]
@@ -478,6 +478,8 @@ class SaveMachine:
     def _give_up_generations(self, save: Save, promise: bool = False) -> list[Instruction]:
         """Args: save: that holds them; promise: whether its ranks may be writing into what was promised to them."""
         for generation in save.generations:
+            if save.dead:  # one that was given up may still write there; what was taken over goes with the file
+                self._generations.drop(generation)
             if promise:
                 self._generations.promise_again(generation, save.plan_id)
             else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rl_ckpt.plan.deal import SavePlan, Stored, Written
+from rl_ckpt.plan.deal import SavePlan, StageItem, Stored, Written
 from rl_ckpt.runtime.messages import Failure, JoinSave, RepeatSave, SaveDone, SaveReply, WriteOrder
 from rl_ckpt.store.committer import SaveRequest, WrittenSave
 
@@ -43,6 +43,18 @@ class ReserveMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class ReserveAnnex:
+    """Have a server make memory for what a rank takes over from dead ones; answer with `annexed`."""
+
+    token: str
+    lane: str
+    server: str
+    generation: int
+    """Its files go when the generation's file is made anew."""
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class LookUp:
     """Ask the committer what is stored already; answer with `looked_up`."""
 
@@ -64,8 +76,11 @@ class Write:
     """Have a server write its files; answer with `written`."""
 
     token: str
-    server: str
+    lane: str
+    """Whose files they are in the plan; it answers under this name."""
     order: WriteOrder
+    server: str
+    """Who writes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +109,23 @@ class Arm:
     seconds: float
 
 
-Instruction = Open | Name | ReserveMemory | LookUp | Order | Write | Commit | Finish | Arm
+Instruction = Open | Name | ReserveMemory | ReserveAnnex | LookUp | Order | Write | Commit | Finish | Arm
+
+
+@dataclass(slots=True)
+class Annex:
+    """What one rank takes over from dead ones (plan/redeal.py)."""
+
+    lane: str
+    rank: int
+    size_bytes: int
+    items: tuple[StageItem, ...]
+    path: str = ""
+    """File of its memory; empty until that is made."""
+    told: bool = False
+    """Whether the driver knows that the rank is to stage it."""
+    digests: tuple[bytes, ...] | None = None
+    """Once it is staged."""
 
 
 @dataclass(slots=True)
@@ -132,7 +163,13 @@ class Save:
     objects: dict[int, dict[int, bytes]] = field(default_factory=dict)
     """Digests of what servers staged for ranks: by rank, and by index among its items."""
     whole: set[int] = field(default_factory=set)
-    """Ranks whose chunks are all staged."""
+    """Ranks whose chunks are all staged, or given to others."""
+    dead: set[int] = field(default_factory=set)
+    """Ranks whose process died after they joined."""
+    annexes: dict[str, Annex] = field(default_factory=dict)
+    """By lane."""
+    at: dict[str, str] = field(default_factory=dict)
+    """Shard server that has a lane's bytes, where the lane is not named after it."""
     written: dict[str, Sequence[Written]] = field(default_factory=dict)
     stall_s: float = 0.0
     failure: Failure | None = None
@@ -142,15 +179,23 @@ class Save:
         """Ranks that take part so far."""
         return self.joined.keys() | self.repeats.keys()
 
-    def hear(self, rank: int) -> bool:
-        """Looks again at what a rank has staged; whether all chunks of all ranks are by now."""
+    def hear(self, rank: int) -> None:
+        """Looks again at what a rank has staged."""
         if rank in self.staged and b"" not in self._digests(rank):
             self.whole.add(rank)
-        return len(self.whole) == self.world_size
+
+    def complete(self) -> bool:
+        """Whether all chunks are staged."""
+        return len(self.whole) == self.world_size and all(annex.digests for annex in self.annexes.values())
 
     def late(self) -> list[int]:
         """Ranks whose chunks are not all staged."""
-        return [rank for rank in range(self.world_size) if rank not in self.whole]
+        annexed = {annex.rank for annex in self.annexes.values() if not annex.digests}
+        return sorted((set(range(self.world_size)) - self.whole) | annexed)
+
+    def server(self, lane: str) -> str:
+        """The shard server that has a lane's bytes."""
+        return self.at.get(lane, lane)
 
     def _digests(self, rank: int) -> list[bytes]:
         told = self.objects.get(rank, {})
@@ -159,10 +204,15 @@ class Save:
     def digests(self) -> dict[tuple[str, int], bytes]:
         """Of what was staged, by server and offset."""
         assert self.plan is not None
-        return {
+        own = {
             (self.servers[rank], item.offset): digest
             for rank in self.staged
             for item, digest in zip(self.plan.stage[rank], self._digests(rank), strict=True)
+        }
+        return own | {
+            (annex.lane, item.offset): digest
+            for annex in self.annexes.values()
+            for item, digest in zip(annex.items, annex.digests or (), strict=True)
         }
 
     def done(self) -> WrittenSave:

@@ -9,7 +9,7 @@ import ray
 
 from rl_ckpt.errors import StorageError
 from rl_ckpt.runtime.messages import Failure, decode, encode
-from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
+from rl_ckpt.runtime.spec import NAMESPACE, NODE_CHARS, RunSpec
 
 
 class Servers:
@@ -66,3 +66,8 @@ class Servers:
         """Tells all of them of a driver's options and credentials."""
         for name in self._handles:
             self.get(name).configure.remote(spec)
+
+
+def node_is_dead(name: str) -> bool:
+    """Whether a shard server's node is known to be dead: then the server does not come back."""
+    return not any(node["Alive"] and name.endswith(f"-{node['NodeID'][:NODE_CHARS]}") for node in ray.nodes())

@@ -5,11 +5,10 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import math
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,18 +20,17 @@ from rl_ckpt.errors import (
     InvalidInputError,
     SaveTimeoutError,
     StorageError,
-    WorkerFailuresError,
 )
 from rl_ckpt.info import CheckpointInfo, RestoreReport
 from rl_ckpt.options import Options
 from rl_ckpt.plan.retention import KeepRule
+from rl_ckpt.runtime.calls import call_all, new_key
 from rl_ckpt.runtime.deadline import Deadline
 from rl_ckpt.runtime.inside import prepare_in_actor, restore_in_actor, save_in_actor
 from rl_ckpt.runtime.links import begin, coordinator, start_coordinator
-from rl_ckpt.runtime.losses import in_one_line, is_loss
-from rl_ckpt.runtime.messages import Failure, Lost, Ok, SaveDone, decode, encode
+from rl_ckpt.runtime.messages import Failure, Ok, SaveDone, decode
 from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest
-from rl_ckpt.runtime.spec import NAMESPACE, Place, RunSpec
+from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
 from rl_ckpt.runtime.staging import StagedRank
 from rl_ckpt.store.committer import SaveRequest, info_from, info_of
 from rl_ckpt.store.lease import this_process
@@ -40,11 +38,9 @@ from rl_ckpt.store.pending import PendingSave, in_thread
 from rl_ckpt.store.run import Run, who
 from rl_ckpt.store.urls import open_store
 
-_PHASES = 3  # in which a rank may use up `join_timeout_s`: beginning, joining, staging or matching
 _ASK_AGAIN_S = 0.5
 _ANSWER_S = 60.0  # for what waits for nothing
 _LAST_WORD_S = 1.0
-_STRAGGLERS_S = 5.0  # how long to wait for the other ranks once one has failed
 
 
 class Service:
@@ -93,11 +89,11 @@ class Service:
     def save(self, request: SaveRequest, workers: Sequence[Any]) -> PendingSave:
         """See `Checkpointer.save`."""
         begun = time.monotonic()
-        handles, key = self._begin_saving(workers), uuid.uuid4().hex
+        handles, key = self._begin_saving(workers), new_key()
         limit = None if request.deadline_s is None else Deadline(self.spec, key, request, begun, for_good=True)
         self._patience.until = None if limit is None else limit.at
         try:
-            replies = self._call_all(handles, "lost_save", save_in_actor, request, StagedRank, key, limit)
+            replies = call_all(self.spec, handles, "lost_save", save_in_actor, request, StagedRank, key, limit)
         except BaseException:
             if limit is not None:
                 limit.over()
@@ -110,7 +106,7 @@ class Service:
 
     def prepare(self, workers: Sequence[Any]) -> None:
         """See `Checkpointer.prepare`."""
-        self._call_all(self._begin_saving(workers), "lost_save", prepare_in_actor, None, Ok)
+        call_all(self.spec, self._begin_saving(workers), "lost_save", prepare_in_actor, None, Ok, new_key())
         self._begun = True
 
     def _begin_saving(self, workers: Sequence[Any]) -> list[Any]:
@@ -134,7 +130,7 @@ class Service:
         handles = _handles(workers)
         saved = None if ranks is None else _check_ranks(ranks, len(handles))
         request = RestoreRequest(step, select, dict(rename) if rename else None, strict, saved)
-        done = self._call_all(handles, "lost_restore", restore_in_actor, request, RestoredRank)
+        done = call_all(self.spec, handles, "lost_restore", restore_in_actor, request, RestoredRank, new_key())
         first, numbers = done[0], saved or range(len(done))
         return RestoreReport(
             step=first.step,
@@ -167,57 +163,6 @@ class Service:
         atexit.unregister(self._at_exit)
         _close(self.spec, self._patience)
 
-    def _call_all(
-        self,
-        handles: Sequence[Any],
-        lost: str,
-        function: Callable[..., bytes],
-        request: object,
-        kind: Any,
-        key: str = "",
-        limit: Deadline | None = None,
-    ) -> list[Any]:
-        """Runs `function` inside every worker, until the limit at the longest.
-
-        Raises:
-            CheckpointError: What the coordinator said, or `WorkerFailuresError` by rank, or `SaveTimeoutError`.
-        """
-        key, count = key or uuid.uuid4().hex, len(handles)
-        refs = {
-            handle.__ray_call__.remote(function, self.spec, Place(key, rank, count), request): rank
-            for rank, handle in enumerate(handles)
-        }
-        replies: dict[int, Any] = {}
-        patience_s = _PHASES * self.spec.options.join_timeout_s
-        last = math.inf if limit is None else limit.at
-        deadline = min(time.monotonic() + patience_s, last)
-        while refs:
-            ready, _ = ray.wait(list(refs), num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
-            if not ready:
-                if time.monotonic() >= last or not ray.get(coordinator(self.spec).under_way.remote(key)):
-                    break
-                deadline = min(time.monotonic() + patience_s, last)
-            for ref in ready:
-                rank = refs.pop(ref)
-                replies[rank] = self._reply(ref, lost, Place(key, rank, count), kind)
-                if isinstance(replies[rank], Failure):
-                    deadline = min(deadline, time.monotonic() + _STRAGGLERS_S)
-        if refs and lost == "lost_save":  # the silent ones must not bring it about later
-            coordinator(self.spec).expire_save.remote(key, "this save is over; save again", True)
-        _raise_failures(replies, sorted(refs.values()), self.spec.options, limit)
-        return [replies[rank] for rank in range(count)]
-
-    def _reply(self, ref: Any, lost: str, place: Place, kind: Any) -> Any:
-        """A worker's answer; where it died, the coordinator is told, so that the other ranks do not wait for it."""
-        try:
-            return decode(ray.get(ref), kind | Failure)
-        except ray.exceptions.RayError as error:
-            text = f"rank {place.rank} is dead or unreachable: {in_one_line(error)}"
-            failure = Failure.of(WorkerFailuresError(text, {place.rank: text}, [place.rank] if is_loss(error) else ()))
-            message = Lost(place.key, place.rank, place.world_size, failure)
-            getattr(coordinator(self.spec), lost).remote(encode(message))
-            return failure
-
 
 def _handles(workers: Sequence[Any]) -> list[Any]:
     try:
@@ -247,29 +192,6 @@ def _check_ranks(ranks: Sequence[int], count: int) -> tuple[int, ...]:
     if len(found) != count:
         raise InvalidInputError(f"ranks={list(found)} names {len(found)} ranks for {count} workers; give one for each")
     return found
-
-
-def _raise_failures(
-    replies: Mapping[int, Any], silent: Sequence[int], options: Options, limit: Deadline | None = None
-) -> None:
-    failures = {rank: reply for rank, reply in sorted(replies.items()) if isinstance(reply, Failure)}
-    if not failures:
-        if silent and limit is not None:
-            raise SaveTimeoutError(f"ranks {list(silent)} did not answer before the save's deadline; nothing was saved")
-        if silent:
-            raise SaveTimeoutError(
-                f"ranks {list(silent)} did not answer; they may be busy in another method. Raise `join_timeout_s` (now "
-                f"{options.join_timeout_s} s) if that is expected"
-            )
-        return
-    by_rank: dict[int, str] = {}
-    lost: set[int] = set()
-    for failure in failures.values():
-        by_rank |= failure.failures
-        lost.update(failure.lost)
-    if by_rank:
-        raise WorkerFailuresError("; ".join(dict.fromkeys(by_rank.values())), by_rank, lost)
-    raise next(iter(failures.values())).error()
 
 
 def pending_save(spec: RunSpec, step: int, checkpoint: str, begun: float, limit: Deadline | None = None) -> PendingSave:

@@ -71,7 +71,8 @@ class ShardServer:
         """Makes a new generation of staging memory; the reply holds its path."""
         order = decode(data, Reserve)
         try:
-            path = self._memory.renew(f"generation-{order.generation}-", order.name, order.bytes)
+            older = order.name if order.beside else f"generation-{order.generation}-"
+            path = self._memory.renew(older, order.name, order.bytes)
         except CheckpointError as error:
             return encode(Failure.of(error))
         return encode(Reserved(path))

@@ -13,6 +13,10 @@ from rl_ckpt.plan.retention import KeepRule
 from rl_ckpt.store.lease import Process
 
 NAMESPACE = "rl_ckpt"
+CALL = "call-"
+"""How the keys of a driver's calls begin: each is of one call alone. Those of worker mode come again."""
+NODE_CHARS = 16
+"""So much of a node's id tells it from the others of its cluster."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class RunSpec:
 
     def server(self, node: str) -> str:
         """Name of the shard server of a node."""
-        return f"rl_ckpt-{self.key}-{node[:16]}"
+        return f"rl_ckpt-{self.key}-{node[:NODE_CHARS]}"
 
 
 def job_of(user: str) -> str:

@@ -15,9 +15,9 @@ from typing import Any
 
 import msgspec
 
-from rl_ckpt.errors import StorageError
+from rl_ckpt.errors import InvalidInputError, StorageError
 from rl_ckpt.plan.deal import StageItem
-from rl_ckpt.plan.inventory import identity, take_inventory, undeclared
+from rl_ckpt.plan.inventory import chunk_boxes, chunk_digest, identity, take_inventory, undeclared
 from rl_ckpt.plan.stage import stage, stage_repeat, with_digests
 from rl_ckpt.plan.standing import fixed_and_plains
 from rl_ckpt.runtime import memory
@@ -27,6 +27,7 @@ from rl_ckpt.runtime.messages import (
     JoinSave,
     RepeatOrders,
     RepeatSave,
+    Restage,
     SaveOrders,
     Staged,
     StageObjects,
@@ -34,7 +35,7 @@ from rl_ckpt.runtime.messages import (
 )
 from rl_ckpt.runtime.objects import open_object
 from rl_ckpt.runtime.spec import Place, RunSpec
-from rl_ckpt.state.tree import FlatTree, Node, flatten
+from rl_ckpt.state.tree import FlatTree, LocalArray, Node, flatten
 from rl_ckpt.store.committer import SaveRequest
 
 
@@ -56,6 +57,10 @@ class _Last:
     """Its nodes but the plain leaves."""
     promised: str = ""
     """File of staging memory that it may write before it is told to; empty where there is none."""
+    checkpoint: str = ""
+    """That it staged last."""
+    digests: tuple[bytes, ...] = ()
+    """Of `items`, as it staged them then; empty ones where its shard server did."""
 
 
 _Key = tuple[str, int, int, int]
@@ -84,10 +89,53 @@ def save_rank(spec: RunSpec, place: Place, request: SaveRequest, state: Any, beg
     flat = flatten(state, spec.options.allow_pickle, open_object)
     with _remembered(spec, place) as last:
         checkpoint, digests = _repeat(spec, place, request, flat, last) or _join(spec, place, request, flat, last)
+        last.checkpoint, last.digests = checkpoint, tuple(digests)
     stall_s = time.monotonic() - begun
     # Not waited for: if it is lost, so is the coordinator, and whoever waits for the save's result is told.
     coordinator(spec).staged.remote(encode(Staged(place.key, place.rank, checkpoint, tuple(digests), stall_s)))
     return StagedRank(checkpoint, stall_s)
+
+
+def restage_rank(spec: RunSpec, place: Place, order: Restage, state: Any, begun: float) -> StagedRank:
+    """A rank stages what a dead one was to stage, in a save for which it has staged its own part.
+
+    Raises:
+        CheckpointError: The rank's state is another one by now, or its staging memory is gone.
+    """
+    flat = flatten(state, spec.options.allow_pickle, open_object)
+    with _remembered(spec, place) as last:
+        if last.checkpoint != order.checkpoint:
+            raise InvalidInputError(
+                "it can't stage what a dead worker was to stage: this process has no part in the save yet; save again"
+            )
+        witness = [msgspec.structs.replace(last.items[i], digest=last.digests[i]) for i in order.witness]
+    _check_same(flat, witness, order.items, spec.options.chunk_bytes)
+    digests = stage(flat, order.items, memory.mapped(order.annex))
+    stall_s = time.monotonic() - begun
+    message = Staged(place.key, place.rank, order.checkpoint, tuple(digests), stall_s, order.annex)
+    coordinator(spec).staged.remote(encode(message))
+    return StagedRank(order.checkpoint, stall_s)
+
+
+def _check_same(flat: FlatTree, staged: Sequence[StageItem], wanted: Sequence[StageItem], chunk_bytes: int) -> None:
+    """Checks that a state is the one that was staged; what is `wanted` is looked at as it is staged."""
+    changed = {item.path for item in [*staged, *wanted] if not _has(flat, item, chunk_bytes)}
+    changed |= {
+        item.path
+        for item in staged
+        if item.digest and item.path not in changed and chunk_digest(flat, item.path, item.box) != item.digest
+    }
+    if changed:
+        raise InvalidInputError(
+            f"a worker died during the save, and this rank, which has copies of its arrays, has other values at "
+            f"{sorted(changed)} by now than when it staged them; don't train (in another thread, say) until `save` has "
+            "returned. Save again"
+        )
+
+
+def _has(flat: FlatTree, item: StageItem, chunk_bytes: int) -> bool:
+    node = flat.nodes.get(item.path)
+    return isinstance(node, LocalArray) and item.box in chunk_boxes(node, chunk_bytes)
 
 
 def prepare_rank(spec: RunSpec, place: Place, state: Any) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rl_ckpt.errors import CheckpointError, InvalidInputError
+from rl_ckpt.errors import CheckpointError, InvalidInputError, WorkerFailuresError
 from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.options import Options
 from rl_ckpt.plan.deal import Written
@@ -20,6 +20,7 @@ from rl_ckpt.runtime.messages import (
     Lost,
     RepeatOrders,
     RepeatSave,
+    Restages,
     SaveDone,
     SaveOrders,
     SaveReply,
@@ -66,6 +67,7 @@ class Bench:
         self.machine = SaveMachine(self.options)
         self.names: list[sm.Name] = []
         self.reserves: list[sm.ReserveMemory] = []
+        self.annexes: list[sm.ReserveAnnex] = []
         self.opens: list[sm.Open] = []
         self.look_ups: list[sm.LookUp] = []
         self.writes: list[sm.Write] = []
@@ -91,6 +93,8 @@ class Bench:
                     self.look_ups.append(i)
                 case sm.ReserveMemory():
                     self.reserves.append(i)
+                case sm.ReserveAnnex():
+                    self.annexes.append(i)
                 case sm.Write():
                     self.writes.append(i)
                 case sm.Commit():
@@ -153,6 +157,22 @@ class Bench:
             file = StagingFile(ask.bytes, f"/shm/{ask.server}/{ask.generation}/{ask.token}")
             self.do(self.machine.reserved(ask.token, ask.server, ask.generation, file))
 
+    def annex(self) -> None:
+        while self.annexes:
+            ask = self.annexes.pop(0)
+            self.do(self.machine.annexed(ask.token, ask.lane, f"/shm/{ask.server}/{ask.generation}/{ask.lane}"))
+
+    def restage(self, step: int) -> list[int]:
+        """Does what the driver is told to have done; which ranks that were."""
+        news = self.machine.restages(f"save-{step}")
+        assert isinstance(news, Restages)
+        for order in news.orders:
+            digests = tuple(bytes([i, 100 + order.rank]) * 8 for i in range(len(order.items)))
+            self.do(
+                self.machine.staged(Staged(f"save-{step}", order.rank, order.checkpoint, digests, 0.1, order.annex))
+            )
+        return [order.rank for order in news.orders]
+
     def look_up(self) -> None:
         """Answers all questions for what is stored: nothing is."""
         while self.look_ups:
@@ -169,7 +189,7 @@ class Bench:
     def write(self, write: sm.Write) -> None:
         self.writes.remove(write)
         done = [Written(1000, tuple(range(len(file.columns)))) for file in write.order.files]
-        self.do(self.machine.written(write.token, write.server, done))
+        self.do(self.machine.written(write.token, write.lane, done))
 
     def write_all(self, token: str | None = None) -> None:
         for write in [w for w in self.writes if token in (None, w.token)]:
@@ -198,6 +218,11 @@ class Bench:
 
     def lost(self, rank: int, step: int, error: CheckpointError, world: int = 2) -> None:
         self.do(self.machine.lost(Lost(f"save-{step}", rank, world, Failure.of(error))))
+
+    def dead(self, rank: int, step: int, world: int = 2) -> None:
+        """The driver says that a rank's process is gone."""
+        failure = Failure.of(WorkerFailuresError(f"rank {rank} died", {rank: f"rank {rank} died"}))
+        self.do(self.machine.lost(Lost(f"save-{step}", rank, world, failure, dead=True)))
 
     def time_out(self, state: str) -> None:
         """Fires the newest timer of a state."""

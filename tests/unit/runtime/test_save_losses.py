@@ -1,0 +1,520 @@
+"""Deaths in a save, without Ray: it goes on where others have what is lost, else it ends by name, in every state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+import numpy as np
+import pytest
+
+from rl_ckpt import Replicated
+from rl_ckpt.errors import StorageError, WorkerFailuresError
+from rl_ckpt.runtime import save_steps as sm
+from rl_ckpt.runtime.messages import Failure, Lost, Restages, SaveDone, SaveOrders, Staged, StagedObjects
+from rl_ckpt.runtime.spec import CALL
+from tests.unit.runtime.save_bench import CHUNK_BYTES, Bench, State, join, repeat
+
+SHARED: State = {"w": np.arange(512.0), "v": np.arange(256.0), "u": np.arange(64.0)}
+"""All of it replicated."""
+NO_COPIES: Mapping[str, tuple[str, str]] = {}
+
+
+def joined(bench: Bench, step: int = 5, world: int = 3, state: State | None = None) -> None:
+    bench.join_all(step, world, state=SHARED if state is None else state)
+
+
+def to_staging(bench: Bench, step: int = 5, world: int = 3, state: State | None = None) -> None:
+    joined(bench, step, world, state)
+    bench.name()
+    bench.reserve()
+    bench.look_up()
+
+
+def finish(bench: Bench) -> None:
+    bench.write_all()
+    bench.commit()
+
+
+def paths_staged(bench: Bench, rank: int, step: int = 5) -> set[str]:
+    return {item.path for item in bench.orders(step, rank).items}
+
+
+def test_a_rank_that_dies_before_the_others_joined_is_dealt_nothing() -> None:
+    bench = Bench()
+    bench.join(0, 5, world=3, state=SHARED)
+    bench.join(1, 5, world=3, state=SHARED)
+    bench.dead(1, 5, world=3)
+    bench.join(2, 5, world=3, state=SHARED)
+    bench.name()
+    bench.reserve()
+    bench.look_up()
+    assert bench.orders(5, 1).items == ()
+    assert paths_staged(bench, 0) | paths_staged(bench, 2) == {"w", "v", "u"}
+    assert bench.orders(5, 0).plan == "", "a plan in which a rank has no part does not stand"
+    bench.stage(5, 0)
+    bench.stage(5, 2)
+    finish(bench)
+    assert bench.committed == [5]
+
+
+def test_a_rank_that_dies_before_it_joined_ends_the_save_by_name() -> None:
+    bench = Bench()
+    bench.join(0, 5, state=SHARED)
+    bench.dead(1, 5)
+    assert bench.failure(5, 0).failures == {1: "rank 1 died"}
+
+
+@pytest.mark.parametrize("when", [sm.WAITING, sm.RESERVING, sm.STAGING])
+def test_a_rank_that_dies_before_it_staged_is_replaced_in_the_same_save(when: str) -> None:
+    bench = Bench()
+    if when == sm.WAITING:
+        bench.to_writing(100)
+        bench.to_writing(101)
+    joined(bench)
+    if when == sm.STAGING:
+        bench.name()
+        bench.reserve()
+    assert bench.machine.states()["save-5"] == when
+    bench.dead(1, 5, world=3)
+    if when == sm.WAITING:
+        bench.write_all()
+        bench.commit()
+        bench.commit()
+    if when != sm.STAGING:
+        bench.name()
+        bench.reserve()
+    bench.look_up()
+    for rank in (0, 2):
+        bench.stage(5, rank)
+    assert bench.machine.states() == {"save-5": sm.STAGING}, "what the dead rank had is not staged yet"
+    assert bench.restage(5) == [], "nobody is asked before there is memory for it"
+    bench.annex()
+    assert set(bench.restage(5)) <= {0, 2}
+    assert bench.restage(5) == [], "each is asked once"
+    lanes = {write.lane for write in bench.writes} - {"server-0", "server-1"}
+    assert lanes
+    assert all(write.server in ("server-0", "server-1") for write in bench.writes)
+    assert all(write.order.memory for write in bench.writes)
+    finish(bench)
+    assert isinstance(bench.finished[bench.orders(5, 0).checkpoint], SaveDone)
+    news = bench.machine.restages("save-5")
+    assert news == Restages(bench.orders(5, 0).checkpoint, False), "and the driver hears how it ended"
+
+
+def test_a_rank_is_asked_to_take_over_only_once_it_has_staged_its_own() -> None:
+    bench = Bench()
+    to_staging(bench)
+    bench.dead(1, 5, world=3)
+    bench.annex()
+    assert bench.restage(5) == []
+    bench.stage(5, 0)
+    assert bench.restage(5) == [0]
+    bench.stage(5, 2)
+    assert bench.restage(5) in ([2], [])
+    assert bench.machine.states() == {"save-5": sm.WRITING}
+
+
+def test_what_is_said_late_by_the_dead_changes_nothing() -> None:
+    bench = Bench()
+    to_staging(bench)
+    orders = bench.orders(5, 1)
+    bench.dead(1, 5, world=3)
+    late = Staged("save-5", 1, orders.checkpoint, tuple(bytes(16) for _ in orders.items), 9.0)
+    bench.do(bench.machine.staged(late))
+    bench.do(bench.machine.staged(StagedObjects("save-5", 1, orders.checkpoint, {0: bytes(16)})))
+    bench.annex()
+    for rank in (0, 2):
+        bench.stage(5, rank)
+    assert bench.machine.states() == {"save-5": sm.STAGING}
+    bench.restage(5)
+    finish(bench)
+    done = bench.finished[orders.checkpoint]
+    assert isinstance(done, SaveDone)
+    assert done.stall_s < 9
+
+
+def test_the_generation_to_which_a_dead_rank_may_write_is_not_used_again() -> None:
+    bench = Bench()
+    to_staging(bench)
+    old = {bench.orders(5, rank).memory for rank in range(3)}
+    bench.dead(1, 5, world=3)
+    bench.annex()
+    for rank in (0, 2):
+        bench.stage(5, rank)
+    bench.restage(5)
+    finish(bench)
+    for step in (6, 7, 8):
+        to_staging(bench, step)
+        assert not old & {bench.orders(step, rank).memory for rank in range(3)}
+        for rank in range(3):
+            bench.stage(step, rank)
+        bench.reserve()
+        finish(bench)
+
+
+def test_who_takes_over_may_die_too() -> None:
+    bench = Bench()
+    to_staging(bench)
+    bench.dead(1, 5, world=3)
+    bench.annex()
+    bench.stage(5, 0)
+    bench.stage(5, 2)
+    news = bench.machine.restages("save-5")
+    assert isinstance(news, Restages)
+    first = news.orders[0].rank
+    bench.dead(first, 5, world=3)
+    assert bench.machine.states() == {"save-5": sm.STAGING}
+    bench.annex()
+    last = ({0, 2} - {first}).pop()
+    assert bench.restage(5) == [last]
+    for order in news.orders[1:]:
+        digests = tuple(bytes(16) for _ in order.items)
+        bench.do(bench.machine.staged(Staged("save-5", order.rank, order.checkpoint, digests, 0.1, order.annex)))
+    finish(bench)
+    assert bench.committed == [5]
+
+
+def test_a_rank_that_staged_and_died_is_not_replaced() -> None:
+    bench = Bench()
+    to_staging(bench)
+    bench.stage(5, 1)
+    bench.dead(1, 5, world=3)
+    assert bench.annexes == []
+    bench.stage(5, 0)
+    bench.stage(5, 2)
+    finish(bench)
+    assert bench.committed == [5]
+
+
+def test_a_rank_that_died_while_its_server_stages_its_objects_is_not_replaced() -> None:
+    bench = Bench()
+    to_staging(bench)
+    orders = bench.orders(5, 1)
+    left = tuple(b"" for _ in orders.items)
+    bench.do(bench.machine.staged(Staged("save-5", 1, orders.checkpoint, left, 0.1)))
+    bench.dead(1, 5, world=3)
+    assert bench.annexes == []
+    told = {i: bytes([i]) * 16 for i in range(len(left))}
+    bench.do(bench.machine.staged(StagedObjects("save-5", 1, orders.checkpoint, told)))
+    bench.stage(5, 0)
+    bench.stage(5, 2)
+    finish(bench)
+    assert bench.committed == [5]
+
+
+@pytest.mark.parametrize("when", [sm.JOINING, sm.RESERVING, sm.STAGING])
+def test_what_only_the_dead_rank_had_ends_the_save_by_name_and_path(when: str) -> None:
+    bench = Bench()
+    bench.join(1, 5, world=2)
+    if when == sm.JOINING:
+        bench.dead(1, 5)
+    bench.join(0, 5, world=2)
+    if when == sm.STAGING:
+        bench.name()
+        bench.reserve()
+    if when != sm.JOINING:
+        bench.dead(1, 5)
+    if when == sm.RESERVING:
+        bench.name()
+        bench.reserve()
+    told = bench.failure(5, 0)
+    assert told.failures == {1: "rank 1 died, and only it had 'own'"}
+    assert told.code == WorkerFailuresError.code
+    assert bench.machine.restages("save-5") == told, "the driver hears the same"
+    while bench.names:
+        bench.name()
+    assert bench.open == {}
+    bench.save(6)
+
+
+def test_a_preparation_ends_when_a_rank_dies() -> None:
+    bench = Bench()
+    for rank in (0, 1):
+        bench.do(bench.machine.join(msgspec.structs.replace(join(rank, 5, state=SHARED), prepare=True)))
+    bench.dead(1, 5)
+    assert bench.failure(5, 0).failures == {1: "rank 1 died"}
+
+
+def repeating(bench: Bench) -> str:
+    """A save of two ranks whose plan stands; of its second save both ranks have asked to repeat it."""
+    for step in (1, 2):
+        bench.join_all(step, 2, state=SHARED)
+        bench.name()
+        bench.reserve()
+        bench.look_up()
+        for rank in (0, 1):
+            bench.stage(step, rank)
+        bench.reserve()
+        finish(bench)
+    return bench.plan(2)
+
+
+def test_a_rank_that_repeats_and_dies_is_replaced() -> None:
+    bench = Bench()
+    plan = repeating(bench)
+    for rank in (0, 1):
+        bench.do(bench.machine.repeat(repeat(rank, 5, plan, 2, SHARED)))
+    bench.dead(1, 5)
+    bench.name()
+    bench.reserve()
+    bench.look_up()
+    bench.annex()
+    bench.stage(5, 0)
+    news = bench.machine.restages("save-5")
+    assert isinstance(news, Restages)
+    (order,) = news.orders
+    assert all(item.digest == b"" for item in order.items), "those that the plan knows are of an older save"
+    assert order.witness, "so the rank looks whether its state is the one that it staged"
+    digests = tuple(bytes([i]) * 16 for i in range(len(order.items)))
+    bench.do(bench.machine.staged(Staged("save-5", 0, order.checkpoint, digests, 0.1, order.annex)))
+    finish(bench)
+    assert 5 in bench.committed
+
+
+def test_a_rank_that_repeats_and_dies_before_another_joins_ends_the_save() -> None:
+    bench = Bench()
+    plan = repeating(bench)
+    bench.do(bench.machine.repeat(repeat(1, 5, plan, 2, SHARED)))
+    bench.dead(1, 5)
+    bench.join(0, 5, state=SHARED)
+    assert "rank 1 died before it could say what it has" in bench.failure(5, 0).message
+    assert not bench.machine.busy()
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_who_takes_over_looks_at_the_same_arrays_then_at_what_others_have_too(chunks: int) -> None:
+    size = chunks * CHUNK_BYTES // 8
+    shared: State = {"w": Replicated(np.zeros(size)), "b": Replicated(np.zeros(900))}
+    bench = Bench()
+    bench.join(0, 5, state=shared)
+    bench.join(1, 5, state=shared | {"own": np.zeros(1000)})
+    bench.name()
+    bench.reserve()
+    bench.look_up()
+    assert "w" in paths_staged(bench, 0)
+    items = [item.path for item in bench.orders(5, 1).items]
+    assert "own" in items
+    bench.stage(5, 1)
+    bench.dead(0, 5)
+    bench.annex()
+    news = bench.machine.restages("save-5")
+    assert isinstance(news, Restages)
+    (order,) = news.orders
+    assert [items[i] for i in order.witness] == (["b"] if chunks == 1 else ["w"])
+
+
+# Nodes.
+
+
+@pytest.mark.parametrize("when", [sm.JOINING, sm.WAITING, sm.RESERVING, sm.STAGING])
+def test_a_node_that_is_lost_before_all_is_staged_is_replaced(when: str) -> None:
+    bench = Bench()  # ranks 0 and 2 are on server-0, rank 1 on server-1
+    if when == sm.WAITING:
+        bench.to_writing(100)
+        bench.to_writing(101)
+    if when == sm.JOINING:
+        bench.join(1, 5, world=3, state=SHARED)
+        bench.do(bench.machine.server_lost("server-1", NO_COPIES))
+        bench.join(0, 5, world=3, state=SHARED)
+        bench.join(2, 5, world=3, state=SHARED)
+    else:
+        joined(bench)
+    if when == sm.STAGING:
+        bench.name()
+        bench.reserve()
+        bench.stage(5, 1)  # it is lost all the same
+    if when != sm.JOINING:
+        bench.do(bench.machine.server_lost("server-1", NO_COPIES))
+    if when == sm.WAITING:  # those that were being written there are lost
+        assert bench.committed == []
+        assert isinstance(bench.finished[bench.orders(100, 0).checkpoint], Failure)
+    while bench.names:
+        bench.name()
+    for ask in [ask for ask in bench.reserves if ask.server == "server-1"]:
+        bench.do(bench.machine.failed(ask.token, StorageError("gone"), "server-1"))
+        bench.reserves.remove(ask)
+    bench.reserve()
+    bench.look_up()
+    bench.annex()
+    for rank in (0, 2):
+        bench.stage(5, rank)
+    bench.restage(5)
+    assert {write.server for write in bench.writes if "save-5#" in write.token} == {"server-0"}
+    finish(bench)
+    assert bench.committed == [5]
+
+
+def test_a_node_that_is_lost_in_staging_with_what_only_it_had_ends_the_save() -> None:
+    bench = Bench()
+    bench.to_staging(5)
+    bench.stage(5, 1)
+    checkpoint = bench.orders(5, 0).checkpoint
+    bench.do(bench.machine.server_lost("server-1", NO_COPIES))
+    outcome = bench.finished[checkpoint]
+    assert isinstance(outcome, Failure)
+    assert outcome.failures == {1: "rank 1 died, and only it had 'own'"}
+
+
+def test_a_node_that_is_lost_in_settling_ends_the_save() -> None:
+    bench = Bench()
+    bench.join_all(5, 2)
+    bench.name()
+    bench.reserve()
+    bench.stage(5, 0)
+    bench.stage(5, 1)
+    assert bench.machine.states() == {"save-5": sm.SETTLING}
+    bench.do(bench.machine.server_lost("server-1", {bench.orders(5, 0).checkpoint: ("server-0", "/copy")}))
+    outcome = bench.finished[bench.orders(5, 0).checkpoint]
+    assert isinstance(outcome, Failure)
+    assert set(outcome.failures) == {1}
+    assert "server-1" in outcome.message
+    bench.look_up()
+    assert bench.writes == []
+
+
+def test_a_lost_nodes_files_are_written_by_a_buddy_out_of_its_copy() -> None:
+    bench = Bench()
+    bench.to_writing(5)
+    checkpoint = bench.orders(5, 0).checkpoint
+    lost = next(write for write in bench.writes if write.server == "server-1")
+    bench.do(bench.machine.server_lost("server-1", {checkpoint: ("server-9", "/copy"), "other": ("server-8", "/x")}))
+    again = bench.writes[-1]
+    assert (again.lane, again.server, again.order.memory) == ("server-1", "server-9", "/copy")
+    assert again.order.files == lost.order.files
+    bench.do(bench.machine.failed(lost.token, StorageError("gone"), "server-1"))
+    bench.writes.remove(lost)
+    finish(bench)
+    assert bench.committed == [5]
+
+
+def test_a_lost_node_whose_files_are_written_costs_nothing() -> None:
+    bench = Bench()
+    bench.to_writing(5)
+    bench.write(next(write for write in bench.writes if write.server == "server-1"))
+    bench.do(bench.machine.server_lost("server-1", NO_COPIES))
+    finish(bench)
+    assert bench.committed == [5]
+
+
+@pytest.mark.parametrize("copies", [{}, {"other": ("server-9", "/copy")}])
+def test_a_lost_node_of_whose_memory_nobody_has_a_copy_ends_the_save(copies: dict[str, tuple[str, str]]) -> None:
+    bench = Bench()
+    bench.to_writing(5)
+    bench.do(bench.machine.server_lost("server-1", copies))
+    outcome = bench.finished[bench.orders(5, 0).checkpoint]
+    assert isinstance(outcome, Failure)
+    assert set(outcome.failures) == {1}
+    bench.writes.clear()
+    bench.join_all(6, 1, state=SHARED)
+    bench.name()
+    assert {ask.server for ask in bench.reserves} <= {"server-0"}
+
+
+def test_a_buddy_that_is_lost_too_ends_the_save() -> None:
+    bench = Bench()
+    bench.to_writing(5)
+    checkpoint = bench.orders(5, 0).checkpoint
+    bench.do(bench.machine.server_lost("server-1", {checkpoint: ("server-9", "/copy")}))
+    bench.do(bench.machine.server_lost("server-9", {checkpoint: ("server-8", "/other")}))
+    assert isinstance(bench.finished[checkpoint], Failure)
+
+
+def test_a_node_that_is_lost_while_it_is_committed_costs_nothing() -> None:
+    bench = Bench()
+    bench.to_writing(5)
+    bench.write_all()
+    bench.do(bench.machine.server_lost("server-1", NO_COPIES))
+    bench.commit()
+    assert bench.committed == [5]
+
+
+def test_a_spare_generation_does_not_wait_for_a_lost_node() -> None:
+    bench = Bench()
+    bench.to_staging(5)
+    for rank in (0, 1):
+        bench.stage(5, rank)
+    assert {ask.server for ask in bench.reserves} == {"server-0", "server-1"}
+    bench.do(bench.machine.server_lost("server-1", {bench.orders(5, 0).checkpoint: ("server-0", "/copy")}))
+    bench.reserves = [ask for ask in bench.reserves if ask.server == "server-0"]
+    bench.reserve()
+    bench.join_all(6, 1, state=SHARED)
+    assert len(bench.names) == 1, "the other generation is free"
+
+
+def test_a_lost_nodes_plan_stands_no_more() -> None:
+    bench = Bench()
+    plan = repeating(bench)
+    bench.do(bench.machine.server_lost("server-1", NO_COPIES))
+    bench.do(bench.machine.repeat(repeat(0, 5, plan, 2, SHARED)))
+    assert type(bench.reply(5, 0)).__name__ == "JoinAgain"
+
+
+# Messages of and to a coordinator that was restarted.
+
+
+def test_what_a_rank_says_of_the_coordinator_before_ends_no_save() -> None:
+    bench = Bench()
+    failure = Failure.of(WorkerFailuresError("the coordinator was lost", {1: "lost"}))
+    unheard = Lost("save-5", 1, 2, failure, unheard=True)
+    bench.do(bench.machine.lost(unheard))
+    assert bench.machine.states() == {}
+    bench.join(0, 5)
+    bench.do(bench.machine.lost(unheard))
+    assert bench.machine.states() == {"save-5": sm.JOINING}
+    bench.join(1, 5)
+    assert bench.machine.states() == {"save-5": sm.RESERVING}
+    bench.do(bench.machine.lost(unheard))
+    assert bench.failure(5, 0).failures == {1: "lost"}, "this one had heard of it"
+
+
+def test_a_driver_whose_save_is_unknown_is_told_so() -> None:
+    told = Bench().machine.restages("nobody's")
+    assert isinstance(told, Failure)
+    assert "coordinator was lost" in told.message
+
+
+def test_memory_that_somebody_removed_costs_one_save() -> None:
+    bench = Bench()
+    bench.save(1)
+    bench.save(2)
+    bench.to_staging(5)
+    gone = bench.orders(5, 0).memory
+    bench.lost(0, 5, StorageError(f"staging memory {gone} is gone"))
+    bench.join_all(6)
+    bench.name()
+    assert {ask.server for ask in bench.reserves} == {"server-0", "server-1"}, "the other generation's is made anew too"
+
+
+def test_orders_say_where_and_what() -> None:
+    bench = Bench()
+    to_staging(bench)
+    dealt = {rank: bench.orders(5, rank).items for rank in range(3)}
+    bench.dead(1, 5, world=3)
+    bench.annex()
+    bench.stage(5, 0)
+    bench.stage(5, 2)
+    news = bench.machine.restages("save-5")
+    assert isinstance(news, Restages)
+    taken = {(item.path, item.box): item.digest for order in news.orders for item in order.items}
+    assert taken == {(item.path, item.box): item.digest for item in dealt[1]}
+    assert all(taken.values()), "hashed as it joined"
+    assert all(order.witness == () for order in news.orders), "the digests tell"
+    assert isinstance(bench.reply(5, 0), SaveOrders)
+    assert len({order.annex for order in news.orders}) == len(news.orders)
+
+
+def test_who_comes_late_to_a_drivers_save_hears_how_it_ended() -> None:
+    bench = Bench()
+    key = f"{CALL}1"
+    bench.join(0, 5, key=key)
+    bench.time_out(sm.JOINING)
+    bench.time_out(sm.FAILED)
+    assert bench.machine.states() == {}
+    bench.join(1, 5, key=key)
+    told = bench.replies[key, 1][-1]
+    assert isinstance(told, Failure)
+    assert "ranks [1] did not join" in told.message
+    assert bench.machine.states() == {}, "else it would wait there for ranks that do not come"
+    bench.join(1, 5)
+    assert bench.machine.states() == {"save-5": sm.JOINING}
