@@ -39,6 +39,8 @@ class SaveRequest:
     tag: str | None = None
     parent: str | None = None
     """Id of the checkpoint that the job last restored or saved; None: the newest."""
+    deadline_s: float | None = None
+    """An urgent save: to memory first, and done with after so many seconds; None: no hurry."""
 
 
 @dataclass(frozen=True, slots=True)
