@@ -48,14 +48,19 @@ class Generations:
         """Whether `take` would give one."""
         return bool(self._free or self._promised)
 
-    def take(self, plan: str) -> int:
-        """Gives a generation to a save of `plan`: the one promised to it, else a free one, else another plan's."""
+    def take(self, plan: str, sizes: Mapping[str, int]) -> int:
+        """Gives a generation to a save of `plan` that stages `sizes` bytes by shard server.
+
+        The one promised to it, else a free one, if there is one then with memory, else another plan's.
+        """
         for generation, promised in self._promised.items():
             if promised == plan:
                 del self._promised[generation]
                 return generation
         if self._free:
-            return self._free.pop(0)
+            best = min(self._free, key=lambda generation: bool(self.missing(generation, sizes)))
+            self._free.remove(best)
+            return best
         generation = next(iter(self._promised))
         self.revoke()
         self._free.remove(generation)

@@ -268,7 +268,8 @@ class SaveMachine:
             return []
         save = self._saves[self._queue.pop(0)]
         save.to_store = self._goes_to_store(save)
-        save.generations = [self._generations.take(save.plan_id)]
+        assert save.plan is not None
+        save.generations = [self._generations.take(save.plan_id, save.plan.staged_bytes)]
         self._line.append(save.key)
         save.state = RESERVING
         return [Name(save.token, save.request), Arm(save.token, RESERVING, self.options.write_timeout_s)]

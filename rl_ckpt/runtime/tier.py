@@ -369,13 +369,14 @@ class Tier:
         """Asks for copies that are missing; says so once all are there, or none more will come."""
         out: list[Instruction] = []
         for piece in kept.pieces.values():
-            while piece.part is not None and piece.holders and self._short(piece):
+            # The origin will have it in a moment: who copies waits for that, and all places are chosen together.
+            sources = [*self._staying(piece), *piece.holders, *({piece.origin} & piece.asked)]
+            while piece.part is not None and sources and self._short(piece):
                 buddy = self._buddy(kept, piece)
                 if buddy is None:
                     break
                 piece.asked.add(buddy)
-                holder = next(iter(self._staying(piece) or piece.holders))
-                out.append(Copy(buddy, piece.part, holder))
+                out.append(Copy(buddy, piece.part, sources[0]))
         return [*out, *self._settle(kept)]
 
     def _short(self, piece: _Piece) -> bool:
