@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -72,7 +72,7 @@ class Coordinator:
         self._tasks: set[asyncio.Task[None]] = set()
         self._restore_work = RestoreWork(spec)
         self._save_work = SaveWork(spec, self._restore_work.forget)
-        self._tier_work = TierWork(spec, self._servers, self._do, self._saves.busy)
+        self._tier_work = TierWork(spec, self._servers, self._do, self._saves.busy, self._server_lost)
         self._tier = self._tier_work.brain
         self._opened_with = spec.storage_options
         self._users: dict[str, str] = {}  # drivers that use these actors → their Ray job
@@ -313,6 +313,13 @@ class Coordinator:
         """What servers have held since before this coordinator is known once this is over."""
         await self._tier_work.adopted()
         self._save_work.take_landed(self._tier.remembered())
+
+    def _server_lost(self, server: str, copies: Mapping[str, tuple[str, str]]) -> None:
+        """A node is dead: machines that care are told, and where there are copies of what its server had staged."""
+        for machine, rest in ((self._saves, (copies,)), (self._restores, ())):
+            lost = getattr(machine, "server_lost", None)
+            if lost is not None:
+                self._do(lost(server, *rest))
 
     async def _commit(self, key: str, save: sm.Save) -> Iterable[Any]:
         return self._committed(key, save, *await self._save_work.commit(save))

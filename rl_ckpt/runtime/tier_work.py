@@ -38,6 +38,7 @@ _TRIES = 5
 _AGAIN_S = 1.0  # a server that was killed is back after about so long
 
 Tell = Callable[[Iterable[Any]], None]
+Lost = Callable[[str, Mapping[str, tuple[str, str]]], None]
 
 
 class TierWork:
@@ -47,7 +48,7 @@ class TierWork:
         brain: The state machine; whose instructions go to `carry_out`.
     """
 
-    def __init__(self, spec: RunSpec, servers: Servers, tell: Tell, saving: Callable[[], bool]) -> None:
+    def __init__(self, spec: RunSpec, servers: Servers, tell: Tell, saving: Callable[[], bool], lost: Lost) -> None:
         """Holds nothing.
 
         Args:
@@ -55,15 +56,15 @@ class TierWork:
             servers: Of the run.
             tell: Takes instructions of the brain, to have them carried out.
             saving: Whether a save or restore is under way.
+            lost: Is told of a server whose node is dead, with copies of what it had staged (`Tier.copies`).
         """
         self.brain = t.Tier(spec.options)
         self.notice = ""
         """What did not fit, for the next save's caller; empty where all did, or it was said before."""
-        self.lost: Callable[[str, Mapping[str, tuple[str, str]]], None] = lambda server, copies: None
-        """Told of a server whose node is dead, and of copies of what it had staged."""
         self._spec = spec
         self._servers = servers
         self._tell = tell
+        self._lost = lost
         self._said = ""
         self._nodes: dict[str, str] = {}  # by name of the shard server that each has or would have
         self._tasks: set[asyncio.Task[None]] = set()
@@ -94,11 +95,9 @@ class TierWork:
 
     def _seen(self, nodes: dict[str, bool]) -> None:
         before, self._nodes = set(self._nodes), {self._spec.server(node): node for node in nodes}
-        gone = before - set(self._nodes)
-        copies = {server: self.brain.copies(server) for server in gone}
         self._tell(self.brain.servers_are({self._spec.server(node): leaving for node, leaving in nodes.items()}))
-        for server in sorted(gone):
-            self.lost(server, copies[server])
+        for server in sorted(before - set(self._nodes)):
+            self._lost(server, self.brain.copies(server))
 
     def cannot_land(self, why: str) -> None:
         """Something could not be held; its user is told once of each reason."""
