@@ -65,6 +65,10 @@ class Checkpointer:
         join_timeout_s: float = Options.join_timeout_s,
         write_timeout_s: float = Options.write_timeout_s,
         grace_s: float = Options.grace_s,
+        memory_tier: bool = True,
+        replicas: int = Options.replicas,
+        memory_bytes: int | None = None,
+        persist_every: int = Options.persist_every,
     ) -> None:
         """Names a run. Nothing is read or written yet.
 
@@ -87,6 +91,18 @@ class Checkpointer:
             join_timeout_s: How long a save or restore waits for all its workers, in seconds.
             write_timeout_s: How long a staged save may take until it is committed, in seconds.
             grace_s: How long files that no checkpoint names any more are kept for readers still at them, in seconds.
+            memory_tier: Whether the newest checkpoint stays in the nodes' shared memory too, with copies on other
+                nodes, so that a restore reads nothing from the store. Never makes a save fail: what there is no room
+                for is not kept, and `result()` warns of it. (`save_state` keeps nothing in memory.)
+            replicas: Copies on other nodes of what a node keeps in memory; a placement that never puts two on one node.
+                Fewer where there are not so many nodes.
+            memory_bytes: Limit per node of what it keeps in memory of one checkpoint: its own part, and copies of other
+                nodes' parts (for a moment, while the next one is copied, of two of them), in bytes. None: what shared
+                memory has room for beside staging.
+            persist_every: Of so many saves one goes to the store, the first among them; the others stay in memory alone
+                (`CheckpointInfo.in_store` is False) until a newer one is complete. Tagged ones, and those that there is
+                no room for in memory, go to the store. Such a checkpoint outlives any one node with `replicas` of 1 or
+                more, and no loss of the whole cluster.
 
         Raises:
             InvalidInputError: An argument is out of range, or the url's scheme is not supported.
@@ -101,6 +117,10 @@ class Checkpointer:
             allow_pickle=allow_pickle,
             weak_commits=weak_commits,
             take_over=take_over,
+            memory_tier=memory_tier,
+            replicas=replicas,
+            memory_bytes=memory_bytes,
+            persist_every=persist_every,
         )
         if isinstance(keep, type | KeepRule) or any(isinstance(r, type) or not isinstance(r, KeepRule) for r in keep):
             raise InvalidInputError(f"keep={keep!r} must be a list of rules such as [LatestN(3), EveryNSteps(1000)]")
@@ -375,7 +395,9 @@ class Checkpointer:
         raise CorruptionError(f"no good checkpoint in {self._url}: {'; '.join(damaged)}")
 
     def checkpoints(self) -> list[CheckpointInfo]:
-        """All checkpoints of the run, oldest first; none where nothing was saved yet.
+        """All checkpoints of the run in the store, oldest first; none where nothing was saved yet.
+
+        What is only in memory (`persist_every`) is not among them.
 
         Raises:
             StorageError: The store failed.
@@ -391,7 +413,7 @@ class Checkpointer:
         return [info_of(run, commit, log.commits) for commit in log.commits]
 
     def latest(self) -> CheckpointInfo | None:
-        """The newest checkpoint, or None."""
+        """The newest checkpoint in the store, or None."""
         found = self.checkpoints()
         return found[-1] if found else None
 

@@ -17,7 +17,7 @@ class CheckpointInfo:
     id: str
     """`<step>-<attempt>`; unique in the run, also where a rolled-back run reaches a step again."""
     url: str
-    """Of its manifest."""
+    """Of its manifest; empty where it is only in memory."""
     bytes: int
     """Of all arrays, each once, in bytes."""
     bytes_written: int
@@ -36,6 +36,8 @@ class CheckpointInfo:
     """How long the save kept its slowest worker from training, in seconds; only known to the process that saved."""
     durable_s: float | None = None
     """From the call of `save` to the commit, in seconds; only known to the process that saved."""
+    in_store: bool = True
+    """False for what only the nodes' memory has (`persist_every`, or a deadline that left no time for the store)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,15 @@ class Options:
     """Whether leaves that are neither arrays nor plain data may be pickled, and loaded again."""
     weak_commits: bool = False
     """Accepts a store without create-only PUT: two coordinators at once may then overwrite each other's commits."""
+    memory_tier: bool = True
+    """Whether shard servers keep the newest checkpoint in shared memory, and copies of it on other nodes."""
+    replicas: int = 1
+    """Copies on other nodes of what a node keeps in memory; fewer where there are not so many nodes."""
+    memory_bytes: int | None = None
+    """What a node keeps in memory of one checkpoint: its own part and copies for others. None: what there is room for.
+    """
+    persist_every: int = 1
+    """Of so many saves one goes to the store; the others only to memory."""
 
     take_over: bool = False
     """Whether the first save takes the run over from another job that is alive."""
@@ -47,18 +56,30 @@ class Options:
             InvalidInputError: A value is out of range; the message names it.
         """
         for name in ("chunk_bytes", "file_bytes", "write_streams"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InvalidInputError(f"{name}={value!r} must be an integer of at least 1")
+            _check_int(name, getattr(self, name), 1)
         for name in ("join_timeout_s", "write_timeout_s"):
             if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
                 raise InvalidInputError(f"{name}={getattr(self, name)!r} must be a number of seconds greater than 0")
         if not (_is_number(self.grace_s) and self.grace_s >= 0):
             raise InvalidInputError(f"grace_s={self.grace_s!r} must be a number of seconds, 0 or more")
+        for name, least in (("replicas", 0), ("persist_every", 1)):
+            _check_int(name, getattr(self, name), least)
+        if self.memory_bytes is not None:
+            _check_int("memory_bytes", self.memory_bytes, 0)
+        if self.persist_every > 1 and not self.memory_tier:
+            raise InvalidInputError(
+                f"persist_every={self.persist_every} keeps saves in memory alone, and memory_tier=False has no memory "
+                "to keep them in; leave one of the two out"
+            )
         if self.chunk_bytes > _MAX_CHUNK_BYTES:
             raise InvalidInputError(f"chunk_bytes={self.chunk_bytes} must be at most {_MAX_CHUNK_BYTES} (1 GiB)")
         if self.when_busy not in ("wait", "skip"):
             raise InvalidInputError(f"when_busy={self.when_busy!r} must be 'wait' or 'skip'")
+
+
+def _check_int(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InvalidInputError(f"{name}={value!r} must be an integer of at least {least}")
 
 
 def _is_number(value: object) -> bool:

@@ -22,6 +22,7 @@ import ray
 from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, SaveTimeoutError, StorageError
 from rl_ckpt.runtime import restore_machine as rm
 from rl_ckpt.runtime import save_steps as sm
+from rl_ckpt.runtime import tier
 from rl_ckpt.runtime.generations import StagingFile
 from rl_ckpt.runtime.messages import (
     Failure,
@@ -36,6 +37,7 @@ from rl_ckpt.runtime.messages import (
     RepeatSave,
     Reserve,
     Reserved,
+    SaveDone,
     SaveOrders,
     SaveOutcome,
     Staged,
@@ -53,6 +55,7 @@ from rl_ckpt.runtime.save_machine import SaveMachine
 from rl_ckpt.runtime.save_work import SaveWork
 from rl_ckpt.runtime.server_calls import Servers, node_is_dead
 from rl_ckpt.runtime.spec import RunSpec
+from rl_ckpt.runtime.tier_work import TierWork
 from rl_ckpt.store.committer import SaveRequest
 
 _OUTCOMES_KEPT = 256
@@ -79,8 +82,11 @@ class Coordinator:
         self._servers = Servers()
         self._tasks: set[asyncio.Task[None]] = set()
         self._restore_work = RestoreWork(spec)
-        self._save_work = SaveWork(spec, service, self._restore_work.forget)
+        self._save_work = SaveWork(spec, service, self._run_is_gone)
+        self._tier_work = TierWork(spec, self._servers, self._do, self._saves.busy, self._server_lost)
+        self._tier = self._tier_work.brain
         self._opened_with = spec.storage_options
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._kept = KeptOwners(spec.coordinator, service)
         self._owners = self._kept.load() or Owners(spec.url)  # as they were where this is a new start of the same
         self._user = ""  # whose rules and options are in use
@@ -218,6 +224,7 @@ class Coordinator:
         if anew:
             self._opened_with = spec.storage_options
             self._servers.configure(spec)
+        self._tier_work.configure(spec)
         self._save_work.configure(spec, anew)
         self._restore_work.configure(spec, anew)
 
@@ -234,8 +241,8 @@ class Coordinator:
         return self._saves.under_way(key) or self._restores.under_way(key)
 
     async def stats(self) -> dict[str, int]:
-        """Control messages so far, in number and bytes, and ranks that repeated a plan, for tests and metrics."""
-        return dict(self._counts)
+        """Control messages so far, in number and bytes, ranks that repeated a plan, and what is held in memory."""
+        return {**self._counts, **self._tier.counts()}
 
     async def servers(self) -> list[str]:
         """Names of the shard servers that took part so far."""
@@ -298,6 +305,23 @@ class Coordinator:
                     self._spawn(self._write(key, lane, order, server), key, partial(self._server_failed, server))
                 case sm.Commit(key, save):
                     self._spawn(self._commit(key, save), key, self._saves.failed)
+                case sm.Land(key, save):
+                    self._spawn(self._land(key, save), key, self._saves.failed)
+                case sm.Hold(_, save):
+                    self._tier_work.hold(save)
+                case sm.MakeRoom(key, error):
+                    freed = self._tier.make_room()
+                    helps = any(isinstance(one, tier.GenerationFree) for one in freed)
+                    self._do([*freed, *([] if helps else self._saves.failed(key, error))])
+                case tier.Landed(checkpoint):
+                    self._do(self._saves.landed(checkpoint, True))
+                case tier.CannotLand(checkpoint, why):
+                    self._tier_work.cannot_land(why)
+                    self._do(self._saves.landed(checkpoint, False))
+                case tier.GenerationFree(generation):
+                    self._do(self._saves.freed(generation))
+                case tier.Hold() | tier.Copy() | tier.Remember() | tier.Release():
+                    self._tier_work.carry_out(instruction)
                 case sm.Finish(_, outcome, checkpoint):
                     self._finish(outcome, checkpoint)
                 case sm.Arm(key, state, seconds):
@@ -336,6 +360,7 @@ class Coordinator:
                 event = failed(key, CheckpointError(f"internal error in a shard server: {error}"))
             except ray.exceptions.RayError as error:
                 self._servers.look_again()
+                self._tier_work.watch.now()
                 event = failed(key, StorageError(f"a shard server could not be reached: {error}"))
             except Exception as error:  # noqa: BLE001 - a bug of ours must fail this save, by name, and not hang it
                 text = f"internal error in the coordinator: {type(error).__name__}: {error}"
@@ -349,10 +374,12 @@ class Coordinator:
     # What instructions do.
 
     async def _open(self, key: str) -> Iterable[Any]:
+        await self._adopt()
         await self._save_work.open()
         return self._saves.opened(key)
 
     async def _name(self, key: str, request: SaveRequest) -> Iterable[Any]:
+        await self._adopt()
         return self._saves.named(key, await self._save_work.name(request))
 
     async def _look_up(self, key: str, checkpoint: str) -> Iterable[Any]:
@@ -376,15 +403,38 @@ class Coordinator:
     def _server_failed(self, server: str, key: str, error: CheckpointError) -> Iterable[Any]:
         """A call of a server failed. Where its node is dead, others may do what it was to do."""
         if node_is_dead(server):
-            return [*self._saves.server_lost(server, self._copies(server)), *self._saves.failed(key, error, server)]
+            self._tier_work.watch.now()
+            lost = self._saves.server_lost(server, self._tier.copies(server))
+            return [*lost, *self._saves.failed(key, error, server)]
         return self._saves.failed(key, error, server)
 
-    def _copies(self, server: str) -> Mapping[str, tuple[str, str]]:
-        """By checkpoint, who has a whole copy of what a lost server had staged, and in which file."""
-        return {}
+    def _run_is_gone(self) -> None:
+        """From a thread: the run was removed, and another comes in its place."""
+        self._restore_work.forget()
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._tier_work.forget)
+
+    async def _adopt(self) -> None:
+        """What servers have held since before this coordinator is known once this is over."""
+        self._loop = asyncio.get_running_loop()
+        await self._tier_work.adopted()
+        self._save_work.take_landed(self._tier.remembered())
+
+    def _server_lost(self, server: str, copies: Mapping[str, tuple[str, str]]) -> None:
+        """A node is dead: machines that care are told, and where there are copies of what its server had staged."""
+        self._do(self._saves.server_lost(server, copies))
 
     async def _commit(self, key: str, save: sm.Save) -> Iterable[Any]:
-        return self._saves.committed(key, await self._save_work.commit(save))
+        return self._committed(key, save, *await self._save_work.commit(save))
+
+    async def _land(self, key: str, save: sm.Save) -> Iterable[Any]:
+        return self._committed(key, save, *await self._save_work.land(save))
+
+    def _committed(self, key: str, save: sm.Save, done: SaveDone, manifest: bytes) -> Iterable[Any]:
+        remembered = self._tier_work.remembered(save, done.record, manifest, done.in_store)
+        notice = "; ".join(filter(None, [done.notice, self._tier_work.take_notice()]))
+        decided = list(self._saves.committed(key, msgspec.structs.replace(done, notice=notice)))
+        return [*decided, *self._tier.committed(remembered)] if save.held else decided
 
     def _finish(self, outcome: SaveOutcome, checkpoint: str) -> None:
         if checkpoint:
@@ -394,6 +444,8 @@ class Coordinator:
             while len(self._outcomes) > _OUTCOMES_KEPT:
                 self._outcomes.popitem(last=False)
             self._save_work.finish(outcome, checkpoint)
+            if isinstance(outcome, Failure):
+                self._do(self._tier.aborted(checkpoint))
 
     async def _load(self, key: str, step: int | None, tried: tuple[str, ...]) -> Iterable[Any]:
         return self._restores.loaded(key, *await self._restore_work.load(step, tried))

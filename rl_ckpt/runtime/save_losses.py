@@ -15,13 +15,14 @@ from collections.abc import Mapping
 from rl_ckpt.errors import CheckpointError, InvalidInputError, StorageError, WorkerFailuresError
 from rl_ckpt.options import Options
 from rl_ckpt.plan.standing import Standing
-from rl_ckpt.runtime.generations import Generations
+from rl_ckpt.runtime.generations import Generations, generations
 from rl_ckpt.runtime.messages import Failure, Lost, Restages, WriteOrder
 from rl_ckpt.runtime.restaging import SAVE_AGAIN, reserve_annexes, take_over, to_restage
 from rl_ckpt.runtime.save_steps import (
     COMMITTING,
     DONE,
     FAILED,
+    LANDING,
     RESERVING,
     SETTLING,
     STAGING,
@@ -44,7 +45,7 @@ class SaveLosses:
         """What this part looks at."""
         self.options = options
         self._saves: dict[str, Save] = {}
-        self._generations = Generations()
+        self._generations = Generations(generations(options))
         self._making: dict[str, tuple[int, set[str]]] = {}  # token → spare generation, and servers still making it
         self._standing: Standing | None = None
         self._gone: set[str] = set()  # shard servers of lost nodes: none comes back under its name
@@ -70,6 +71,9 @@ class SaveLosses:
     def _try_settle(self, save: Save) -> list[Instruction]:
         raise NotImplementedError
 
+    def _land(self, save: Save) -> list[Instruction]:
+        raise NotImplementedError
+
     def _made_spare(self, token: str) -> list[Instruction]:
         raise NotImplementedError
 
@@ -87,7 +91,7 @@ class SaveLosses:
         if save.state == FAILED:
             save.told.add(rank)
             self._drop_told(save)
-        if save.state in (SETTLING, WRITING, COMMITTING, DONE, FAILED):
+        if save.state in (LANDING, SETTLING, WRITING, COMMITTING, DONE, FAILED):
             return []  # what it had is staged already: nothing is lost
         if message.dead and rank in save.here and not save.prepare:
             save.dead.add(rank)
@@ -144,7 +148,16 @@ class SaveLosses:
         save = self._saves.get(key)
         if save is None and for_good:
             self._note_end(key, Failure.of(error))
-        return [] if save is None or save.state in (COMMITTING, DONE, FAILED) else self._fail(save, error)
+        return [] if save is None else self._give_up(save, error)
+
+    def _give_up(self, save: Save, error: CheckpointError) -> list[Instruction]:
+        """Nobody waits for it any more: it is in memory by now, or it fails."""
+        if save.state in (COMMITTING, DONE, FAILED):
+            return []  # decided, or about to be
+        if save.landed:
+            save.to_store = False
+            return self._land(save)  # before earlier saves that are still written: there is no time to wait for them
+        return self._fail(save, error)
 
     def forget(self, key: str) -> None:
         """Nobody is left who could ask why a save failed."""
@@ -181,7 +194,7 @@ class SaveLosses:
         if save.state in (COMMITTING, DONE, FAILED):
             return []  # all is written
         dead = {rank for rank in save.here if self._server(save, rank) == server}
-        if save.state in (SETTLING, WRITING):
+        if save.state in (LANDING, SETTLING, WRITING):
             return self._lose_staged(save, server, dead, copy)
         if save.prepare and dead:
             return self._fail(save, _lost(save, server, dead))
@@ -202,9 +215,11 @@ class SaveLosses:
         lanes = [lane for lane in save.plan.files if save.server(lane) == server and lane not in save.written]
         if not lanes:
             return []
-        if save.state != WRITING or copy is None or copy[0] in self._gone or lanes != [server]:
+        if copy is None or copy[0] in self._gone or lanes != [server]:
             return self._fail(save, _lost(save, server, dead))
         save.at[server], save.memory[server] = copy
+        if save.state != WRITING:
+            return []  # once it is written, it is from there
         return [Write(save.token, server, WriteOrder(copy[1], tuple(save.plan.files[server])), copy[0])]
 
     def _server(self, save: Save, rank: int) -> str:

@@ -176,6 +176,7 @@ def _orders(
         last.promised,
         prepare,
         spec.user,
+        request.deadline_s,
     )
     reply: SaveOrders = ask(coordinator(spec).join_save, join, SaveOrders)
     last.plan, last.promised = reply.plan, reply.next_memory
@@ -213,6 +214,7 @@ def _repeat(
         plains,
         b"".join(found.values()),
         spec.user,
+        request.deadline_s,
     )
     asked = Asked(coordinator(spec).repeat_save.remote(encode(message)), RepeatOrders | JoinAgain)
     if ahead is not None and not hashed:  # while the coordinator hears from the others

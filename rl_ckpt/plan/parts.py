@@ -1,0 +1,164 @@
+"""Parts: what one shard server staged of one checkpoint, and who has a copy of it in memory.
+
+Owns: the records by which the memory tier (runtime/tier.py) is told about, and finding a chunk among parts. A part is
+the byte image of a generation of staging memory, from its start to the end of what was staged, with a table of its
+chunks. A holder has it in its node's shared memory: the origin, as the generation itself; a buddy, as a copy, byte for
+byte, with the same offsets. Pure; moves nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import msgspec
+
+from rl_ckpt.format.manifest import ArrayEntry, Chunk, ShardFileEntry
+from rl_ckpt.format.records import CommitRecord
+from rl_ckpt.plan.deal import SavePlan
+
+PART = "part-"
+"""How the names of parts begin."""
+
+
+class ChunkAt(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A row of a part's table: a chunk, and where it lies in the part, in bytes."""
+
+    digest: bytes
+    offset: int
+    size_bytes: int
+
+
+class Part(msgspec.Struct, frozen=True):
+    """What one shard server staged of one checkpoint."""
+
+    checkpoint: str
+    origin: str
+    """The shard server whose ranks staged it."""
+    bytes: int
+    chunks: tuple[ChunkAt, ...]
+
+    @property
+    def name(self) -> str:
+        """By which it is on every holder's shelf."""
+        return part_name(self.checkpoint, self.origin)
+
+
+def part_name(checkpoint: str, origin: str) -> str:
+    """Name of the part that a shard server staged of a checkpoint."""
+    return f"{PART}{checkpoint}-{origin}"
+
+
+class Held(msgspec.Struct, frozen=True):
+    """A chunk in a holder's memory."""
+
+    server: str
+    part: str
+    """Its name."""
+    path: str
+    """The file on that server's node, which ranks of that node may map."""
+    offset: int
+
+
+class Holdings:
+    """Where the chunks of one checkpoint are in memory. Does not change: what is lost later is still named here."""
+
+    def __init__(self, parts: Sequence[Part], holders: Mapping[str, Mapping[str, str]]) -> None:
+        """What there is.
+
+        Args:
+            parts: Of one checkpoint.
+            holders: By name of the part: its holders, and the file in which each has it.
+        """
+        self._parts = tuple(parts)
+        self._holders = {name: tuple(files.items()) for name, files in holders.items()}
+        self._found: dict[tuple[bytes, int], list[tuple[str, int]]] | None = None
+
+    def find(self, digest: bytes, size_bytes: int) -> Sequence[Held]:
+        """All copies of a chunk; none where memory has it not."""
+        if self._found is None:  # when it is first asked for: most checkpoints are never restored
+            self._found = {}
+            for part in self._parts:
+                for chunk in part.chunks:
+                    self._found.setdefault((chunk.digest, chunk.size_bytes), []).append((part.name, chunk.offset))
+        return [
+            Held(server, name, path, offset)
+            for name, offset in self._found.get((digest, size_bytes), ())
+            for server, path in self._holders.get(name, ())
+        ]
+
+    def servers(self) -> list[str]:
+        """All holders."""
+        return sorted({server for files in self._holders.values() for server, _ in files})
+
+    def __iter__(self) -> Iterator[Part]:
+        """The parts."""
+        return iter(self._parts)
+
+
+class Remembered(msgspec.Struct, frozen=True):
+    """A checkpoint that the memory tier has."""
+
+    id: str
+    step: int
+    manifest: bytes
+    """Its JSON; where it is only in memory, its files are named `memory/<server>` and are nowhere."""
+    record: CommitRecord | None
+    """None: it is only in memory."""
+    after: int
+    """Number of the newest commit record when it was complete."""
+    whole: bool
+    """Whether every chunk has a holder that is alive."""
+    time: float = 0.0
+    """When it was complete, in Unix seconds: tells the order of those that name the same record."""
+
+
+def parts_of(
+    plan: SavePlan, servers: Sequence[str], checkpoint: str, digests: Mapping[tuple[str, int], bytes]
+) -> list[Part]:
+    """The parts of a save whose chunks are all staged.
+
+    Args:
+        plan: Of the save; from `deal`, settled or not.
+        servers: Shard server of each rank's node, by rank.
+        checkpoint: Its id.
+        digests: Of what was staged, by server and offset.
+
+    Returns:
+        A part for each server that staged something; a table in ascending order of offsets.
+    """
+    tables: dict[str, list[ChunkAt]] = {}
+    for rank, items in plan.stage.items():
+        server = servers[rank]
+        table = tables.setdefault(server, [])
+        table += [ChunkAt(digests[server, item.offset], item.offset, item.size_bytes) for item in items]
+    return [
+        Part(checkpoint, server, plan.staged_bytes[server], tuple(sorted(table, key=lambda chunk: chunk.offset)))
+        for server, table in sorted(tables.items())
+        if table
+    ]
+
+
+def memory_entries(
+    plan: SavePlan, digests: Mapping[tuple[str, int], bytes]
+) -> tuple[tuple[ShardFileEntry, ...], tuple[ArrayEntry, ...]]:
+    """The manifest's files and arrays of a checkpoint that is only in memory.
+
+    Args:
+        plan: From `deal`, not settled.
+        digests: Of what was staged, by server and offset.
+
+    Returns:
+        A file `memory/<server>` for each part, which is nowhere; each chunk lies in it as in the part.
+    """
+    files: dict[str, int] = {}
+    arrays: list[ArrayEntry] = []
+    for a, array in enumerate(plan.merged.arrays):
+        chunks: list[Chunk] = []
+        for c, chunk in enumerate(array.chunks):
+            source = plan.sources[a, c]
+            column = plan.files[source.server][source.file].columns[source.column]
+            index = files.setdefault(source.server, len(files))
+            found = digests[source.server, column.offset].hex()
+            chunks.append(Chunk(chunk.box, index, column.offset, chunk.size_bytes, found))
+        arrays.append(ArrayEntry(array.spec, tuple(chunks)))
+    return tuple(ShardFileEntry(f"memory/{server}", plan.staged_bytes[server]) for server in files), tuple(arrays)
