@@ -201,8 +201,7 @@ class SaveMachine(SaveLosses):
         # The ranks to which memory was promised are all here: then none of them writes into it.
         same = self._standing is not None and self._standing.servers == save.servers
         self._generations.revoke(_agreed(joined) if same else {})
-        stands = not save.dead  # else a rank has no part in it
-        self._standing = standing(save.plan_id, inventories, save.servers, plan, chunk_bytes) if stands else None
+        self._standing = standing(save.plan_id, inventories, save.servers, plan, chunk_bytes)
         return self._prepare(save) if save.prepare else self._admit(save)
 
     def _complete_repeat(self, save: Save, plan: Standing) -> list[Instruction]:
@@ -348,7 +347,7 @@ class SaveMachine(SaveLosses):
             return self._fail(save, problem)
         save.state, sizes = STAGING, save.plan.staged_bytes
         save.memory = {server: self._generations.path(server, save.generations[0]) for server in sizes}
-        stands = save.plan_id == self._standing_id() and not save.dead
+        stands = save.plan_id == self._standing_id() and not save.dead  # the dead have no part in its plan
         promised = self._generations.promise(save.plan_id, sizes) if stands else {}
         orders: list[Instruction] = []
         for rank, server in enumerate(save.servers):

@@ -54,7 +54,9 @@ class Process:
     items: tuple[StageItem, ...] = ()
     promised: str = ""
     places: set[tuple[str, int]] = field(default_factory=set)
-    """All to which it was ever told to write, for when it is a zombie."""
+    """Where it was writing, or about to, when it was given up for dead."""
+    known_dead: bool = False
+    """Whether the coordinator was told."""
 
 
 @dataclass(eq=False)
@@ -90,7 +92,7 @@ class Deaths(RuleBasedStateMachine):
         self.memory: dict[tuple[str, int], bytes] = {}
         self.zombies: list[tuple[Process, Driver, str]] = []
         self.lost_servers: set[str] = set()
-        self.numbers = iter(range(1 << 30))
+        self.numbers = iter(range(1, 1 << 30))
         self.drivers: list[Driver] = []
         self.steps = iter(range(1, 1 << 30))
 
@@ -192,7 +194,6 @@ class Deaths(RuleBasedStateMachine):
 
     def put(self, process: Process, path: str, items: tuple[StageItem, ...], step: int) -> None:
         for item in items:
-            process.places.add((path, item.offset))
             self.memory[path, item.offset] = value(item, step, process.rank)
 
     def collect(self) -> None:
@@ -252,7 +253,6 @@ class Deaths(RuleBasedStateMachine):
             if isinstance(news, Restages):
                 for order in news.orders:
                     driver.team[order.rank].calls.append(order)
-                    driver.team[order.rank].places |= {(order.annex, item.offset) for item in order.items}
             if isinstance(news, Failure) or not news.waits:
                 driver.answered |= driver.told
                 driver.told = set()
@@ -279,8 +279,11 @@ class Deaths(RuleBasedStateMachine):
             orders = process.orders[1]
             items = orders.items if isinstance(orders, SaveOrders) else process.items
             process.places |= {(orders.memory, item.offset) for item in items}
-            process.promised = process.promised or orders.next_memory
-        process.places |= {(process.promised, item.offset) for item in process.items}
+        if process.waits is not None:  # it may be writing ahead
+            process.places |= {(process.promised, item.offset) for item in process.items}
+        for call in process.calls:
+            if isinstance(call, Restage):
+                process.places |= {(call.annex, item.offset) for item in call.items}
         self.zombies.append((process, driver, driver.key))
         driver.team[process.rank] = Process(process.rank, process.server)
         busy = process.waits or process.orders or process.calls
@@ -294,6 +297,8 @@ class Deaths(RuleBasedStateMachine):
             rank = driver.dead.pop(0)
             driver.told.add(rank)
             failure = Failure.of(WorkerFailuresError("dead", {rank: "dead"}))
+            for process, its, key in self.zombies:
+                process.known_dead |= (process.rank, its, key) == (rank, driver, driver.key)
             self.bench.do(self.bench.machine.lost(Lost(driver.key, rank, len(driver.team), failure, dead=True)))
             self.collect()
 
@@ -304,7 +309,7 @@ class Deaths(RuleBasedStateMachine):
             process, _, _ = self.zombies[pick % len(self.zombies)]
             for place in process.places:
                 self.memory[place] = RUBBISH
-            if late and process.orders is not None:
+            if late and process.known_dead and process.orders is not None:
                 key, orders = process.orders
                 digests = tuple(RUBBISH for _ in (orders.items if isinstance(orders, SaveOrders) else process.items))
                 self.bench.do(self.bench.machine.staged(Staged(key, process.rank, orders.checkpoint, digests, 0.1)))
@@ -400,14 +405,14 @@ class Deaths(RuleBasedStateMachine):
         """The world answers in the end: every call returns, every save is decided, and nothing is held."""
         if not self.drivers:
             return
-        for _ in range(10):
-            self.rest()
-        # All that is left waits for ranks that died before they came: the time of their saves.
-        while self.bench.arms:
-            self.time_out(0)
-            for number in range(len(self.drivers)):
-                self.ask(number)
-            self.answer_all()
+        while True:
+            for _ in range(5):
+                self.rest()
+            if not self.bench.arms:
+                break
+            # What is left waits for ranks that died before they came, or for memory of such a save: its time is over.
+            for _ in list(self.bench.arms):
+                self.time_out(0)
         for driver in self.drivers:
             assert not driver.key, f"a call of save does not return: {driver}"
             assert all(process.waits is None for process in driver.team), "a rank waits for ever"
