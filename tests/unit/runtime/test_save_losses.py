@@ -365,13 +365,26 @@ def test_a_node_that_is_lost_in_settling_ends_the_save() -> None:
     bench.stage(5, 0)
     bench.stage(5, 1)
     assert bench.machine.states() == {"save-5": sm.SETTLING}
-    bench.do(bench.machine.server_lost("server-1", {bench.orders(5, 0).checkpoint: ("server-0", "/copy")}))
+    bench.do(bench.machine.server_lost("server-1", NO_COPIES))
     outcome = bench.finished[bench.orders(5, 0).checkpoint]
     assert isinstance(outcome, Failure)
     assert set(outcome.failures) == {1}
     assert "server-1" in outcome.message
     bench.look_up()
     assert bench.writes == []
+
+
+def test_a_node_that_is_lost_in_settling_is_written_from_its_copy() -> None:
+    bench = Bench()
+    bench.join_all(5, 2)
+    bench.name()
+    bench.reserve()
+    bench.stage(5, 0)
+    bench.stage(5, 1)
+    bench.do(bench.machine.server_lost("server-1", {bench.orders(5, 0).checkpoint: ("server-9", "/copy")}))
+    bench.look_up()
+    again = next(write for write in bench.writes if write.lane == "server-1")
+    assert (again.server, again.order.memory) == ("server-9", "/copy")
 
 
 def test_a_lost_nodes_files_are_written_by_a_buddy_out_of_its_copy() -> None:
@@ -530,7 +543,7 @@ def test_free_generations_are_forgotten_and_those_in_use_are_not() -> None:
     generations, sizes = Generations(), {"server": 10}
     for generation in (0, 1):
         generations.made("server", generation, StagingFile(10, f"/shm/{generation}"))
-    held = generations.take("plan")
+    held = generations.take("plan", sizes)
     generations.drop_free()
     assert generations.missing(held, sizes) == []
     assert generations.missing(1 - held, sizes) == ["server"]
