@@ -8,7 +8,6 @@ first save, so that jobs that only restore take nothing over.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable
@@ -19,7 +18,7 @@ import msgspec
 import ray
 
 from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, StorageError
-from rl_ckpt.runtime import restore_machine as rm
+from rl_ckpt.runtime import restore_steps as rm
 from rl_ckpt.runtime import save_steps as sm
 from rl_ckpt.runtime.generations import StagingFile
 from rl_ckpt.runtime.messages import (
@@ -45,6 +44,7 @@ from rl_ckpt.runtime.messages import (
     decode,
     encode,
 )
+from rl_ckpt.runtime.restore_machine import RestoreMachine
 from rl_ckpt.runtime.restore_work import RestoreWork
 from rl_ckpt.runtime.save_machine import SaveMachine
 from rl_ckpt.runtime.save_work import SaveWork
@@ -53,6 +53,7 @@ from rl_ckpt.runtime.spec import RunSpec
 from rl_ckpt.store.committer import SaveRequest
 
 _OUTCOMES_KEPT = 256
+_AGAIN_S = 1.0  # until a server is told again that could not be reached
 
 
 class Coordinator:
@@ -62,7 +63,7 @@ class Coordinator:
         """Ready at once: the store is opened when it is first needed."""
         incarnation = f"{uuid.uuid4().hex[:8]}-"
         self._saves = SaveMachine(spec.options, incarnation)
-        self._restores = rm.RestoreMachine(spec.options, incarnation)
+        self._restores = RestoreMachine(spec.options, incarnation)
         self._waiting: dict[tuple[str, int], list[asyncio.Future[bytes]]] = {}
         self._outcomes: OrderedDict[str, asyncio.Future[SaveOutcome]] = OrderedDict()
         self._servers = Servers()
@@ -125,14 +126,26 @@ class Coordinator:
         message = self._read(data, Verified)
         return await self._answer(message.key, message.rank, lambda: self._restores.verify(message))
 
-    async def applied(self, key: str, rank: int) -> None:
+    async def applied(self, key: str, rank: int, token: str) -> None:
         """A rank has set its state."""
-        self._do(self._restores.applied(key, rank))
+        self._do(self._restores.applied(key, rank, token))
 
     async def lost_restore(self, data: bytes) -> None:
         """A rank can't go on with a restore."""
         message = self._read(data, Lost)
         self._do(self._restores.lost(message.key, message.rank, message.world_size, message.failure))
+
+    async def held_chunk(self, chunk: bytes, size_bytes: int) -> bytes | None:
+        """A chunk, out of the memory of a node that holds it.
+
+        Args:
+            chunk: Its digest.
+            size_bytes: Its size.
+
+        Returns:
+            Its bytes, as they were committed; None where no node has them.
+        """
+        return await self._servers.held_chunk(self._restore_work.held(chunk, size_bytes), chunk, size_bytes)
 
     async def attach(self, user: str, job: str) -> None:
         """A driver (of the Ray job `job`) uses the run's actors."""
@@ -224,10 +237,13 @@ class Coordinator:
                     self._spawn(self._load(key, step, tried), key, self._restores.failed)
                 case rm.Fetch(key, server, order):
                     self._spawn(self._fetch(key, server, order), key, self._restores.failed)
-                case rm.Forget(key, servers):
-                    for server in servers:
-                        with contextlib.suppress(StorageError):  # gone, and its memory with it
-                            self._servers.get(server).forget.remote(key)
+                case rm.Search(key, wanted, skip):
+                    self._spawn(self._search(key, wanted, skip), key, self._restores.failed)
+                case rm.Damaged(server, part, chunk):
+                    self._restore_work.tier.bad(server, part, chunk)
+                case rm.Forget(key, servers, keys):
+                    self._servers.forget(servers, keys)
+                    self._restore_work.tier.done(key)
                 case rm.Arm(key, state, seconds):
                     self._later(seconds, partial(self._restores.timed_out, key, state))
                 case _:
@@ -296,8 +312,25 @@ class Coordinator:
             self._save_work.finish(outcome, checkpoint)
 
     async def _load(self, key: str, step: int | None, tried: tuple[str, ...]) -> Iterable[Any]:
-        return self._restores.loaded(key, *await self._restore_work.load(step, tried))
+        found = await self._restore_work.load(key, step, tried)
+        return self._restores.loaded(
+            key, found.manifest, found.data, found.mappable, found.damaged, found.holdings, found.notice
+        )
 
     async def _fetch(self, key: str, server: str, order: FetchOrder) -> Iterable[Any]:
-        done = await self._servers.call(server, "fetch", order, FetchDone)
+        await self._servers.forgotten(server)  # what was given up is free before something new takes its place
+        try:
+            done = await self._servers.call(server, "fetch", order, FetchDone)
+        except ray.exceptions.RayTaskError:
+            raise
+        except ray.exceptions.RayError as error:
+            self._servers.look_again()
+            await asyncio.sleep(_AGAIN_S)
+            text = f"shard server {server} could not be reached: {error}"
+            return self._restores.unreachable(key, server, order, text)
         return self._restores.fetched(key, server, done)
+
+    async def _search(
+        self, key: str, wanted: tuple[tuple[bytes, int], ...], skip: tuple[tuple[str, int], ...]
+    ) -> Iterable[Any]:
+        return self._restores.searched(key, await self._restore_work.search(wanted, skip))

@@ -124,6 +124,8 @@ class Service:
             ranks_without_counterpart=tuple(range(first.saved_world_size, len(ranks))),
             ranks_dropped=tuple(range(len(ranks), first.saved_world_size)),
             fell_back=first.fell_back,
+            repaired=first.repaired,
+            notice=first.notice,
         )
 
     def close(self) -> None:
