@@ -3,8 +3,8 @@
 Promises: a chunk is passed on only once its digest was found right here, and as soon as that is so. What a peer that
 reads from the store sends damaged, or not at all, is read from the store once more. The ways from a peer, in order: a
 socket, Ray's object store. What can't be had is told, and all else is brought in. When a fetch is over, failed or not,
-nothing of it uses the memory any more; one whose memory was withdrawn ends early. Decides nothing else: who fetches what
-is in the order.
+nothing of it uses the memory any more; one whose memory was withdrawn ends early. Decides nothing else: who fetches
+what is in the order.
 """
 
 from __future__ import annotations

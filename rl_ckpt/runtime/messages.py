@@ -304,9 +304,7 @@ class PartItems(msgspec.Struct, frozen=True, array_like=True):
 
 
 class FetchOrder(msgspec.Struct, frozen=True):
-    """A shard server brings chunks into a restore's memory: out of files of the store, of peers' restore memory, and of
-    parts that peers hold.
-    """
+    """A shard server brings chunks into a restore's memory: out of the store, peers' restore memory, and parts."""
 
     key: str
     memory_bytes: int

@@ -1,8 +1,8 @@
 """A rank's chunks in a restore: in local files of the store, in memory that its node holds, or in the restore's memory.
 
 Owns: verifying those in files and in held memory, and bringing the values of all to their place, in as many threads as
-the rank may take. Promises: every file is open, and large enough, before anything is copied: what a sweep or a lost disk
-takes away later fails no rank alone. Does not decide when: nothing may be copied before the coordinator's word
+the rank may take. Promises: every file is open, and large enough, before anything is copied: what a sweep or a lost
+disk takes away later fails no rank alone. Does not decide when: nothing may be copied before the coordinator's word
 (runtime/restore.py), nor what follows from a bad chunk.
 
 Files are read and not mapped: a map of fresh pages costs more than it saves (measured: 18 ms per 256 MiB for its page

@@ -70,7 +70,7 @@ def damage(world: World, chunk: int) -> None:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_without_an_answer_all_chunks_are_verified(saved: World, checked: list[int], threads: int) -> None:
-    assert ChunkSource(*saved, threads).verify(nothing, 0.0) == ""
+    assert ChunkSource(*saved, threads).verify(nothing, 0.0) == {}
     assert sorted(checked) == offsets(saved)
     assert len(checked) == COUNT
 
@@ -80,8 +80,10 @@ def test_without_an_answer_all_chunks_are_verified(saved: World, checked: list[i
 def test_damage_of_any_chunk_is_found(saved: World, chunk: int, start: float) -> None:
     damage(saved, chunk)
     said = ChunkSource(*saved, 2).verify(nothing, start)
-    assert f"chunk at {saved[1].arrays[0].chunks[chunk].offset} " in said
-    assert "is damaged" in said
+    assert list(said) == [chunk]
+    assert said[chunk].code == "corruption"
+    assert f"chunk at {saved[1].arrays[0].chunks[chunk].offset} " in said[chunk].why
+    assert "is damaged" in said[chunk].why
 
 
 def test_neighbours_begin_apart(saved: World, checked: list[int]) -> None:
@@ -104,7 +106,7 @@ def test_what_others_verify_is_left_out_once_that_is_known(
         asked += 1
         return Sources(others=tuple(i for i in range(COUNT) if i % 2))
 
-    assert ChunkSource(*saved, 1).verify(answer, 0.0) == ""
+    assert ChunkSource(*saved, 1).verify(answer, 0.0) == {}
     assert asked == 1
     expected = [saved[1].arrays[0].chunks[i].offset for i in range(COUNT) if i < 4 or not i % 2]
     assert sorted(checked) == sorted(expected)
@@ -130,7 +132,7 @@ def test_a_box_is_copied(saved: World, threads: int, box: Box) -> None:
     target = np.full(box.shape, -1.0)
     (a, b), (n, m) = box.offset, box.shape
     chunks = ChunkSource(*saved, threads)
-    assert chunks.verify(nothing, 0.0) == ""
+    assert chunks.verify(nothing, 0.0) == {}
     assert chunks.copy([(0, target, box)]) == target.nbytes
     assert target.tobytes() == VALUES[a : a + n, b : b + m].tobytes()
 
@@ -145,7 +147,7 @@ def test_files_that_go_after_the_word_of_all_ranks_fail_no_rank(
     """Another rank verified them: this one has them open all the same."""
     monkeypatch.setattr(restore_chunks, "_LOOK_BYTES", 0)
     chunks, target = ChunkSource(*saved, 1), np.empty_like(VALUES)
-    assert chunks.verify(everything_is_others, 0.0) == ""
+    assert chunks.verify(everything_is_others, 0.0) == {}
     assert checked == []
     for path in Path(str(saved[0].local_path("run.json"))).parent.rglob("*.arrow"):
         path.unlink()
@@ -162,7 +164,8 @@ def test_a_short_file_is_found_before_the_word_whoever_verifies_it(
     for path in Path(str(saved[0].local_path("run.json"))).parent.rglob("*.arrow"):
         path.write_bytes(path.read_bytes()[:left])
     said = ChunkSource(*saved, 1).verify(everything_is_others, 0.0)
-    assert f"has {left} bytes; checkpoint {saved[1].id} names" in said
+    assert list(said) == list(range(COUNT))
+    assert all(f"has {left} bytes; checkpoint {saved[1].id} names" in flaw.why for flaw in said.values())
 
 
 def test_closing_gives_the_files_back(saved: World) -> None:
@@ -173,7 +176,7 @@ def test_closing_gives_the_files_back(saved: World) -> None:
         return sum(os.path.realpath(link) == path for link in there)
 
     chunks = ChunkSource(*saved, 2)
-    assert chunks.verify(nothing, 0.0) == ""
+    assert chunks.verify(nothing, 0.0) == {}
     assert held() == 1
     chunks.close()
     assert held() == 0

@@ -45,9 +45,8 @@ class Interleavings(RuleBasedStateMachine):
 
     def check(self, reply: Candidate | Sources | Apply) -> None:
         """A rank that is told where its chunks lie finds them all there."""
-        if isinstance(reply, Sources) and reply.memory:
-            _, _, server, token = reply.memory.split("/")
-            assert self.bench.memory[token, server] == TOTAL
+        if isinstance(reply, Sources) and reply.files:
+            assert all(self.bench.memory.get(tuple(file.path.split("/")[:1:-1])) for file in reply.files)
 
     def ask(self, rank: int) -> None:
         self.asked[rank] = len(self.bench.replies.get(("r", rank), []))
