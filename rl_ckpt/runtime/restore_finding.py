@@ -35,13 +35,13 @@ def note(restore: Restore, plan: SourcePlan, now: Round) -> None:
         if restore.told_sources:
             changed = restore.changed.setdefault(server, set())
             changed.update(node.here, node.files, now.laid.get(server, ()))
-        if restore.flaws:
+        if restore.damaged:
             _note_repairs(restore, node, now)
 
 
 def _note_repairs(restore: Restore, node: NodePlan, now: Round) -> None:
     assert restore.known is not None
-    for chunk in restore.flaws:
+    for chunk in restore.damaged:
         held = node.here.get(chunk) or node.pulls.get(chunk)
         place = restore.known.stored(chunk)
         if held is not None:
@@ -63,13 +63,8 @@ def take_failed(restore: Restore, server: str, done: FetchDone) -> list[Damaged]
         restore.missing.setdefault(server, set()).add(chunk)
         if item.last == AT_PEER:  # which says itself what was wrong with the place where it took it from
             continue
-        restore.flaws.setdefault(chunk, item.flaw)
-        if item.last == IN_STORE:
-            restore.known.exclude(now.stored.get(chunk) or restore.known.named(chunk))
-        else:
-            held = now.nodes[server].pulls[chunk]
-            restore.known.exclude(held)
-            out += _damaged(restore, chunk, held, item.flaw)
+        stored = now.stored.get(chunk) or restore.known.named(chunk)
+        out += _exclude(restore, chunk, stored if item.last == IN_STORE else now.nodes[server].pulls[chunk], item.flaw)
     return out
 
 
@@ -89,14 +84,12 @@ def take_bad(restore: Restore) -> tuple[dict[str, set[ChunkId]], list[Damaged]]:
         for n, flaw in bad.items():
             chunk = restore.twins[wanted[n]]
             at = restore.at(server, chunk)
-            restore.flaws.setdefault(chunk, flaw)
             missing.setdefault(server, set()).add(chunk)
             if isinstance(at, Round) or (chunk, at) in seen:  # restore memory that is gone: only brought in again
                 continue
             seen.add((chunk, at))
-            restore.known.exclude(at)
+            out += _exclude(restore, chunk, at, flaw)
             if isinstance(at, Held):
-                out += _damaged(restore, chunk, at, flaw)
                 continue
             for other, chunks in needs.items():
                 if chunk in chunks and restore.at(other, chunk) == at:
@@ -105,17 +98,21 @@ def take_bad(restore: Restore) -> tuple[dict[str, set[ChunkId]], list[Damaged]]:
     return missing, out
 
 
-def _damaged(restore: Restore, chunk: ChunkId, held: Held, flaw: Flaw) -> list[Damaged]:
-    if flaw.code != CorruptionError.code:  # it could not be reached
-        return []
+def _exclude(restore: Restore, chunk: ChunkId, place: InStore | Held, flaw: Flaw) -> list[Damaged]:
     assert restore.known is not None
-    return [Damaged(held.server, held.part, bytes.fromhex(restore.known.saved(chunk).digest))]
+    restore.known.exclude(place)
+    if flaw.code == CorruptionError.code:
+        restore.damaged.setdefault(chunk, flaw.why)
+        if isinstance(place, Held):
+            return [Damaged(place.server, place.part, bytes.fromhex(restore.known.saved(chunk).digest))]
+    elif isinstance(place, InStore):
+        restore.unread.setdefault(chunk, flaw.why)
+    return []
 
 
 def repaired(restore: Restore) -> dict[str, str]:
     """Damaged chunks by name, and where their bytes came from instead."""
-    found = sorted(chunk for chunk, flaw in restore.flaws.items() if flaw.code == CorruptionError.code)
-    return {chunk_name(restore, chunk): restore.now_from.get(chunk, "") for chunk in found}
+    return {chunk_name(restore, chunk): restore.now_from.get(chunk, "") for chunk in sorted(restore.damaged)}
 
 
 def chunk_name(restore: Restore, chunk: ChunkId) -> str:

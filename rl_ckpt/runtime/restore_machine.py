@@ -31,7 +31,6 @@ from rl_ckpt.runtime.messages import (
     Failure,
     FetchDone,
     FetchOrder,
-    Flaw,
     Matched,
     OpenRestore,
     TryNext,
@@ -315,13 +314,12 @@ class RestoreMachine:
     def _give_up(self, restore: Restore, chunk: ChunkId) -> list[Instruction]:
         """A chunk has no source left."""
         assert restore.manifest is not None
+        if chunk in restore.unread:  # an older checkpoint is no answer to a store that fails
+            return self._fail(restore, StorageError(restore.unread[chunk]))
         nowhere = (
             f"{restore_finding.chunk_name(restore, chunk)} of checkpoint {restore.manifest.id} is nowhere to be had"
         )
-        flaw = restore.flaws.get(chunk) or Flaw(CorruptionError.code, nowhere)
-        if flaw.code != CorruptionError.code:
-            return self._fail(restore, StorageError(flaw.why))
-        return self._next(restore, flaw.why)
+        return self._next(restore, restore.damaged.get(chunk, nowhere))
 
     def _next(self, restore: Restore, damaged: str) -> list[Instruction]:
         """The candidate is damaged: everybody asks for the next one, unless it was asked for by step."""

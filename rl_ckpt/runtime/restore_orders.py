@@ -233,8 +233,10 @@ def _verifiers(restore: Restore, wanted: Sequence[Sequence[ChunkId]]) -> Mapping
 def read_in_place(restore: Restore) -> dict[str, int]:
     """Bytes that ranks read in place by kind of source, each rank's."""
     assert restore.known is not None
-    if not restore.moved:
-        return {"files": needed_bytes(restore)[0]} if restore.mappable else {}
+    if not restore.mappable and not restore.moved:
+        return {}
+    if not restore.rounds:
+        return {"files": needed_bytes(restore)[0]}
     found: dict[tuple[str, int], dict[str, int]] = {}
     out: dict[str, int] = {}
     for m in restore.matched.values():

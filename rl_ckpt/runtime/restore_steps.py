@@ -137,8 +137,10 @@ class Restore:
     """By server: chunks that a source is sought for."""
     searched: set[ChunkId] = field(default_factory=set)
     """Chunks that were looked for in other checkpoints."""
-    flaws: dict[ChunkId, Flaw] = field(default_factory=dict)
-    """The first that was found of each chunk."""
+    damaged: dict[ChunkId, str] = field(default_factory=dict)
+    """Chunks that were damaged or missing at a place, and what was said of it first."""
+    unread: dict[ChunkId, str] = field(default_factory=dict)
+    """Chunks that the store did not give, and what it said: nothing is known of their bytes."""
     now_from: dict[ChunkId, str] = field(default_factory=dict)
     """Where those chunks were taken from instead, for the report."""
     awaited: set[str] = field(default_factory=set)
