@@ -35,13 +35,13 @@ def note(restore: Restore, plan: SourcePlan, now: Round) -> None:
         if restore.told_sources:
             changed = restore.changed.setdefault(server, set())
             changed.update(node.here, node.files, now.laid.get(server, ()))
-        if restore.damaged:
+        if restore.damaged or restore.unread:
             _note_repairs(restore, node, now)
 
 
 def _note_repairs(restore: Restore, node: NodePlan, now: Round) -> None:
     assert restore.known is not None
-    for chunk in restore.damaged:
+    for chunk in {*restore.damaged, *restore.unread}:
         held = node.here.get(chunk) or node.pulls.get(chunk)
         place = restore.known.stored(chunk)
         if held is not None:

@@ -9,7 +9,7 @@ from rl_ckpt.errors import CheckpointError, CorruptionError
 from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.options import Options
 from rl_ckpt.plan.match import Problems
-from rl_ckpt.plan.parts import Holdings
+from rl_ckpt.plan.parts import ChunkAt, Holdings, Part
 from rl_ckpt.plan.spread import ChunkId, Needs
 from rl_ckpt.runtime import restore_steps as rm
 from rl_ckpt.runtime.messages import (
@@ -42,6 +42,16 @@ def manifest(name: str) -> Manifest:
 
 def all_chunks() -> list[ChunkId]:
     return [(a, c) for a, array in enumerate(_MANIFEST.arrays) for c in range(len(array.chunks))]
+
+
+def held_by(*servers: str) -> Holdings:
+    """All chunks as one part, staged by the first of some servers and copied to the others."""
+    rows = []
+    for n, (a, c) in enumerate(all_chunks()):
+        saved = _MANIFEST.arrays[a].chunks[c]
+        rows.append(ChunkAt(bytes.fromhex(saved.digest), 64 * n, saved.bytes))
+    part = Part("2-new", servers[0], 64 * len(rows), tuple(rows))
+    return Holdings([part], {part.name: {server: f"/held/{server}" for server in servers}})
 
 
 class Bench:
@@ -161,8 +171,7 @@ class Bench:
             name: sum(i.size_bytes for items in some for i in items if i.offset not in left_out)
             for name, some in sizes.items()
         }
-        if not found["peers_memory"]:
-            del found["peers_memory"]
+        found = {name: size for name, size in found.items() if size}
         if (order.key, ask.server) in self.memory:
             self.memory[order.key, ask.server] += sum(found.values())
         done = FetchDone(found, tuple(failed), f"/shm/{ask.server}/{order.key}")
