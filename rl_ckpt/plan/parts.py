@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
+from rl_ckpt.format.manifest import ArrayEntry, Chunk, ShardFileEntry
 from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.plan.deal import SavePlan
 
@@ -107,6 +108,8 @@ class Remembered(msgspec.Struct, frozen=True):
     """Number of the newest commit record when it was complete."""
     whole: bool
     """Whether every chunk has a holder that is alive."""
+    time: float = 0.0
+    """When it was complete, in Unix seconds: tells the order of those that name the same record."""
 
 
 def parts_of(
@@ -133,3 +136,29 @@ def parts_of(
         for server, table in sorted(tables.items())
         if table
     ]
+
+
+def memory_entries(
+    plan: SavePlan, digests: Mapping[tuple[str, int], bytes]
+) -> tuple[tuple[ShardFileEntry, ...], tuple[ArrayEntry, ...]]:
+    """The manifest's files and arrays of a checkpoint that is only in memory.
+
+    Args:
+        plan: From `deal`, not settled.
+        digests: Of what was staged, by server and offset.
+
+    Returns:
+        A file `memory/<server>` for each part, which is nowhere; each chunk lies in it as in the part.
+    """
+    files: dict[str, int] = {}
+    arrays: list[ArrayEntry] = []
+    for a, array in enumerate(plan.merged.arrays):
+        chunks: list[Chunk] = []
+        for c, chunk in enumerate(array.chunks):
+            source = plan.sources[a, c]
+            column = plan.files[source.server][source.file].columns[source.column]
+            index = files.setdefault(source.server, len(files))
+            found = digests[source.server, column.offset].hex()
+            chunks.append(Chunk(chunk.box, index, column.offset, chunk.size_bytes, found))
+        arrays.append(ArrayEntry(array.spec, tuple(chunks)))
+    return tuple(ShardFileEntry(f"memory/{server}", plan.staged_bytes[server]) for server in files), tuple(arrays)

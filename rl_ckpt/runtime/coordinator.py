@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ import ray
 from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, StorageError
 from rl_ckpt.runtime import restore_steps as rm
 from rl_ckpt.runtime import save_steps as sm
+from rl_ckpt.runtime import tier
 from rl_ckpt.runtime.generations import StagingFile
 from rl_ckpt.runtime.messages import (
     Failure,
@@ -34,6 +35,7 @@ from rl_ckpt.runtime.messages import (
     RepeatSave,
     Reserve,
     Reserved,
+    SaveDone,
     SaveOrders,
     SaveOutcome,
     Staged,
@@ -50,6 +52,7 @@ from rl_ckpt.runtime.save_machine import SaveMachine
 from rl_ckpt.runtime.save_work import SaveWork
 from rl_ckpt.runtime.server_calls import Servers
 from rl_ckpt.runtime.spec import RunSpec
+from rl_ckpt.runtime.tier_work import TierWork
 from rl_ckpt.store.committer import SaveRequest
 
 _OUTCOMES_KEPT = 256
@@ -68,7 +71,9 @@ class Coordinator:
         self._outcomes: OrderedDict[str, asyncio.Future[SaveOutcome]] = OrderedDict()
         self._servers = Servers()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._restore_work = RestoreWork(spec)
+        self._tier_work = TierWork(spec, self._servers, self._do, self._busy, self._server_lost)
+        self._tier = self._tier_work.brain
+        self._restore_work = RestoreWork(spec, self._tier, self._do)
         self._save_work = SaveWork(spec, self._restore_work.forget)
         self._opened_with = spec.storage_options
         self._users: dict[str, str] = {}  # drivers that use these actors → their Ray job
@@ -165,6 +170,7 @@ class Coordinator:
         if anew:
             self._opened_with = spec.storage_options
             self._servers.configure(spec)
+        self._tier_work.configure(spec)
         self._save_work.configure(spec, anew)
         self._restore_work.configure(spec, anew)
 
@@ -173,8 +179,8 @@ class Coordinator:
         return self._saves.under_way(key) or self._restores.under_way(key)
 
     async def stats(self) -> dict[str, int]:
-        """Control messages so far, in number and bytes, and ranks that repeated a plan, for tests and metrics."""
-        return dict(self._counts)
+        """Control messages so far, in number and bytes, ranks that repeated a plan, and what is held in memory."""
+        return {**self._counts, **self._tier.counts()}
 
     async def servers(self) -> list[str]:
         """Names of the shard servers that took part so far."""
@@ -229,6 +235,23 @@ class Coordinator:
                     self._spawn(self._write(key, server, order), key, self._saves.failed)
                 case sm.Commit(key, save):
                     self._spawn(self._commit(key, save), key, self._saves.failed)
+                case sm.Land(key, save):
+                    self._spawn(self._land(key, save), key, self._saves.failed)
+                case sm.Hold(_, save):
+                    self._tier_work.hold(save)
+                case sm.MakeRoom(key, error):
+                    freed = self._tier.make_room()
+                    helps = any(isinstance(one, tier.GenerationFree) for one in freed)
+                    self._do([*freed, *([] if helps else self._saves.failed(key, error))])
+                case tier.Landed(checkpoint):
+                    self._do(self._saves.landed(checkpoint, True))
+                case tier.CannotLand(checkpoint, why):
+                    self._tier_work.cannot_land(why)
+                    self._do(self._saves.landed(checkpoint, False))
+                case tier.GenerationFree(generation):
+                    self._do(self._saves.freed(generation))
+                case tier.Hold() | tier.Copy() | tier.Remember() | tier.Release():
+                    self._tier_work.carry_out(instruction)
                 case sm.Finish(_, outcome, checkpoint):
                     self._finish(outcome, checkpoint)
                 case sm.Arm(key, state, seconds):
@@ -240,15 +263,19 @@ class Coordinator:
                 case rm.Search(key, wanted, skip):
                     self._spawn(self._search(key, wanted, skip), key, self._restores.failed)
                 case rm.Damaged(server, part, chunk):
-                    self._restore_work.tier.bad(server, part, chunk)
+                    self._restore_work.bad(server, part, chunk)
                 case rm.Forget(key, servers, keys):
                     self._servers.forget(servers, keys)
-                    self._restore_work.tier.done(key)
+                    self._restore_work.done(key)
                 case rm.Arm(key, state, seconds):
                     self._later(seconds, partial(self._restores.timed_out, key, state))
                 case _:
                     raise AssertionError(f"unknown instruction {instruction!r}")
         self._idle.clear() if self._saves.busy() else self._idle.set()
+
+    def _busy(self) -> bool:
+        """Whether it matters which nodes are alive."""
+        return self._saves.busy() or bool(self._restores.states())
 
     def _later(self, seconds: float, event: Callable[[], Iterable[Any]]) -> None:
         asyncio.get_running_loop().call_later(seconds, lambda: self._do(event()))
@@ -268,6 +295,7 @@ class Coordinator:
                 event = failed(key, CheckpointError(f"internal error in a shard server: {error}"))
             except ray.exceptions.RayError as error:
                 self._servers.look_again()
+                self._tier_work.watch.now()
                 event = failed(key, StorageError(f"a shard server could not be reached: {error}"))
             except Exception as error:  # noqa: BLE001 - a bug of ours must fail this save, by name, and not hang it
                 text = f"internal error in the coordinator: {type(error).__name__}: {error}"
@@ -281,10 +309,12 @@ class Coordinator:
     # What instructions do.
 
     async def _open(self, key: str) -> Iterable[Any]:
+        await self._adopt()
         await self._save_work.open()
         return self._saves.opened(key)
 
     async def _name(self, key: str, request: SaveRequest) -> Iterable[Any]:
+        await self._adopt()
         return self._saves.named(key, await self._save_work.name(request))
 
     async def _look_up(self, key: str, checkpoint: str) -> Iterable[Any]:
@@ -299,8 +329,29 @@ class Coordinator:
         done = await self._servers.call(server, "write", order, WriteDone)
         return self._saves.written(key, server, done.written)
 
+    async def _adopt(self) -> None:
+        """What servers have held since before this coordinator is known once this is over."""
+        await self._tier_work.adopted()
+        self._save_work.take_landed(self._tier.remembered())
+
+    def _server_lost(self, server: str, copies: Mapping[str, tuple[str, str]]) -> None:
+        """A node is dead: machines that care are told, and where there are copies of what its server had staged."""
+        lost = getattr(self._saves, "server_lost", None)
+        if lost is not None:
+            self._do(lost(server, copies))
+        self._do(self._restores.server_lost(server))
+
     async def _commit(self, key: str, save: sm.Save) -> Iterable[Any]:
-        return self._saves.committed(key, await self._save_work.commit(save))
+        return self._committed(key, save, *await self._save_work.commit(save))
+
+    async def _land(self, key: str, save: sm.Save) -> Iterable[Any]:
+        return self._committed(key, save, *await self._save_work.land(save))
+
+    def _committed(self, key: str, save: sm.Save, done: SaveDone, manifest: bytes) -> Iterable[Any]:
+        remembered = self._tier_work.remembered(save, done.record, manifest, done.in_store)
+        notice = "; ".join(filter(None, [done.notice, self._tier_work.take_notice()]))
+        decided = list(self._saves.committed(key, msgspec.structs.replace(done, notice=notice)))
+        return [*decided, *self._tier.committed(remembered)] if save.held else decided
 
     def _finish(self, outcome: SaveOutcome, checkpoint: str) -> None:
         if checkpoint:
@@ -310,8 +361,12 @@ class Coordinator:
             while len(self._outcomes) > _OUTCOMES_KEPT:
                 self._outcomes.popitem(last=False)
             self._save_work.finish(outcome, checkpoint)
+            if isinstance(outcome, Failure):
+                self._do(self._tier.aborted(checkpoint))
 
     async def _load(self, key: str, step: int | None, tried: tuple[str, ...]) -> Iterable[Any]:
+        await self._adopt()
+        self._tier_work.watch.start()
         found = await self._restore_work.load(key, step, tried)
         return self._restores.loaded(
             key, found.manifest, found.data, found.mappable, found.damaged, found.holdings, found.notice
@@ -325,6 +380,7 @@ class Coordinator:
             raise
         except ray.exceptions.RayError as error:
             self._servers.look_again()
+            self._tier_work.watch.now()
             await asyncio.sleep(_AGAIN_S)
             text = f"shard server {server} could not be reached: {error}"
             return self._restores.unreachable(key, server, order, text)

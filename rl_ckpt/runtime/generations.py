@@ -1,8 +1,8 @@
-"""Generations: the two halves of staging memory, and who has them.
+"""Generations: the two halves of staging memory, and who has them; with a memory tier there is a third.
 
-Owns: which generation is free, held by a save, being made, or promised to the next save of a standing plan; and which
-file it is on each shard server. Pure. Promises: a file in which a rank may still write, unasked, is never given to
-another save.
+Owns: which generation is free, held by a save or by the tier, being made, or promised to the next save of a standing
+plan; and which file it is on each shard server. Pure. Promises: a file in which a rank may still write, unasked, is
+never given to another save.
 """
 
 from __future__ import annotations
@@ -10,7 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from rl_ckpt.options import Options
+
 GENERATIONS = 2
+"""Saves that may have memory at a time."""
+
+
+def generations(options: Options) -> int:
+    """How many there are: one more for the checkpoint that the tier holds."""
+    return GENERATIONS + options.memory_tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,37 +33,54 @@ class StagingFile:
 class Generations:
     """See the module."""
 
-    _free: list[int] = field(default_factory=lambda: list(range(GENERATIONS)))
+    number: int = GENERATIONS
+    _free: list[int] = field(default_factory=list)
     _promised: dict[int, str] = field(default_factory=dict)
     """Generation → id of the standing plan whose ranks may write into it as soon as they begin their next save."""
     _files: dict[tuple[str, int], StagingFile] = field(default_factory=dict)
     """By shard server and generation."""
 
+    def __post_init__(self) -> None:
+        """All are free."""
+        self._free = list(range(self.number))
+
     def any(self) -> bool:
         """Whether `take` would give one."""
         return bool(self._free or self._promised)
 
-    def take(self, plan: str) -> int:
-        """Gives a generation to a save of `plan`: the one promised to it, else a free one, else another plan's."""
+    def take(self, plan: str, sizes: Mapping[str, int]) -> int:
+        """Gives a generation to a save of `plan` that stages `sizes` bytes by shard server.
+
+        The one promised to it, else a free one, if there is one then with memory, else another plan's.
+        """
         for generation, promised in self._promised.items():
             if promised == plan:
                 del self._promised[generation]
                 return generation
         if self._free:
-            return self._free.pop(0)
+            best = min(self._free, key=lambda generation: bool(self.missing(generation, sizes)))
+            self._free.remove(best)
+            return best
         generation = next(iter(self._promised))
         self.revoke()
         self._free.remove(generation)
         return generation
 
-    def take_free(self) -> list[int]:
-        """Gives all that are free."""
-        taken, self._free = self._free, []
+    def take_free(self, most: int = GENERATIONS) -> list[int]:
+        """Gives what is free, at most so many."""
+        taken, self._free = self._free[:most], self._free[most:]
         return taken
+
+    def resize(self, number: int) -> None:
+        """There are to be so many from now on; one too many that is not free goes when it is given back."""
+        self._free += range(self.number, number)
+        self._free = [generation for generation in self._free if generation < number]
+        self.number = number
 
     def give_back(self, generation: int) -> None:
         """A save is done with it."""
-        self._free.append(generation)
+        if generation < self.number:
+            self._free.append(generation)
 
     def promise(self, plan: str, sizes: Mapping[str, int]) -> dict[str, str]:
         """Promises a free generation to the next save of `plan`.

@@ -7,12 +7,11 @@ from typing import Any
 
 import msgspec
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rl_ckpt.errors import CheckpointError, InvalidInputError
 from rl_ckpt.runtime.coordinator import Coordinator
 from rl_ckpt.runtime.messages import Failure, decode, encode
-from rl_ckpt.runtime.shard_server import CONCURRENCY_GROUPS, ShardServer
+from rl_ckpt.runtime.server_actor import start_server
 from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
 
 _RANKS_AT_ONCE = 20_000  # calls that may wait in the coordinator: more than there are ranks
@@ -61,29 +60,11 @@ def coordinator(spec: RunSpec) -> Any:
 
 
 def ensure_server(spec: RunSpec) -> str:
-    """Name of the shard server of the node where this runs; it is started where there is none.
-
-    Detached and pinned to its node: it outlives the worker that started it, and never comes back on another node.
-    """
+    """Name of the shard server of the node where this runs; it is started where there is none."""
     if spec.service not in _servers:
         node = ray.get_runtime_context().get_node_id()
-        name = spec.server(node)
-        grouped: Any = ray.remote
-        handle = (
-            grouped(concurrency_groups=CONCURRENCY_GROUPS)(ShardServer)
-            .options(
-                name=name,
-                namespace=NAMESPACE,
-                lifetime="detached",
-                get_if_exists=True,
-                max_restarts=-1,
-                num_cpus=0,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
-            )
-            .remote(spec, name)
-        )
-        ray.get(handle.ready.remote())
-        _servers[spec.service] = name
+        ray.get(start_server(spec, node).ready.remote())
+        _servers[spec.service] = spec.server(node)
     return _servers[spec.service]
 
 

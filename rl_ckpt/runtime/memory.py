@@ -19,13 +19,18 @@ import msgspec
 import psutil
 
 from rl_ckpt.errors import StorageError
+from rl_ckpt.plan.parts import PART
 from rl_ckpt.runtime import huge_pages
 
 _OWNER = "owner.json"
 _MAKING = "making-"
 
+_SPARE = "spare-"
+
 RESTORE = "restore-"
 """How the names of restores' memory begin."""
+GENERATION = "generation-"
+"""How the names of generations begin; the number follows, and another dash."""
 
 
 class _Owner(msgspec.Struct, frozen=True):
@@ -55,6 +60,8 @@ class ServerMemory:
         """Takes over the folder of `name`, and removes folders whose cluster is gone."""
         self._folder = _root() / name
         self._renewing = threading.Lock()
+        self._sparing = threading.Lock()
+        self._kept: set[str] = set()
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         parent = psutil.Process(os.getppid())
         owner = _Owner(parent.pid, parent.create_time(), _pid_namespace())
@@ -78,6 +85,8 @@ class ServerMemory:
         path.unlink(missing_ok=True)
         making.unlink(missing_ok=True)
         if size_bytes > shutil.disk_usage(self._folder).free:
+            self.drop_spares()
+        if size_bytes > shutil.disk_usage(self._folder).free:
             raise self._too_small(size_bytes)  # before other processes find the memory taken
         with open(making, "x+b") as file:
             try:
@@ -94,6 +103,8 @@ class ServerMemory:
     def renew(self, prefix: str, name: str, size_bytes: int) -> str:
         """A new file in the place of all others whose name begins with `prefix`; one that is there already is kept.
 
+        Others that must be kept (`keep`) stay as well, until they are given up.
+
         Returns:
             Its path.
 
@@ -105,6 +116,8 @@ class ServerMemory:
             if path.exists() and path.stat().st_size == max(size_bytes, 1):
                 return str(path)  # asked twice: what was staged meanwhile stays
             for old in self._folder.glob(f"{prefix}*"):
+                if old.name in self._kept:
+                    continue
                 _empty(old)
                 old.unlink(missing_ok=True)
             return self.make(name, size_bytes)
@@ -128,10 +141,100 @@ class ServerMemory:
         """Gives a file's memory back, once nobody has it mapped any more."""
         (self._folder / name).unlink(missing_ok=True)
 
+    def write(self, name: str, data: bytes) -> None:
+        """A small file: whole, or not there.
+
+        Raises:
+            StorageError: The shared memory is too small.
+        """
+        making = self._folder / f"{_MAKING}{name}"
+        try:
+            making.write_bytes(data)
+            os.rename(making, self._folder / name)
+        except OSError as error:
+            making.unlink(missing_ok=True)
+            if error.errno != errno.ENOSPC:
+                raise
+            raise self._too_small(len(data)) from error
+
+    def read(self, name: str) -> bytes:
+        """What `write` wrote."""
+        return (self._folder / name).read_bytes()
+
+    def keep(self, name: str) -> None:
+        """A generation's file must stay, whatever takes its place."""
+        with self._renewing:
+            self._kept.add(name)
+
+    def give_up(self, name: str) -> None:
+        """A generation's file need not stay any more; it goes where another has taken its place."""
+        with self._renewing:
+            self._kept.discard(name)
+            number = name.removeprefix(GENERATION).partition("-")[0]
+            if any(other != name for other in self.names(f"{GENERATION}{number}-")):
+                _empty(self._folder / name)
+                self.remove(name)
+
+    def rename(self, old: str, new: str) -> str:
+        """Gives a file another name.
+
+        Returns:
+            Its path.
+        """
+        with self._renewing:
+            os.rename(self._folder / old, self._folder / new)
+            self._kept.discard(old)
+        return self.path(new)
+
+    def spare(self, name: str) -> None:
+        """A file is needed no more, but may be used again: making its memory anew costs more than copying into it."""
+        with self._sparing, contextlib.suppress(FileNotFoundError):
+            os.rename(self._folder / name, self._folder / f"{_SPARE}{name}")
+
+    def inodes(self) -> set[int]:
+        """Of all files that there are."""
+        with os.scandir(self._folder) as entries:
+            return {entry.inode() for entry in entries}
+
+    def spares(self) -> int:
+        """How many there are."""
+        return len(self.names(_SPARE))
+
+    def take_spare(self, name: str, size_bytes: int) -> str:
+        """A spare file of at least so many bytes, and not many more, under a new name.
+
+        Returns:
+            Its path; empty where there is none.
+        """
+        with self._sparing:
+            for spare in self._folder.glob(f"{_SPARE}*"):
+                if size_bytes <= spare.stat().st_size <= 2 * size_bytes:
+                    os.rename(spare, self._folder / name)
+                    return self.path(name)
+        return ""
+
+    def drop_spares(self) -> None:
+        """Gives the memory of all spare files back."""
+        with self._sparing:
+            for spare in self._folder.glob(f"{_SPARE}*"):
+                _empty(spare)
+                spare.unlink(missing_ok=True)
+
+    def room(self, generations: int) -> int:
+        """Bytes that there are beside what staging will still take.
+
+        Args:
+            generations: How many there may be.
+        """
+        sizes = [path.stat().st_size for path in self._folder.glob(f"{GENERATION}*")]
+        left = max(0, generations - len(sizes)) * max(sizes, default=0)
+        return shutil.disk_usage(self._folder).free - left
+
     def close(self) -> None:
         """Gives everything back."""
-        for generation in self._folder.glob("generation-*"):
-            _empty(generation)
+        for pattern in (f"{GENERATION}*", f"{PART}*", f"{_SPARE}*"):
+            for file in self._folder.glob(pattern):
+                _empty(file)
         shutil.rmtree(self._folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # other runs still have folders here
             _root().rmdir()

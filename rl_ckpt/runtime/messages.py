@@ -15,6 +15,7 @@ from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.plan.deal import FilePlan, StageItem, Written
 from rl_ckpt.plan.inventory import Inventory
 from rl_ckpt.plan.match import Problems
+from rl_ckpt.plan.parts import Part, Remembered
 from rl_ckpt.plan.shared import Shared
 from rl_ckpt.plan.spread import Needs
 from rl_ckpt.state.leaves import Json
@@ -56,6 +57,8 @@ class JoinSave(msgspec.Struct, frozen=True):
     """File of staging memory that was promised to this rank, in which it does not write any more."""
     prepare: bool = False
     """Only makes everything ready for saves of this shape."""
+    deadline_s: float | None = None
+    """Of an urgent save."""
 
 
 class SaveOrders(msgspec.Struct, frozen=True, tag="orders"):
@@ -87,6 +90,8 @@ class RepeatSave(msgspec.Struct, frozen=True):
     """The rank's plain leaves (plan/standing.py)."""
     identities: bytes
     """The identities of the rank's inventory, joined."""
+    deadline_s: float | None = None
+    """Of an urgent save."""
 
 
 class RepeatOrders(msgspec.Struct, frozen=True, tag="repeat"):
@@ -175,6 +180,8 @@ class SaveDone(msgspec.Struct, frozen=True, tag="saved"):
     stall_s: float
     notice: str
     """What the user should know though the save succeeded (a sweep that failed); mostly empty."""
+    in_store: bool = True
+    """Whether it is more than in memory."""
 
 
 class OpenRestore(msgspec.Struct, frozen=True):
@@ -351,6 +358,42 @@ class Reserved(msgspec.Struct, frozen=True, tag="reserved"):
     """A generation is there; `path` is where workers of the node map it."""
 
     path: str
+
+
+class HoldOrder(msgspec.Struct, frozen=True):
+    """A shard server keeps what was staged in a generation of its memory."""
+
+    part: Part
+    path: str
+
+
+class CopyOrder(msgspec.Struct, frozen=True):
+    """A shard server copies another one's part into its memory, and keeps it."""
+
+    part: Part
+    holder: str
+
+
+class HoldDone(msgspec.Struct, frozen=True, tag="held"):
+    """A part is held."""
+
+    path: str
+    """File in which it lies."""
+
+
+class RememberOrder(msgspec.Struct, frozen=True):
+    """A shard server writes down of what checkpoint it holds parts."""
+
+    done: Remembered
+    parts: tuple[str, ...]
+    """Names of all its parts, wherever they are."""
+
+
+class FoundParts(msgspec.Struct, frozen=True, tag="found"):
+    """What a shard server holds."""
+
+    parts: tuple[HoldOrder, ...]
+    remembered: tuple[RememberOrder, ...]
 
 
 class Ok(msgspec.Struct, frozen=True, tag="ok"):

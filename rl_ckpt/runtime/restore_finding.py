@@ -51,12 +51,12 @@ def _note_repairs(restore: Restore, node: NodePlan, now: Round) -> None:
             restore.now_from[chunk] = place.file
 
 
-def take_failed(restore: Restore, server: str, done: FetchDone) -> list[Damaged]:
+def take_failed(restore: Restore, server: str, done: FetchDone) -> None:
     """Leaves out the sources of what a server could not bring: those chunks are missing there."""
     assert restore.known is not None
     if not done.failed:
-        return []
-    now, out = restore.rounds[-1], list[Damaged]()
+        return
+    now = restore.rounds[-1]
     chunks = {offset: chunk for chunk, offset in now.laid[server].items()}
     for item in done.failed:
         chunk = chunks[item.offset]
@@ -64,19 +64,17 @@ def take_failed(restore: Restore, server: str, done: FetchDone) -> list[Damaged]
         if item.last == AT_PEER:  # which says itself what was wrong with the place where it took it from
             continue
         stored = now.stored.get(chunk) or restore.known.named(chunk)
-        out += _exclude(restore, chunk, stored if item.last == IN_STORE else now.nodes[server].pulls[chunk], item.flaw)
-    return out
+        _exclude(restore, chunk, stored if item.last == IN_STORE else now.nodes[server].pulls[chunk], item.flaw)
 
 
-def take_bad(restore: Restore) -> tuple[dict[str, set[ChunkId]], list[Damaged]]:
+def take_bad(restore: Restore) -> dict[str, set[ChunkId]]:
     """Leaves out the places where ranks found chunks bad.
 
     Returns:
-        By server, the chunks that need another source, on all nodes where that place is theirs; and copies in memory
-        that are damaged.
+        By server, the chunks that need another source, on all nodes where that place is theirs.
     """
     assert restore.known is not None
-    needs, missing, out = restore.needs(), dict[str, set[ChunkId]](), list[Damaged]()
+    needs, missing = restore.needs(), dict[str, set[ChunkId]]()
     seen: set[tuple[ChunkId, InStore | Held]] = set()
     for rank, bad in restore.verified.items():
         wanted = list(restore.matched[rank].needs) if bad else []
@@ -88,26 +86,26 @@ def take_bad(restore: Restore) -> tuple[dict[str, set[ChunkId]], list[Damaged]]:
             if isinstance(at, Round) or (chunk, at) in seen:  # restore memory that is gone: only brought in again
                 continue
             seen.add((chunk, at))
-            out += _exclude(restore, chunk, at, flaw)
+            _exclude(restore, chunk, at, flaw)
             if isinstance(at, Held):
                 continue
             for other, chunks in needs.items():
                 if chunk in chunks and restore.at(other, chunk) == at:
                     missing.setdefault(other, set()).add(chunk)
     restore.verified = {rank: {} for rank in restore.verified}
-    return missing, out
+    return missing
 
 
-def _exclude(restore: Restore, chunk: ChunkId, place: InStore | Held, flaw: Flaw) -> list[Damaged]:
+def _exclude(restore: Restore, chunk: ChunkId, place: InStore | Held, flaw: Flaw) -> None:
     assert restore.known is not None
     restore.known.exclude(place)
     if flaw.code == CorruptionError.code:
         restore.damaged.setdefault(chunk, flaw.why)
         if isinstance(place, Held):
-            return [Damaged(place.server, place.part, bytes.fromhex(restore.known.saved(chunk).digest))]
+            digest = bytes.fromhex(restore.known.saved(chunk).digest)
+            restore.damaged_copies.append(Damaged(place.server, place.part, digest))
     elif isinstance(place, InStore):
         restore.unread.setdefault(chunk, flaw.why)
-    return []
 
 
 def repaired(restore: Restore) -> dict[str, str]:

@@ -235,11 +235,11 @@ class RestoreMachine:
         now.memory[server] = done.memory
         for source, size in done.bytes_from.items():
             restore.bytes_from[source] = restore.bytes_from.get(source, 0) + size
-        out: list[Instruction] = [*restore_finding.take_failed(restore, server, done)]
+        restore_finding.take_failed(restore, server, done)
         if restore.awaited:
-            return out
+            return []
         missing, restore.missing = restore.missing, {}
-        return [*out, *(self._find_sources(restore, missing) if missing else self._tell_sources(restore))]
+        return self._find_sources(restore, missing) if missing else self._tell_sources(restore)
 
     def unreachable(self, token: str, server: str, order: FetchOrder, why: str) -> list[Instruction]:
         """A server that has an order could not be reached: it is told again, as Ray restarts it."""
@@ -287,8 +287,7 @@ class RestoreMachine:
         if len(restore.verified) < restore.world_size:
             return []
         if any(restore.verified.values()):
-            missing, damaged = restore_finding.take_bad(restore)
-            return [*damaged, *self._find_sources(restore, missing)]
+            return self._find_sources(restore, restore_finding.take_bad(restore))
         restore.state = OVER
         for source, size in restore_orders.read_in_place(restore).items():
             restore.bytes_from[source] = restore.bytes_from.get(source, 0) + size
@@ -403,7 +402,9 @@ class RestoreMachine:
         if restore.manifest is None:
             return []
         servers = {server for each in restore.rounds for server in each.laid}
-        return [Forget(restore.token, tuple(sorted(servers)), tuple(each.key for each in restore.rounds))]
+        forget = Forget(restore.token, tuple(sorted(servers)), tuple(each.key for each in restore.rounds))
+        # Only now: whoever is told of a damaged copy gives up all of it, and ranks were reading there.
+        return [forget, *restore.damaged_copies]
 
     def _end(self, restore: Restore) -> list[Instruction]:
         del self._over[restore.token]

@@ -139,6 +139,7 @@ class Restore:
     """Chunks that were looked for in other checkpoints."""
     damaged: dict[ChunkId, str] = field(default_factory=dict)
     """Chunks that were damaged or missing at a place, and what was said of it first."""
+    damaged_copies: list[Damaged] = field(default_factory=list)
     unread: dict[ChunkId, str] = field(default_factory=dict)
     """Chunks that the store did not give, and what it said: nothing is known of their bytes."""
     now_from: dict[ChunkId, str] = field(default_factory=dict)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -43,32 +43,11 @@ class TierView(Protocol):
     def use(self, checkpoint: str, token: str) -> None:
         """From now on nothing of that checkpoint's memory is released or written, until `done`."""
 
-    def done(self, token: str) -> None:
-        """That use is over; nothing happens where there is none."""
+    def done(self, token: str) -> Iterable[Any]:
+        """That use is over; nothing happens where there is none. Gives the tier's instructions."""
 
-    def bad(self, server: str, part: str, digest: bytes) -> None:
-        """A holder's copy of a chunk is damaged."""
-
-
-class NoTier:
-    """No memory tier."""
-
-    def remembered(self) -> Sequence[Remembered]:
-        """Nothing."""
-        return ()
-
-    def holdings(self, checkpoint: str) -> Holdings | None:
-        """Nothing."""
-        return None
-
-    def use(self, checkpoint: str, token: str) -> None:
-        """Nothing."""
-
-    def done(self, token: str) -> None:
-        """Nothing."""
-
-    def bad(self, server: str, part: str, digest: bytes) -> None:
-        """Nothing."""
+    def bad(self, server: str, part: str, digest: bytes) -> Iterable[Any]:
+        """A holder's copy of a chunk is damaged. Gives the tier's instructions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +82,17 @@ class _Choice:
 class RestoreWork:
     """See the module. For one event loop."""
 
-    def __init__(self, spec: RunSpec, tier: TierView | None = None) -> None:
+    def __init__(self, spec: RunSpec, tier: TierView, tell: Callable[[Iterable[Any]], None]) -> None:
         """Nothing is opened yet.
 
         Args:
             spec: The run.
-            tier: Its memory tier, where there is one.
+            tier: Its memory tier.
+            tell: Takes the tier's instructions, to have them carried out.
         """
         self._spec = spec
-        self.tier: TierView = tier or NoTier()
+        self._tier = tier
+        self._tell = tell
         self._reading = ThreadPoolExecutor(_READS_AT_ONCE, "rl_ckpt-read")
         self._reader: Run | None = None
 
@@ -138,21 +119,21 @@ class RestoreWork:
         """
         loop = asyncio.get_running_loop()
         while True:
-            remembered = tuple(self.tier.remembered())
+            remembered = tuple(self._tier.remembered())
             for memory in remembered:  # until it is known which: nothing of what is read next may go meanwhile
-                self.tier.use(memory.id, f"{token}:{memory.id}")
+                self._tier.use(memory.id, f"{token}:{memory.id}")
             try:
                 work = partial(self._load, step, tried, remembered)
                 loaded = await loop.run_in_executor(self._reading, work)
                 if loaded.memory is not None:
-                    self.tier.use(loaded.id, token)
+                    self._tier.use(loaded.id, token)
             finally:
                 for memory in remembered:
-                    self.tier.done(f"{token}:{memory.id}")
-            holdings = None if loaded.memory is None else self.tier.holdings(loaded.id)
+                    self._tell(self._tier.done(f"{token}:{memory.id}"))
+            holdings = None if loaded.memory is None else self._tier.holdings(loaded.id)
             if loaded.memory is None or loaded.memory.record is not None or holdings is not None:
                 return dataclasses.replace(loaded, holdings=holdings)
-            self.tier.done(token)  # it was only in memory, and is gone
+            self._tell(self._tier.done(token))  # it was only in memory, and is gone
             tried = (*tried, loaded.id)
 
     async def search(
@@ -178,11 +159,19 @@ class RestoreWork:
             return {}  # the restore goes on without: what it lacks, it says itself
         return {chunk: [(place.file, place.offset) for place in places] for chunk, places in found.items()}
 
+    def done(self, token: str) -> None:
+        """A restore is done with a candidate."""
+        self._tell(self._tier.done(token))
+
+    def bad(self, server: str, part: str, chunk: bytes) -> None:
+        """A copy of a chunk in memory is damaged."""
+        self._tell(self._tier.bad(server, part, chunk))
+
     def held(self, chunk: bytes, size_bytes: int) -> list[Held]:
         """All copies of a chunk in memory, of any checkpoint."""
         out: list[Held] = []
-        for memory in self.tier.remembered():
-            holdings = self.tier.holdings(memory.id)
+        for memory in self._tier.remembered():
+            holdings = self._tier.holdings(memory.id)
             out += holdings.find(chunk, size_bytes) if holdings is not None else ()
         return out
 

@@ -2,9 +2,10 @@
 
 One save goes through
     joining → waiting → reserving → staging → settling → writing → committing → done
-and from each of them to failed. `waiting` is for one of two generations of staging memory; commits keep the order in
-which saves left `waiting`. A save whose ranks all come with a state of the same shape as the last one's uses the plan
-of that one again (plan/standing.py); its ranks stage while they join.
+and from each of them to failed. One that stays in memory goes from staging to landing, and from there to committing, an
+urgent one to settling; so does what can't land. `waiting` is for a generation of staging memory; commits keep the order
+in which saves left `waiting`. A save whose ranks all come with a state of the same shape as the last one's uses the
+plan of that one again (plan/standing.py); its ranks stage while they join.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from rl_ckpt.options import Options
 from rl_ckpt.plan.deal import Stored, Written, deal, settle
 from rl_ckpt.plan.merge import merge
 from rl_ckpt.plan.standing import Standing, standing
-from rl_ckpt.runtime.generations import GENERATIONS, Generations, StagingFile
+from rl_ckpt.runtime.generations import GENERATIONS, Generations, StagingFile, generations
 from rl_ckpt.runtime.messages import (
     Failure,
     JoinAgain,
@@ -39,9 +40,11 @@ from rl_ckpt.runtime.messages import (
 )
 from rl_ckpt.runtime.save_steps import (
     COMMITTING,
+    DEADLINE,
     DONE,
     FAILED,
     JOINING,
+    LANDING,
     RESERVING,
     SETTLING,
     STAGING,
@@ -50,8 +53,11 @@ from rl_ckpt.runtime.save_steps import (
     Arm,
     Commit,
     Finish,
+    Hold,
     Instruction,
+    Land,
     LookUp,
+    MakeRoom,
     Name,
     Open,
     Order,
@@ -59,7 +65,7 @@ from rl_ckpt.runtime.save_steps import (
     Save,
     Write,
 )
-from rl_ckpt.runtime.save_texts import join_problem, timeout
+from rl_ckpt.runtime.save_texts import join_problem, timeout, too_late
 from rl_ckpt.store.committer import SaveRequest
 
 _FAILED_KEPT = 64  # failed saves that some ranks have not heard of yet
@@ -80,7 +86,8 @@ class SaveMachine:
         self._incarnation = incarnation
         self._saves: dict[str, Save] = {}
         self._begun = 0
-        self._generations = Generations()
+        self._generations = Generations(generations(options))
+        self._since_store: int | None = None  # saves since the last that went to the store; None: the next one does
         self._making: dict[str, tuple[int, set[str]]] = {}  # token → spare generation, and servers still making it
         self._standing: Standing | None = None
         self._queue: list[str] = []  # waiting for a generation, in the order in which they were complete
@@ -90,6 +97,7 @@ class SaveMachine:
         """Takes a driver's options, from the next save on; what was planned by others does not stand any more."""
         if options != self.options:
             self.options, self._standing = options, None
+            self._generations.resize(generations(options))
 
     def busy(self) -> bool:
         """Whether any save is under way."""
@@ -148,12 +156,14 @@ class SaveMachine:
             save = None  # this rank knows of the failure and tries again
         out: list[Instruction] = []
         if save is None:
-            request = SaveRequest(message.step, message.metrics, message.tag, message.parent)
+            request = SaveRequest(message.step, message.metrics, message.tag, message.parent, message.deadline_s)
             save = self._begin(message.key, request, message.world_size)
             out.append(Arm(save.token, JOINING, self.options.join_timeout_s))
+            if request.deadline_s is not None:
+                out.append(Arm(save.token, DEADLINE, request.deadline_s))
         if save.failure is not None:
             return None, [self._tell(save, message.rank, save.failure)]
-        if save.state in (STAGING, SETTLING, WRITING, COMMITTING):
+        if save.state in (STAGING, LANDING, SETTLING, WRITING, COMMITTING):
             # It goes on without this call: what is staged must not be lost by it.
             text = f"step {message.step} is being saved already; wait for its result, or save a later step"
             return None, [Order(save.key, message.rank, Failure.of(InvalidInputError(text)))]
@@ -200,7 +210,7 @@ class SaveMachine:
         if any(other is not save and self._same_step(other, save) for other in self._saves.values()):
             text = f"step {save.request.step} is being saved already; wait for its result, or save a later step"
             return self._fail(save, InvalidInputError(text))
-        if self.options.when_busy == "skip" and not self._generations.any() and not self._making:
+        if self.options.when_busy == "skip" and not self._any_generation() and not self._making:
             text = f"skipped: {GENERATIONS} saves are still being written; save less often, or use when_busy='wait'"
             return self._fail(save, SaveSkippedError(text))
         save.state = WAITING
@@ -250,14 +260,26 @@ class SaveMachine:
     def _standing_id(self) -> str:
         return self._standing.id if self._standing else ""
 
+    def _any_generation(self) -> bool:
+        return len(self._line) < GENERATIONS and self._generations.any()
+
     def _next_generation(self) -> list[Instruction]:
-        if not self._queue or not self._generations.any():
+        if not self._queue or not self._any_generation():
             return []
         save = self._saves[self._queue.pop(0)]
-        save.generations = [self._generations.take(save.plan_id)]
+        save.to_store = self._goes_to_store(save)
+        assert save.plan is not None
+        save.generations = [self._generations.take(save.plan_id, save.plan.staged_bytes)]
         self._line.append(save.key)
         save.state = RESERVING
         return [Name(save.token, save.request), Arm(save.token, RESERVING, self.options.write_timeout_s)]
+
+    def _goes_to_store(self, save: Save) -> bool:
+        """The first save does and of later ones every k-th, and what has a tag, as that is to be kept for good."""
+        since, every = self._since_store, self.options.persist_every
+        goes = since is None or since + 1 >= every or save.request.tag is not None
+        self._since_store = 0 if goes or since is None else since + 1
+        return goes
 
     def named(self, token: str, checkpoint: str) -> list[Instruction]:
         """The committer has checked the step and named the checkpoint."""
@@ -324,16 +346,13 @@ class SaveMachine:
                 plan_id = save.plan_id if stands else ""
                 reply = SaveOrders(save.checkpoint, memory, tuple(save.plan.stage[rank]), plan_id, later)
             orders.append(Order(save.key, rank, reply))
-        return [
-            *orders,
-            Arm(save.token, STAGING, self.options.join_timeout_s),
-            LookUp(save.token, save.checkpoint),
-        ]
+        look_up: list[Instruction] = [LookUp(save.token, save.checkpoint)] if save.to_store else []
+        return [*orders, Arm(save.token, STAGING, self.options.join_timeout_s), *look_up]
 
     def looked_up(self, token: str, stored: Stored) -> list[Instruction]:
         """The committer says what need not be written again."""
         save = self._current(token)
-        if save is None or save.state not in (STAGING, SETTLING):
+        if save is None or save.state not in (STAGING, LANDING, SETTLING):
             return []
         save.stored = stored
         return self._settle(save) if save.state == SETTLING else []
@@ -350,15 +369,34 @@ class SaveMachine:
             save.stall_s = max(save.stall_s, message.stall_s)
         if not save.hear(message.rank):
             return []
-        save.state = SETTLING
-        if save.stored is None:
-            return [Arm(save.token, SETTLING, self.options.write_timeout_s)]
-        return self._settle(save)
+        save.found, save.held = save.digests(), self.options.memory_tier
+        hold: list[Instruction] = [Hold(save.token, save)] if save.held else []
+        if save.held and (not save.to_store or save.request.deadline_s is not None):
+            save.state = LANDING
+            return [*hold, Arm(save.token, LANDING, self.options.write_timeout_s), *self._make_spares(save)]
+        return [*hold, *self._to_store(save)]
+
+    def landed(self, checkpoint: str, well: bool) -> list[Instruction]:
+        """Memory has all copies of a save, or will not have them."""
+        save = next((save for save in self._saves.values() if save.checkpoint == checkpoint), None)
+        if save is None or save.state in (DONE, FAILED):
+            return []
+        save.landed = well
+        if save.state != LANDING:
+            return []
+        return self._try_commit() if well and not save.to_store else self._to_store(save)
+
+    def _to_store(self, save: Save) -> list[Instruction]:
+        """Writes a save once it is known what is stored already."""
+        asked, save.state, save.to_store = save.to_store, SETTLING, True
+        if save.stored is not None:
+            return self._settle(save)
+        look_up: list[Instruction] = [] if asked else [LookUp(save.token, save.checkpoint)]
+        return [Arm(save.token, SETTLING, self.options.write_timeout_s), *look_up]
 
     def _settle(self, save: Save) -> list[Instruction]:
         assert save.plan is not None
         assert save.stored is not None
-        save.found = save.digests()
         save.plan = settle(save.plan, save.checkpoint, save.found, save.stored)
         save.state = WRITING
         out: list[Instruction] = [
@@ -383,19 +421,38 @@ class SaveMachine:
         if not self._line:
             return []
         save = self._saves[self._line[0]]
+        if save.state == LANDING and save.landed and not save.to_store:
+            return self._land(save)
         if save.state != WRITING or save.plan is None or set(save.written) != set(save.plan.files):
             return []
         save.state = COMMITTING
         return [Commit(save.token, save)]
 
+    def _land(self, save: Save) -> list[Instruction]:
+        save.state = COMMITTING
+        return [Land(save.token, save)]
+
     def committed(self, token: str, done: SaveDone) -> list[Instruction]:
-        """The checkpoint exists."""
+        """The checkpoint exists, in the store or in memory."""
         save = self._current(token)
         if save is None or save.state != COMMITTING:
             return []
         save.state = DONE
         del self._saves[save.key]
+        if save.held:
+            save.generations = []  # the tier's by now: `freed`
         return [Finish(token, done, save.checkpoint), *self._give_up_generations(save)]
+
+    def freed(self, generation: int) -> list[Instruction]:
+        """The memory tier gives a generation back."""
+        starved = next((s for s in self._saves.values() if s.asked_for_room and s.state == RESERVING), None)
+        if starved is None or generation >= self._generations.number:
+            self._generations.give_back(generation)
+            return self._next_generation()
+        starved.asked_for_room = False  # it takes this one instead, whose memory is there
+        self._generations.give_back(starved.generations[0])
+        starved.generations = [generation]
+        return self._reserve(starved, starved.token, generation) or self._stage(starved)
 
     # Failing.
 
@@ -404,6 +461,9 @@ class SaveMachine:
         if token in self._making:  # a spare generation: the save that needs it will say so, if it is still so then
             return self._made_spare(token)
         save = self._current(token)
+        if save is not None and save.wants_room() and self.options.memory_tier:
+            save.asked_for_room = save.roomed = True
+            return [MakeRoom(token, error)]
         return self._fail(save, error) if save is not None and save.state not in (DONE, FAILED) else []
 
     def lost(self, message: Lost) -> list[Instruction]:
@@ -416,7 +476,7 @@ class SaveMachine:
         if save.state == FAILED:
             save.told.add(rank)
             self._drop_told(save)
-        if save.state in (SETTLING, WRITING, COMMITTING, DONE, FAILED):
+        if save.state in (LANDING, SETTLING, WRITING, COMMITTING, DONE, FAILED):
             return []  # what it had is staged already: nothing is lost
         error = failure.error()
         if not isinstance(error, InvalidInputError | WorkerFailuresError):
@@ -426,12 +486,25 @@ class SaveMachine:
     def timed_out(self, token: str, state: str) -> list[Instruction]:
         """The time for a state is over."""
         save = self._current(token)
+        if save is not None and state == DEADLINE:
+            return self._deadline(save)
         if save is None or save.state != state:
             return []
+        if state == LANDING:  # copies that hang
+            return self._to_store(save)
         if state == FAILED:
             del self._saves[save.key]
             return []
         return self._fail(save, timeout(save, self.options))
+
+    def _deadline(self, save: Save) -> list[Instruction]:
+        """The time of an urgent save is over: it is in memory by now, or it is given up."""
+        if save.state in (COMMITTING, DONE, FAILED):
+            return []  # decided, or about to be
+        if save.landed:
+            save.to_store = False
+            return self._land(save)  # before earlier saves that are still written: there is no time to wait for them
+        return self._fail(save, too_late(save))
 
     def _fail(self, save: Save, error: CheckpointError, also: int | None = None) -> list[Instruction]:
         for generation in save.generations if save.state != RESERVING else ():
@@ -440,6 +513,8 @@ class SaveMachine:
             self._generations.drop(generation)
         again = save.repeats and save.state == RESERVING
         save.state, save.failure = FAILED, Failure.of(error)
+        if save.to_store:
+            self._since_store = None
         save.told |= set(save.staged)  # they wait for the save's outcome, and hear it from there
         waiting = sorted(save.here - save.staged.keys())
         out: list[Instruction] = [self._tell(save, rank, save.failure) for rank in waiting]

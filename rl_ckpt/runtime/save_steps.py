@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rl_ckpt.errors import CheckpointError
 from rl_ckpt.plan.deal import SavePlan, Stored, Written
 from rl_ckpt.runtime.messages import Failure, JoinSave, RepeatSave, SaveDone, SaveReply, WriteOrder
 from rl_ckpt.store.committer import SaveRequest, WrittenSave
 
-JOINING, WAITING, RESERVING, STAGING, SETTLING, WRITING, COMMITTING, DONE, FAILED = (
-    "joining", "waiting", "reserving", "staging", "settling", "writing", "committing", "done", "failed",
+JOINING, WAITING, RESERVING, STAGING, LANDING, SETTLING, WRITING, COMMITTING, DONE, FAILED = (
+    "joining", "waiting", "reserving", "staging", "landing", "settling", "writing", "committing", "done", "failed",
 )  # fmt: skip
+DEADLINE = "deadline"
+"""No state: what the time of an urgent save is armed under."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,30 @@ class Commit:
 
 
 @dataclass(frozen=True, slots=True)
+class Hold:
+    """All is staged: the memory tier holds it from here on. It answers with `landed`, and `freed` in the end."""
+
+    token: str
+    save: Save
+
+
+@dataclass(frozen=True, slots=True)
+class Land:
+    """Have the committer close an attempt that stays in memory alone; answer with `committed`."""
+
+    token: str
+    save: Save
+
+
+@dataclass(frozen=True, slots=True)
+class MakeRoom:
+    """Have the memory tier give up what it holds: staging has no memory. `freed` answers, or `failed` with `error`."""
+
+    token: str
+    error: CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """Tell whoever waits for the save; where it failed, its attempt is abandoned."""
 
@@ -94,7 +121,7 @@ class Arm:
     seconds: float
 
 
-Instruction = Open | Name | ReserveMemory | LookUp | Order | Write | Commit | Finish | Arm
+Instruction = Open | Name | ReserveMemory | LookUp | Order | Write | Commit | Hold | Land | MakeRoom | Finish | Arm
 
 
 @dataclass(slots=True)
@@ -125,6 +152,16 @@ class Save:
     """That it holds; one, where it is no preparation."""
     memory: dict[str, str] = field(default_factory=dict)
     """File of the generation, by server."""
+    to_store: bool = True
+    """Whether it is to be written; else it stays in memory, if it lands there."""
+    held: bool = False
+    """Whether the memory tier has its generation, and gives it back."""
+    landed: bool = False
+    """Whether memory has all its copies."""
+    asked_for_room: bool = False
+    """Whether it waits for a generation that the memory tier gives up."""
+    roomed: bool = False
+    """Whether it has asked for that before."""
     stored: Stored | None = None
     found: Mapping[tuple[str, int], bytes] = field(default_factory=dict)
     """`digests`, once all is staged."""
@@ -141,6 +178,10 @@ class Save:
     def here(self) -> set[int]:
         """Ranks that take part so far."""
         return self.joined.keys() | self.repeats.keys()
+
+    def wants_room(self) -> bool:
+        """Whether an error now means that a server had no memory to stage into, and nothing was tried against it."""
+        return self.state == RESERVING and bool(self.checkpoint) and not self.roomed
 
     def hear(self, rank: int) -> bool:
         """Looks again at what a rank has staged; whether all chunks of all ranks are by now."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rl_ckpt.errors import SaveTimeoutError
 from rl_ckpt.options import Options
 from rl_ckpt.runtime.messages import JoinSave, RepeatSave
-from rl_ckpt.runtime.save_steps import JOINING, RESERVING, STAGING, Save
+from rl_ckpt.runtime.save_steps import COMMITTING, JOINING, LANDING, RESERVING, STAGING, WRITING, Save
 
 
 def join_problem(save: Save, message: JoinSave | RepeatSave) -> str | None:
@@ -24,6 +24,18 @@ def join_problem(save: Save, message: JoinSave | RepeatSave) -> str | None:
     if message.step != save.request.step:
         return f"rank {message.rank} saves step {message.step}, others step {save.request.step}"
     return None
+
+
+def too_late(save: Save) -> SaveTimeoutError:
+    """The error of an urgent save whose time is over."""
+    where = {WRITING: "written to the store", COMMITTING: "committed", LANDING: "copied to another node"}
+    late = {JOINING: f"ranks {sorted(set(range(save.world_size)) - save.here)} joined"}
+    if save.state == STAGING:
+        late[STAGING] = f"ranks {save.late()} had staged"
+    what = late.get(save.state) or f"it was {where.get(save.state, 'staged and settled')}"
+    return SaveTimeoutError(
+        f"step {save.request.step}: {save.request.deadline_s} s were over before {what}; nothing of it is kept"
+    )
 
 
 def timeout(save: Save, options: Options) -> SaveTimeoutError:

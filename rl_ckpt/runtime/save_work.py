@@ -7,14 +7,19 @@ take nothing over. Naming a save waits for no earlier one's commit or sweep.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
+import msgspec
+
 from rl_ckpt.errors import CheckpointError, StorageError
 from rl_ckpt.format import records
+from rl_ckpt.format.manifest import Manifest
+from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.plan.deal import Stored
+from rl_ckpt.plan.parts import Remembered
 from rl_ckpt.runtime.messages import Failure, SaveDone, SaveOutcome
 from rl_ckpt.runtime.save_steps import Save
 from rl_ckpt.runtime.spec import RunSpec
@@ -35,6 +40,7 @@ class SaveWork:
         self._naming = ThreadPoolExecutor(1, "rl_ckpt-name")
         self._committer: Committer | None = None
         self._notice = ""
+        self._landed: dict[str, tuple[int, str | None]] = {}  # what an earlier coordinator had in memory alone
 
     def configure(self, spec: RunSpec, anew: bool) -> None:
         """Takes a driver's rules and options; `anew` where everything is to be opened with them."""
@@ -60,6 +66,8 @@ class SaveWork:
             spec = self._spec
             run = Run.create(spec.url, spec.storage_options, spec.options.weak_commits)
             self._committer = Committer(run, spec.keep, spec.options.grace_s)
+            for checkpoint, (step, parent) in self._landed.items():
+                self._committer.take_landed(checkpoint, step, parent)
         return self._committer
 
     async def name(self, request: SaveRequest) -> str:
@@ -77,27 +85,55 @@ class SaveWork:
         """What an attempt need not write; see `Committer.stored`."""
         return await self._in_thread(self._committing, lambda: self._open_committer().stored(checkpoint))
 
-    async def commit(self, save: Save) -> SaveDone:
+    async def commit(self, save: Save) -> tuple[SaveDone, bytes]:
         """Makes a checkpoint of what was written.
+
+        Returns:
+            What came of it, and the manifest as it was encoded.
 
         Raises:
             CheckpointError: As `Committer.commit`.
         """
         return await self._in_thread(self._committing, partial(self._commit, save))
 
-    def _commit(self, save: Save) -> SaveDone:
+    def _commit(self, save: Save) -> tuple[SaveDone, bytes]:
         committer = self._open_committer()
         _check_visible(committer.run, save)
         record = committer.commit(save.done())
-        notice, self._notice = self._notice, ""
         url = committer.run.store.object_url(records.manifest_name(record.id))
-        return SaveDone(record, url, lineage(record, committer.commits), save.stall_s, notice)
+        return self._done(committer, record, url, save), committer.last_manifest
+
+    async def land(self, save: Save) -> tuple[SaveDone, bytes]:
+        """Makes a checkpoint of what stays in memory; it is in the line of those in the store.
+
+        Returns:
+            As `commit`.
+        """
+        return await self._in_thread(self._committing, partial(self._land, save))
+
+    def _land(self, save: Save) -> tuple[SaveDone, bytes]:
+        committer = self._open_committer()
+        record = committer.land(save.done())
+        return self._done(committer, record, "", save), committer.last_manifest
+
+    def _done(self, committer: Committer, record: CommitRecord, url: str, save: Save) -> SaveDone:
+        notice, self._notice = self._notice, ""
+        return SaveDone(record, url, lineage(record, committer.commits), save.stall_s, notice, in_store=bool(url))
+
+    def take_landed(self, found: Iterable[Remembered]) -> None:
+        """Learns of checkpoints that only memory has, from before this coordinator."""
+        for one in found:
+            if one.record is None:
+                manifest = msgspec.json.decode(one.manifest, type=Manifest)
+                self._landed[one.id] = (one.step, manifest.parent)
 
     def finish(self, outcome: SaveOutcome, checkpoint: str) -> None:
         """A save is decided: a failed one's files are orphans from now on; then retention and sweep, later."""
         if self._committer is not None:
             if isinstance(outcome, Failure):
                 self._committer.abandon(checkpoint)
+            elif not outcome.in_store:
+                return  # nothing was stored: nothing is to be swept
             self._committing.submit(self._tidy)
 
     def _tidy(self) -> None:

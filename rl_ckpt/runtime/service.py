@@ -226,7 +226,9 @@ def _outcome(spec: RunSpec, checkpoint: str, begun: float) -> CheckpointInfo:
     if reply.notice:
         warnings.warn(reply.notice, stacklevel=2)
     durable_s = time.monotonic() - begun
-    return info_from(reply.record, reply.url, reply.lineage, stall_s=reply.stall_s, durable_s=durable_s)
+    return info_from(
+        reply.record, reply.url, reply.lineage, stall_s=reply.stall_s, durable_s=durable_s, in_store=reply.in_store
+    )
 
 
 def _wait(spec: RunSpec, checkpoint: str) -> SaveDone | Failure:

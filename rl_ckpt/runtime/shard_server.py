@@ -16,13 +16,20 @@ import ray
 
 from rl_ckpt.errors import CheckpointError
 from rl_ckpt.runtime import memory
+from rl_ckpt.runtime.copying import be_in_no_hurry, copy_part
 from rl_ckpt.runtime.fetching import Fetch
+from rl_ckpt.runtime.generations import generations
+from rl_ckpt.runtime.held import HeldParts
 from rl_ckpt.runtime.messages import (
+    CopyOrder,
     Failure,
     FetchDone,
     FetchOrder,
+    HoldDone,
+    HoldOrder,
     Lost,
     Ok,
+    RememberOrder,
     Reserve,
     Reserved,
     StagedObjects,
@@ -41,7 +48,7 @@ from rl_ckpt.runtime.transport.wire import Door, TransportError
 from rl_ckpt.store.shard_writer import write_files
 from rl_ckpt.store.urls import open_store
 
-CONCURRENCY_GROUPS = {"control": 4, "io": 4, "network": 8}
+CONCURRENCY_GROUPS = {"control": 4, "io": 4, "network": 8, "copy": 2}
 _CALL_S = 30.0  # for a call of a peer that has nothing to wait for
 
 _log = logging.getLogger("rl_ckpt")
@@ -57,9 +64,10 @@ class ShardServer:
         self._store = open_store(spec.url, spec.storage_options)
         self._memory = memory.ServerMemory(name)
         self._shelf = Shelf()
+        self._held = HeldParts(self._memory, self._shelf, generations(spec.options))
         self._restores = RestoreMemory(self._memory, self._shelf)
         self._listener = _listen(name, self._shelf)
-        self._counts = {"bytes_staged": 0, "bytes_from_peers": 0, "bytes_served_by_ray": 0}
+        self._counts = {"bytes_staged": 0, "bytes_from_peers": 0, "bytes_served_by_ray": 0, "copies_by_ray": 0}
 
     @ray.method(concurrency_group="control")
     def ready(self) -> str:
@@ -124,6 +132,51 @@ class ShardServer:
         return encode(FetchDone(done, failed, self._memory.path(name)))
 
     @ray.method(concurrency_group="control")
+    def hold(self, data: bytes) -> bytes:
+        """Keeps what was staged in a generation of its memory."""
+        order = decode(data, HoldOrder)
+        try:
+            return encode(HoldDone(self._held.hold(order.part, order.path)))
+        except CheckpointError as error:
+            return encode(Failure.of(error))
+
+    @ray.method(concurrency_group="copy")
+    def copy(self, data: bytes) -> bytes:
+        """Copies another server's part into its memory, and keeps it."""
+        order = decode(data, CopyOrder)
+        limit_s = self._spec.options.write_timeout_s
+
+        def fill(target: memoryview) -> None:
+            be_in_no_hurry()  # the threads of this group only copy
+            way = copy_part(order.part, order.holder, target, _RayPeer, limit_s)
+            self._counts["copies_by_ray"] += way == "ray"
+
+        try:
+            return encode(HoldDone(self._held.copy(order.part, fill)))
+        except CheckpointError as error:
+            return encode(Failure.of(error))
+
+    @ray.method(concurrency_group="control")
+    def remember(self, data: bytes) -> bytes:
+        """Writes down of what checkpoint it holds parts."""
+        try:
+            self._held.remember(decode(data, RememberOrder))
+        except CheckpointError as error:
+            return encode(Failure.of(error))
+        return encode(Ok())
+
+    @ray.method(concurrency_group="control")
+    def release(self, part: str) -> bytes:
+        """Gives a part up."""
+        self._held.release(part)
+        return encode(Ok())
+
+    @ray.method(concurrency_group="control")
+    def held(self, adopt: bool) -> bytes:
+        """What it holds; `adopt` where a coordinator asks that knows nothing of it."""
+        return encode(self._held.found(adopt))
+
+    @ray.method(concurrency_group="control")
     def door(self) -> Door | None:
         """How a peer gets to this server's listener, its secret with it; None where it has none."""
         return self._listener.door if self._listener is not None else None
@@ -157,6 +210,7 @@ class ShardServer:
         listened = self._listener.counts() if self._listener is not None else {"bytes_served": 0}
         return {
             **self._counts,
+            **self._held.counts(),
             **listened,
             "store_reads": traffic.reads,
             "store_bytes_read": traffic.bytes_read,

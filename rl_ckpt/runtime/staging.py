@@ -127,6 +127,7 @@ def _orders(
         take_inventory(flat, spec.options.chunk_bytes, place.world_size),
         last.promised,
         prepare,
+        request.deadline_s,
     )
     reply: SaveOrders = ask(coordinator(spec).join_save, join, SaveOrders)
     last.plan, last.promised = reply.plan, reply.next_memory
@@ -163,6 +164,7 @@ def _repeat(
         last.plan,
         plains,
         b"".join(found.values()),
+        request.deadline_s,
     )
     asked = Asked(coordinator(spec).repeat_save.remote(encode(message)), RepeatOrders | JoinAgain)
     if ahead is not None and not hashed:  # while the coordinator hears from the others

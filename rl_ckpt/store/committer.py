@@ -17,16 +17,19 @@ from rl_ckpt.errors import CommitUnknownError, CorruptionError, InvalidInputErro
 from rl_ckpt.format import manifest as manifests
 from rl_ckpt.format import records
 from rl_ckpt.format.digest import digest
-from rl_ckpt.format.manifest import Manifest
+from rl_ckpt.format.manifest import ArrayEntry, Manifest, ShardFileEntry
 from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.info import CheckpointInfo
 from rl_ckpt.plan.deal import SavePlan, Stored, Written, entries, stored_chunks
+from rl_ckpt.plan.parts import memory_entries
 from rl_ckpt.plan.retention import KeepRule, to_drop
 from rl_ckpt.state import leaves
 from rl_ckpt.state.arrays import UnsupportedLeafError
 from rl_ckpt.state.leaves import Json
 from rl_ckpt.store.run import Run, lineage, who
 from rl_ckpt.store.sweep import Sweeper
+
+_LANDED_KEPT = 4096  # checkpoints in memory alone whose steps are remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,8 @@ class Committer:
         self._lock = threading.Lock()  # held where commits and attempts change, never while the store is asked
         self._unsettled: set[str] = set()  # attempts whose commit record was sent and may yet land
         self._stored: Stored | None = None
+        self._landed: dict[str, tuple[int, str | None]] = {}  # only in memory: step, and committed parent
+        self.last_manifest = b""  # of the last checkpoint, as it was encoded
 
     def configure(self, keep: Sequence[KeepRule], grace_s: float) -> None:
         """Takes other retention rules, from the next commit on."""
@@ -117,18 +122,26 @@ class Committer:
         if self.is_gone():
             raise StorageError(f"{self.run.store.url} was removed under this process; make a new Checkpointer")
         with self._lock:
-            line = self._line(request.parent)
+            if request.parent is not None:  # what came after it is another branch from here on
+                until = [*self._landed].index(request.parent) + 1 if request.parent in self._landed else 0
+                self._landed = dict([*self._landed.items()][:until])
+            line = self._line(self._committed(request.parent))
             twice = next((c for c in self._commits if c.step == request.step and c.id in line), None)
             if twice is not None:
                 raise InvalidInputError(
                     f"step {request.step} is committed already as {twice.id} in {self.run.store.url}; save a later "
                     "step, or restore a checkpoint before it first (then the new one starts another branch)"
                 )
+            if request.step in {step for step, _ in self._landed.values()}:
+                raise InvalidInputError(
+                    f"step {request.step} is saved already, in memory; save a later step, or restore a checkpoint "
+                    "before it first (then the new one starts another branch)"
+                )
             if request.parent is None and request.step in {attempt.step for attempt in self._open.values()}:
                 raise InvalidInputError(f"step {request.step} is being saved already; save a later step")
             checkpoint = f"{request.step}-{uuid.uuid4().hex[:12]}"
             self._sweeper.protect(checkpoint, set())
-            self._open[checkpoint] = _Attempt(request.step, line, request.parent)
+            self._open[checkpoint] = _Attempt(request.step, line, self._committed(request.parent))
         return checkpoint
 
     def _line(self, parent: str | None) -> set[str]:
@@ -138,6 +151,10 @@ class Committer:
             return self._open[last].line | {last}
         start = next((c for c in self._commits if c.id == parent), self._commits[-1] if self._commits else None)
         return {start.id, *lineage(start, self._commits)} if start else set()
+
+    def _committed(self, parent: str | None) -> str | None:
+        """The same, or where that is only in memory, what it continues."""
+        return self._landed[parent][1] if parent in self._landed else parent
 
     def stored(self, checkpoint: str) -> Stored:
         """What an attempt need not write: the intact chunks of the checkpoint that it continues.
@@ -186,8 +203,9 @@ class Committer:
             FencedError, CommitConflictError, CommitUnknownError, StorageError: As `CommitLog.commit`. Unless the
                 outcome is unknown, nothing is committed and the files are orphans for the sweep.
         """
-        manifest = self._manifest(save)
+        manifest = self._manifest(save, *entries(save.plan, save.written, save.digests))
         data = manifests.encode(manifest)
+        self.last_manifest = data
         self.run.store.put(records.manifest_name(manifest.id), [data])
         files = sum(w.bytes for server in save.written.values() for w in server)
 
@@ -225,6 +243,44 @@ class Committer:
         self._stored = stored_chunks(manifest)
         return record
 
+    def land(self, save: WrittenSave) -> CommitRecord:
+        """Closes an attempt that stays in memory alone: nothing is stored.
+
+        Returns:
+            The record that it would have; its number is that of the newest commit.
+        """
+        manifest = self._manifest(save, *memory_entries(save.plan, save.digests))
+        data = self.last_manifest = manifests.encode(manifest)
+        with self._lock:
+            record = CommitRecord(
+                number=self._commits[-1].number if self._commits else 0,
+                run=self.run.record.run,
+                write_id="",
+                epoch=self.run.log.epoch,
+                id=manifest.id,
+                step=manifest.step,
+                manifest_bytes=len(data),
+                manifest_digest=digest(data).hex(),
+                bytes=manifest.array_bytes,
+                bytes_written=0,
+                time=manifest.time,
+                metrics=manifest.metrics,
+                tag=manifest.tag,
+                parent=manifest.parent,
+                world_size=manifest.world_size,
+            )
+            self._open.pop(manifest.id, None)
+        self.take_landed(manifest.id, manifest.step, manifest.parent)
+        self._sweeper.release(manifest.id)
+        return record
+
+    def take_landed(self, checkpoint: str, step: int, parent: str | None) -> None:
+        """Learns of a checkpoint that is in memory alone: it may be continued, and its step is taken."""
+        with self._lock:
+            self._landed[checkpoint] = (step, parent)
+            while len(self._landed) > _LANDED_KEPT:
+                del self._landed[next(iter(self._landed))]
+
     def _settle(self) -> None:
         """Takes up commits that landed although they had seemed to fail; the others can't land any more."""
         self._commits.extend(self.run.log.take_late())
@@ -257,10 +313,11 @@ class Committer:
         """A commit as callers see it."""
         return info_of(self.run, record, self._commits)
 
-    def _manifest(self, save: WrittenSave) -> Manifest:
+    def _manifest(
+        self, save: WrittenSave, files: tuple[ShardFileEntry, ...], arrays: tuple[ArrayEntry, ...]
+    ) -> Manifest:
         request, plan = save.request, save.plan
-        files, arrays = entries(plan, save.written, save.digests)
-        parent = request.parent or (self._commits[-1].id if self._commits else None)
+        parent = self._committed(request.parent) or (self._commits[-1].id if self._commits else None)
         return Manifest(
             run=self.run.record.run,
             id=save.checkpoint,
@@ -277,13 +334,28 @@ class Committer:
         )
 
 
-def info_of(run: Run, record: CommitRecord, commits: Sequence[CommitRecord], **times: float) -> CheckpointInfo:
+def info_of(
+    run: Run,
+    record: CommitRecord,
+    commits: Sequence[CommitRecord],
+    *,
+    stall_s: float | None = None,
+    durable_s: float | None = None,
+) -> CheckpointInfo:
     """A commit record as callers see it."""
     url = run.store.object_url(records.manifest_name(record.id))
-    return info_from(record, url, lineage(record, commits), **times)
+    return info_from(record, url, lineage(record, commits), stall_s=stall_s, durable_s=durable_s)
 
 
-def info_from(record: CommitRecord, url: str, ancestors: tuple[str, ...], **times: float) -> CheckpointInfo:
+def info_from(
+    record: CommitRecord,
+    url: str,
+    ancestors: tuple[str, ...],
+    *,
+    stall_s: float | None = None,
+    durable_s: float | None = None,
+    in_store: bool = True,
+) -> CheckpointInfo:
     """A commit record as callers see it, from its parts as they travel between processes."""
     return CheckpointInfo(
         step=record.step,
@@ -296,7 +368,9 @@ def info_from(record: CommitRecord, url: str, ancestors: tuple[str, ...], **time
         tag=record.tag,
         lineage=ancestors,
         world_size=record.world_size,
-        **times,
+        stall_s=stall_s,
+        durable_s=durable_s,
+        in_store=in_store,
     )
 
 

@@ -233,7 +233,7 @@ def test_two_generations_are_staged_and_the_third_save_waits(
         assert [info.step for info in ckpt.checkpoints()] == [0, 1, 2]
         assert names <= shared_memory()
         for name in names:
-            assert [file.split("-")[1] for file in memory_files(name, "generation-*")] == ["0", "1"]
+            assert [file.split("-")[1] for file in memory_files(name, "generation-*")] == ["0", "1", "2"]
     assert not names & shared_memory()
 
 

@@ -97,6 +97,13 @@ class Shelf:
                 entry.failure = (error.code, error.message)
                 self._changed.notify_all()
 
+    def move(self, name: str, path: str) -> None:
+        """The file has another path now; nothing happens where it has been withdrawn."""
+        with self._changed:
+            entry = self._entries.get(name)
+            if entry is not None:
+                entry.path = path
+
     def withdraw(self, name: str) -> None:
         """Takes it down for good; who waits for it is told."""
         with self._changed:

@@ -60,7 +60,7 @@ def repeat(rank: int, step: int, plan: str, world: int = 2, state: State | None 
 class Bench:
     """Feeds events to the machine and keeps its instructions until a test answers them."""
 
-    options: Options = field(default_factory=Options)
+    options: Options = field(default_factory=lambda: Options(memory_tier=False))
 
     def __post_init__(self) -> None:
         self.machine = SaveMachine(self.options)
@@ -71,6 +71,11 @@ class Bench:
         self.writes: list[sm.Write] = []
         self.commits: list[sm.Commit] = []
         self.arms: list[sm.Arm] = []
+        self.holds: list[tuple[str, int]] = []
+        """Checkpoints that the memory tier holds or has begun to, in their order, each with its generation."""
+        self.lands: list[sm.Land] = []
+        self.landed: list[int] = []
+        self.rooms: list[sm.MakeRoom] = []
         self.replies: dict[tuple[str, int], list[SaveReply | Failure]] = {}
         self.finished: dict[str, SaveDone | Failure] = {}
         self.committed: list[int] = []
@@ -102,7 +107,15 @@ class Bench:
                     self.arms.append(i)
                 case sm.Order(key, rank, reply):
                     self.replies.setdefault((key, rank), []).append(reply)
+                case sm.Hold(_, save):
+                    self.holds.append((save.checkpoint, save.generations[0]))
+                case sm.Land():
+                    self.lands.append(i)
+                case sm.MakeRoom():
+                    self.rooms.append(i)
                 case sm.Finish(_, outcome, checkpoint):
+                    if isinstance(outcome, Failure):
+                        self.holds = [hold for hold in self.holds if hold[0] != checkpoint]
                     if checkpoint:
                         assert checkpoint not in self.finished, "a save was decided twice"
                         self.finished[checkpoint] = outcome
@@ -187,6 +200,42 @@ class Bench:
         )  # fmt: skip
         done = SaveDone(record, "u", (), save.stall_s, "")
         self.do(self.machine.committed(ask.token, done))
+        self.replace_held(save.checkpoint)
+
+    def land(self) -> None:
+        """Answers the oldest Land as the committer does."""
+        ask = self.lands.pop(0)
+        self.landed.append(ask.save.request.step)
+        record = CommitRecord(
+            number=1, run="r", write_id="", epoch=1, id=ask.save.checkpoint, step=ask.save.request.step,
+            manifest_bytes=1, manifest_digest="", bytes=1, bytes_written=0, time=1.0,
+        )  # fmt: skip
+        done = SaveDone(record, "", (), ask.save.stall_s, "", in_store=False)
+        self.do(self.machine.committed(ask.token, done))
+        self.replace_held(ask.save.checkpoint)
+
+    def copied(self, step: int, well: bool = True) -> None:
+        """The tier has all copies of a save, or will not have them."""
+        checkpoint = next(name for name, _ in self.holds if name.startswith(f"{step}-"))
+        self.do(self.machine.landed(checkpoint, well))
+
+    def make_room(self, helps: bool) -> None:
+        """The tier gives up what is committed, if there is any and it is not in use."""
+        ask = self.rooms.pop(0)
+        over = [hold for hold in self.holds if isinstance(self.finished.get(hold[0]), SaveDone)] if helps else []
+        self.holds = [hold for hold in self.holds if hold not in over]
+        for _, generation in over:
+            self.do(self.machine.freed(generation))
+        if not over:
+            self.do(self.machine.failed(ask.token, ask.error))
+
+    def replace_held(self, checkpoint: str) -> None:
+        """The tier holds a new checkpoint, and gives back the generations of those before it."""
+        known = [name for name, _ in self.holds]
+        if checkpoint in known and isinstance(self.finished.get(checkpoint), SaveDone):
+            over, self.holds = self.holds[: known.index(checkpoint)], self.holds[known.index(checkpoint) :]
+            for _, generation in over:
+                self.do(self.machine.freed(generation))
 
     def fail(
         self, asked: sm.Name | sm.ReserveMemory | sm.LookUp | sm.Write | sm.Commit, error: CheckpointError

@@ -23,7 +23,7 @@ DEAD = WorkerFailuresError("rank 1 died", {1: "rank 1 died"})
 
 def prepared(options: Options | None = None) -> tuple[Bench, str]:
     """Two ranks that were made ready, and their plan."""
-    bench = Bench(options or Options())
+    bench = Bench(options or Options(memory_tier=False))
     for rank in range(2):
         bench.do(bench.machine.join(msgspec.structs.replace(join(rank, 0, key="prepare"), prepare=True)))
     assert bench.names == []
@@ -354,10 +354,10 @@ class TestSeveralGroups:
 
     def test_other_options_end_a_plan(self) -> None:
         bench, plan = prepared()
-        bench.machine.configure(Options())
+        bench.machine.configure(Options(memory_tier=False))
         bench.do(bench.machine.repeat(repeat(0, 0, plan)))
         assert ("save-0", 0) not in bench.replies
-        bench.machine.configure(Options(write_streams=1))
+        bench.machine.configure(Options(memory_tier=False, write_streams=1))
         bench.do(bench.machine.repeat(repeat(1, 1, plan)))
         assert isinstance(bench.reply(1, 1), JoinAgain)
 

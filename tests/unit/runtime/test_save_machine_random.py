@@ -18,17 +18,20 @@ WORLD = 2
 STEPS = st.integers(0, 3)
 RANKS = st.integers(0, WORLD - 1)
 PICK = st.integers(0, 1 << 20)
-HOLDING = (sm.RESERVING, sm.STAGING, sm.SETTLING, sm.WRITING, sm.COMMITTING)
+HOLDING = (sm.RESERVING, sm.STAGING, sm.LANDING, sm.SETTLING, sm.WRITING, sm.COMMITTING)
 
 
 class Interleavings(RuleBasedStateMachine):
     """Two ranks that call `save` again and again, each blocked by its own call; the world answers late or fails."""
 
     when_busy = "wait"
+    memory_tier = False
+    persist_every = 1
 
     def __init__(self) -> None:
         super().__init__()
-        self.bench = Bench(Options(when_busy=self.when_busy))  # type: ignore[arg-type]
+        how = {"when_busy": self.when_busy, "memory_tier": self.memory_tier, "persist_every": self.persist_every}
+        self.bench = Bench(Options(**how))  # type: ignore[arg-type]
         self.blocked: dict[int, tuple[str, int]] = {}
         """Rank → the key it waits for, and how many replies it had to that key before."""
         self.staging: dict[int, tuple[str, SaveOrders | RepeatOrders]] = {}
@@ -120,6 +123,22 @@ class Interleavings(RuleBasedStateMachine):
     def commit(self) -> None:
         self.bench.commit()
 
+    @precondition(lambda self: self.bench.lands)
+    @rule()
+    def land(self) -> None:
+        self.bench.land()
+
+    @precondition(lambda self: self.bench.holds)
+    @rule(pick=PICK, well=st.booleans())
+    def copied(self, pick: int, well: bool) -> None:
+        """The tier says so once; what it says of saves that are over by now changes nothing."""
+        self.bench.do(self.bench.machine.landed(self.bench.holds[pick % len(self.bench.holds)][0], well))
+
+    @precondition(lambda self: self.bench.rooms)
+    @rule(helps=st.booleans())
+    def make_room(self, helps: bool) -> None:
+        self.bench.make_room(helps)
+
     @rule(pick=PICK)
     def break_something(self, pick: int) -> None:
         bench = self.bench
@@ -143,7 +162,7 @@ class Interleavings(RuleBasedStateMachine):
         """Neither unasked, into what was promised, nor by the orders of another save."""
         self.collect()
         for save in self.bench.machine._saves.values():
-            if save.state in (sm.WRITING, sm.COMMITTING):
+            if save.state in (sm.LANDING, sm.WRITING, sm.COMMITTING):
                 read = set(save.memory.values())
                 assert not read & (set(self.promised.values()) | self.zombies)
                 others = [orders for _, orders in self.staging.values() if orders.checkpoint != save.checkpoint]
@@ -169,6 +188,8 @@ class Interleavings(RuleBasedStateMachine):
             or bench.look_ups
             or bench.writes
             or bench.commits
+            or bench.lands
+            or bench.rooms
             or bench.arms
         ):
             for rank in list(self.staging):
@@ -178,8 +199,10 @@ class Interleavings(RuleBasedStateMachine):
             bench.reserve()
             bench.look_up()
             bench.write_all()
-            while bench.commits:
-                bench.commit()
+            while bench.commits or bench.lands:
+                bench.commit() if bench.commits else bench.land()
+            while bench.rooms:
+                bench.make_room(True)
             self.collect()
             if not self.staging and bench.arms:
                 self.time_out(0)
@@ -188,17 +211,36 @@ class Interleavings(RuleBasedStateMachine):
         assert self.pending <= set(bench.finished), "a save was never decided"
         assert not bench.machine.busy()
         assert bench.open == {}, "an attempt was never given up"
+        bench.machine.configure(Options(memory_tier=self.memory_tier))
         for step in (1000, 1001):
             bench.to_writing(step)  # so both generations are free
         bench.write_all()
         bench.commit()
         bench.commit()
+        held = [generation for _, generation in bench.holds]
+        assert len(held) == self.memory_tier
+        assert sorted([*held, *bench.machine._generations._free, *bench.machine._generations._promised]) == list(
+            range(GENERATIONS + self.memory_tier)
+        ), "a generation was lost, or given back twice"
 
 
 class SkippingInterleavings(Interleavings):
     """The same where saves are skipped while two are being written."""
 
     when_busy = "skip"
+
+
+class TieredInterleavings(Interleavings):
+    """The same with a memory tier."""
+
+    memory_tier = True
+
+
+class LandingInterleavings(Interleavings):
+    """The same where two of three saves stay in memory."""
+
+    memory_tier = True
+    persist_every = 3
 
 
 _SETTINGS = settings(
@@ -208,3 +250,7 @@ TestWaiting = Interleavings.TestCase
 TestWaiting.settings = _SETTINGS
 TestSkipping = SkippingInterleavings.TestCase
 TestSkipping.settings = _SETTINGS
+TestTiered = TieredInterleavings.TestCase
+TestTiered.settings = _SETTINGS
+TestLanding = LandingInterleavings.TestCase
+TestLanding.settings = _SETTINGS

@@ -1,0 +1,458 @@
+"""The memory tier's brain: a pure state machine, events in, instructions out. No Ray, no I/O, no clock.
+
+Owns: which checkpoint's parts are held in memory, by whom, how many copies of each there are to be and where they go.
+Promises: two copies of a part are never on one node; what is in memory of an older checkpoint is not given up before a
+newer one is committed and has landed (or can't); what somebody restores from is neither given up nor written; a
+generation of staging memory is given back exactly once. Never makes a save fail: what can't be held is not held.
+
+*Landed*: every part has 1 + `replicas` holders on nodes that stay (fewer where there are not so many nodes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from rl_ckpt.options import Options
+from rl_ckpt.plan.parts import Holdings, Part, Remembered, part_name
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Have a server keep what was staged in its memory; answer with `held` or `not_held`."""
+
+    server: str
+    part: Part
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Have a server copy a part from a holder; answer with `held` or `not_held`. It may have to be started first."""
+
+    server: str
+    part: Part
+    holder: str
+
+
+@dataclass(frozen=True, slots=True)
+class Remember:
+    """Tell a holder what it holds parts of, for whoever comes after this coordinator."""
+
+    server: str
+    checkpoint: Remembered
+    parts: tuple[str, ...]
+    """Names of all its parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Have a server give a part up."""
+
+    server: str
+    part: str
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationFree:
+    """Nobody holds this generation of staging memory any more."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """All parts of a checkpoint have the copies that they are to have."""
+
+    checkpoint: str
+
+
+@dataclass(frozen=True, slots=True)
+class CannotLand:
+    """They will not have them, and this is why."""
+
+    checkpoint: str
+    why: str
+
+
+Instruction = Hold | Copy | Remember | Release | GenerationFree | Landed | CannotLand
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a server has in memory, as it tells a coordinator that knows of nothing."""
+
+    parts: Sequence[tuple[Part, str]]
+    """Parts, and the file of each."""
+    remembered: Sequence[tuple[Remembered, tuple[str, ...]]]
+    """Checkpoints, and names of all parts of each."""
+
+
+@dataclass(slots=True)
+class _Piece:
+    """A part and its copies."""
+
+    origin: str
+    bytes: int
+    path: str
+    """Of the origin's file."""
+    part: Part | None = None
+    """Once its table is made."""
+    holders: dict[str, str] = field(default_factory=dict)
+    """Servers that have it, each with its file."""
+    asked: set[str] = field(default_factory=set)
+    """Servers that are to have it and have not answered."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Servers that can't have it, with the reason."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    """One checkpoint in memory."""
+
+    id: str
+    generation: int | None
+    """That it was staged in; None: nothing is to be given back."""
+    pieces: dict[str, _Piece]
+    """By name of the part."""
+    done: Remembered | None = None
+    """Once it is a checkpoint."""
+    told: set[str] = field(default_factory=set)
+    """Servers that have been told to remember it."""
+    settled: bool = False
+    """Whether it has landed, or can't."""
+    users: set[str] = field(default_factory=set)
+
+
+class Tier:
+    """See the module. Every method is an event and returns what is to be done about it, or a question."""
+
+    def __init__(self, options: Options) -> None:
+        """Holds nothing; knows no server."""
+        self.options = options
+        self._servers: dict[str, bool] = {}
+        """Of the nodes that are alive, in the order of the ring: whether the node is going away."""
+        self._started: set[str] = set()
+        self._kept: dict[str, _Kept] = {}
+
+    # Questions.
+
+    def busy(self) -> bool:
+        """Whether anything is in memory: then it matters which nodes are alive."""
+        return bool(self._kept)
+
+    def remembered(self) -> list[Remembered]:
+        """Checkpoints in memory, the newest first."""
+        out = [
+            msgspec.structs.replace(kept.done, whole=all(piece.holders for piece in kept.pieces.values()))
+            for kept in self._kept.values()
+            if kept.done is not None
+        ]
+        return out[::-1]
+
+    def holdings(self, checkpoint: str) -> Holdings | None:
+        """Where its chunks are; None where it is not in memory."""
+        kept = self._kept.get(checkpoint)
+        if kept is None:
+            return None
+        pieces = [piece for piece in kept.pieces.values() if piece.part is not None]
+        return Holdings(
+            [piece.part for piece in pieces if piece.part is not None],
+            {part_name(kept.id, piece.origin): piece.holders for piece in pieces},
+        )
+
+    def copies(self, server: str) -> dict[str, tuple[str, str]]:
+        """Of what a server has staged: by checkpoint, another server that has all of it, and that one's file."""
+        out: dict[str, tuple[str, str]] = {}
+        for kept in self._kept.values():
+            piece = kept.pieces.get(part_name(kept.id, server))
+            other = next((item for item in piece.holders.items() if item[0] != server), None) if piece else None
+            if other is not None:
+                out[kept.id] = other
+        return out
+
+    def counts(self) -> dict[str, int]:
+        """Parts and bytes that are held, all copies counted, and copies that are missing."""
+        pieces = [piece for kept in self._kept.values() for piece in kept.pieces.values()]
+        return {
+            "parts_held": sum(len(piece.holders) for piece in pieces),
+            "bytes_held": sum(len(piece.holders) * piece.bytes for piece in pieces),
+            "copies_missing": sum(max(0, self._wanted() - len(self._staying(piece))) for piece in pieces),
+        }
+
+    # Servers.
+
+    def servers_are(self, servers: Mapping[str, bool]) -> list[Instruction]:
+        """Which nodes are alive.
+
+        Args:
+            servers: Name of the shard server of each node (it need not run yet), and whether the node is going away.
+        """
+        now = dict(sorted(servers.items()))
+        if now == self._servers:
+            return []
+        lost = self._servers.keys() - now.keys()
+        self._servers = now
+        self._started &= now.keys()
+        return self._without(lost) if lost else self._spread_all()
+
+    def server_lost(self, server: str) -> list[Instruction]:
+        """A server's node is dead, and its memory with it."""
+        self._servers.pop(server, None)
+        self._started.discard(server)
+        return self._without({server})
+
+    def _without(self, lost: Iterable[str]) -> list[Instruction]:
+        for kept in self._kept.values():
+            kept.told -= set(lost)
+            for piece in kept.pieces.values():
+                for server in lost:
+                    piece.holders.pop(server, None)
+                    piece.asked.discard(server)
+        return self._spread_all()
+
+    # A save.
+
+    def begin(self, checkpoint: str, generation: int | None, staged: Mapping[str, tuple[int, str]]) -> None:
+        """All of a save is staged: from here on its memory is held.
+
+        Args:
+            checkpoint: Its id.
+            generation: That it is staged in.
+            staged: Bytes and file, by server.
+        """
+        pieces = {part_name(checkpoint, server): _Piece(server, *found) for server, found in staged.items()}
+        self._kept[checkpoint] = _Kept(checkpoint, generation, pieces)
+        for server in staged:
+            self._servers.setdefault(server, False)
+            self._started.add(server)
+
+    def tabled(self, checkpoint: str, parts: Sequence[Part]) -> list[Instruction]:
+        """The tables of a save's parts are made."""
+        kept = self._kept.get(checkpoint)
+        if kept is None:
+            return []
+        out: list[Instruction] = []
+        for part in parts:
+            piece = kept.pieces[part.name]
+            piece.part = part
+            if piece.origin not in self._servers:
+                continue  # died meanwhile
+            why = self._no_room(kept, piece, piece.origin)
+            if why:
+                piece.refused[piece.origin] = why
+            else:
+                piece.asked.add(piece.origin)
+                out.append(Hold(piece.origin, part, piece.path))
+        return [*out, *self._spread(kept)]
+
+    def held(self, checkpoint: str, part: str, server: str, path: str) -> list[Instruction]:
+        """A server has a part, whole and verified."""
+        kept = self._kept.get(checkpoint)
+        if kept is None or server not in self._servers:
+            return [Release(server, part)]  # given up meanwhile
+        piece = kept.pieces[part]
+        piece.asked.discard(server)
+        piece.holders[server] = path
+        return [*self._remember(kept), *self._spread(kept)]
+
+    def not_held(self, checkpoint: str, part: str, server: str, why: str) -> list[Instruction]:
+        """A server can't have a part."""
+        kept = self._kept.get(checkpoint)
+        if kept is None:
+            return []
+        kept.pieces[part].asked.discard(server)
+        kept.pieces[part].refused[server] = why
+        return self._spread(kept)
+
+    def committed(self, done: Remembered) -> list[Instruction]:
+        """A save is a checkpoint: in the store, or in memory alone."""
+        kept = self._kept.get(done.id)
+        if kept is None:
+            return []
+        kept.done = done
+        self._kept[done.id] = self._kept.pop(done.id)  # in the order of the commits
+        return [*self._remember(kept), *self._spread(kept)]
+
+    def aborted(self, checkpoint: str) -> list[Instruction]:
+        """A save has failed; who gave it its generation has taken that back."""
+        kept = self._kept.get(checkpoint)
+        if kept is None or kept.done is not None:
+            return []
+        kept.generation = None
+        return self._release(kept)
+
+    # Restores.
+
+    def use(self, checkpoint: str, token: str) -> None:
+        """Somebody restores from a checkpoint in memory, until `done`."""
+        if checkpoint in self._kept:
+            self._kept[checkpoint].users.add(token)
+
+    def done(self, token: str) -> list[Instruction]:
+        """A restore is over."""
+        for kept in self._kept.values():
+            kept.users.discard(token)
+        return self._retire()
+
+    def bad(self, server: str, part: str, digest: bytes) -> list[Instruction]:
+        """A chunk of a copy is damaged: that copy is given up, and made anew on another node where there is one."""
+        for kept in self._kept.values():
+            piece = kept.pieces.get(part)
+            if piece is not None and piece.holders.pop(server, None) is not None:
+                piece.refused[server] = f"chunk {digest.hex()} was damaged in the memory of {server}"
+                return [Release(server, part), *self._spread(kept)]
+        return []
+
+    # Giving up, and taking up.
+
+    def make_room(self) -> list[Instruction]:
+        """Staging finds no memory: what is held and not in use is given up."""
+        out: list[Instruction] = []
+        for kept in list(self._kept.values()):
+            if kept.done is not None and not kept.users:
+                out += self._release(kept)
+        return out
+
+    def adopt(self, found: Mapping[str, Found]) -> list[Instruction]:
+        """What servers have, after the coordinator's restart: the newest whole checkpoint is held on.
+
+        Their files are no generation's any more: servers have made them parts of their own.
+        """
+        best = _newest(found)
+        out: list[Instruction] = []
+        for server, one in found.items():
+            self._servers.setdefault(server, False)
+            self._started.add(server)
+            for part, path in one.parts:
+                if part.checkpoint in self._kept and (best is None or part.checkpoint != best.id):
+                    continue  # of a save of this coordinator's own
+                if best is None or part.checkpoint != best.id:
+                    out.append(Release(server, part.name))
+                    continue
+                kept = self._kept.get(best.id)
+                if kept is None:
+                    kept = _Kept(best.id, None, {}, done=best)
+                    self._kept = {best.id: kept, **self._kept}
+                piece = kept.pieces.setdefault(part.name, _Piece(part.origin, part.bytes, path, part))
+                piece.holders[server] = path
+        return [*out, *self._spread_all()]
+
+    # Where copies go.
+
+    def _wanted(self) -> int:
+        staying = sum(not leaving for leaving in self._servers.values())
+        return max(1, min(1 + self.options.replicas, staying))
+
+    def _staying(self, piece: _Piece) -> list[str]:
+        return [server for server in piece.holders if not self._servers.get(server, True)]
+
+    def _no_room(self, kept: _Kept, piece: _Piece, server: str) -> str:
+        """Why the budget does not allow a part on a server; empty where it does."""
+        limit = self.options.memory_bytes
+        if limit is None or self._load(kept, server) + piece.bytes <= limit:
+            return ""
+        return (
+            f"memory_bytes={limit} does not allow {piece.bytes} bytes more on {server}, which has "
+            f"{self._load(kept, server)} of the same checkpoint"
+        )
+
+    def _load(self, kept: _Kept, server: str) -> int:
+        return sum(piece.bytes for piece in kept.pieces.values() if server in piece.holders or server in piece.asked)
+
+    def _spread_all(self) -> list[Instruction]:
+        return [instruction for kept in list(self._kept.values()) for instruction in self._spread(kept)]
+
+    def _spread(self, kept: _Kept) -> list[Instruction]:
+        """Asks for copies that are missing; says so once all are there, or none more will come."""
+        out: list[Instruction] = []
+        for piece in kept.pieces.values():
+            # The origin will have it in a moment: who copies waits for that, and all places are chosen together.
+            sources = [*self._staying(piece), *piece.holders, *({piece.origin} & piece.asked)]
+            while piece.part is not None and sources and self._short(piece):
+                buddy = self._buddy(kept, piece)
+                if buddy is None:
+                    break
+                piece.asked.add(buddy)
+                out.append(Copy(buddy, piece.part, sources[0]))
+        return [*out, *self._settle(kept)]
+
+    def _short(self, piece: _Piece) -> bool:
+        """Whether a part has too few copies, those that are being made counted."""
+        making = [server for server in piece.asked if not self._servers.get(server, True)]
+        return len(self._staying(piece)) + len(making) < self._wanted()
+
+    def _buddy(self, kept: _Kept, piece: _Piece) -> str | None:
+        """Where a copy of a part goes: the least loaded server, then the next in the ring; one that runs, before all.
+
+        None where there is none.
+        """
+        ring = list(self._servers)
+        start = ring.index(piece.origin) if piece.origin in self._servers else 0
+        fits = [
+            server
+            for server in [*ring[start:], *ring[:start]]
+            if not self._servers[server]
+            and server not in piece.holders
+            and server not in piece.asked
+            and server not in piece.refused
+        ]
+        best: str | None = None
+        for server in sorted(fits, key=lambda server: (server not in self._started, self._load(kept, server))):
+            why = self._no_room(kept, piece, server)
+            if not why:
+                best = server
+                break
+            piece.refused[server] = why
+        return best
+
+    def _settle(self, kept: _Kept) -> list[Instruction]:
+        if kept.settled or any(piece.part is None for piece in kept.pieces.values()):
+            return self._retire()
+        short = [piece for piece in kept.pieces.values() if len(self._staying(piece)) < self._wanted()]
+        if any(piece.asked & self._servers.keys() for piece in short):
+            return []  # not known yet
+        kept.settled = True
+        told = CannotLand(kept.id, self._why(short[0])) if short else Landed(kept.id)
+        return [told, *self._retire()]
+
+    def _why(self, piece: _Piece) -> str:
+        reasons = "; ".join(dict.fromkeys(piece.refused.values())) or "there is no other node for a copy"
+        return f"what {piece.origin} staged is on {len(self._staying(piece))} of {self._wanted()} nodes: {reasons}"
+
+    def _remember(self, kept: _Kept) -> list[Instruction]:
+        if kept.done is None:
+            return []
+        new = sorted({server for piece in kept.pieces.values() for server in piece.holders} - kept.told)
+        kept.told.update(new)
+        return [Remember(server, kept.done, tuple(kept.pieces)) for server in new]
+
+    def _retire(self) -> list[Instruction]:
+        """Gives up what a newer checkpoint replaces."""
+        checkpoints = [kept for kept in self._kept.values() if kept.done is not None]
+        newest = next((i for i in range(len(checkpoints) - 1, -1, -1) if checkpoints[i].settled), -1)
+        out: list[Instruction] = []
+        for i, kept in enumerate(checkpoints):
+            nothing = kept.settled and not any(piece.holders or piece.asked for piece in kept.pieces.values())
+            if (i < newest or nothing) and not kept.users:
+                out += self._release(kept)
+        return out
+
+    def _release(self, kept: _Kept) -> list[Instruction]:
+        del self._kept[kept.id]
+        out: list[Instruction] = [
+            Release(server, name)
+            for name, piece in kept.pieces.items()
+            for server in sorted(piece.holders)
+            # Of those that were asked, `held` comes later, and is answered in the same way.
+        ]
+        return out if kept.generation is None else [*out, GenerationFree(kept.generation)]
+
+
+def _newest(found: Mapping[str, Found]) -> Remembered | None:
+    """The newest checkpoint of which some server has each part."""
+    there = {part.name for one in found.values() for part, _ in one.parts}
+    whole = [done for one in found.values() for done, parts in one.remembered if there.issuperset(parts)]
+    return max(whole, key=lambda done: (done.after, done.record is None, done.time), default=None)

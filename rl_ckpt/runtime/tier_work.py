@@ -1,0 +1,237 @@
+"""Tier work: the memory tier in the coordinator: its brain, fed by the cluster, and what its instructions do.
+
+Owns: making tables of parts (in a thread: 100,000 chunks take a while), calls of shard servers about parts, starting
+a server on a node without ranks, and taking up what servers hold after the coordinator's restart. Failures here fail no
+save.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import ray
+
+from rl_ckpt.errors import CheckpointError, CorruptionError, StorageError
+from rl_ckpt.plan.parts import Part, Remembered, parts_of
+from rl_ckpt.runtime import tier as t
+from rl_ckpt.runtime.messages import (
+    CopyOrder,
+    Failure,
+    FoundParts,
+    HoldDone,
+    HoldOrder,
+    Ok,
+    RememberOrder,
+    decode,
+    encode,
+)
+from rl_ckpt.runtime.save_steps import Save
+from rl_ckpt.runtime.server_actor import start_server
+from rl_ckpt.runtime.server_calls import Servers
+from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
+from rl_ckpt.runtime.watch import Watch
+
+_TRIES = 5
+_AGAIN_S = 1.0  # a server that was killed is back after about so long
+
+Tell = Callable[[Iterable[Any]], None]
+Lost = Callable[[str, Mapping[str, tuple[str, str]]], None]
+
+
+class TierWork:
+    """See the module. For one event loop.
+
+    Attributes:
+        brain: The state machine; whose instructions go to `carry_out`.
+    """
+
+    def __init__(self, spec: RunSpec, servers: Servers, tell: Tell, saving: Callable[[], bool], lost: Lost) -> None:
+        """Holds nothing.
+
+        Args:
+            spec: The run.
+            servers: Of the run.
+            tell: Takes instructions of the brain, to have them carried out.
+            saving: Whether a save or restore is under way.
+            lost: Is told of a server whose node is dead, with copies of what it had staged (`Tier.copies`).
+        """
+        self.brain = t.Tier(spec.options)
+        self.notice = ""
+        """What did not fit, for the next save's caller; empty where all did, or it was said before."""
+        self._spec = spec
+        self._servers = servers
+        self._tell = tell
+        self._lost = lost
+        self._said = ""
+        self._nodes: dict[str, str] = {}  # by name of the shard server that each has or would have
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._adoption: asyncio.Task[None] | None = None
+        self.watch = Watch(lambda: saving() or self.brain.busy(), self._seen)
+
+    def configure(self, spec: RunSpec) -> None:
+        """Takes a driver's options."""
+        self._spec = spec
+        self.brain.options = spec.options
+
+    # Events.
+
+    def hold(self, save: Save) -> None:
+        """All of a save is staged."""
+        assert save.plan is not None
+        sizes = save.plan.staged_bytes
+        staged = {server: (sizes[server], path) for server, path in save.memory.items()}
+        self.brain.begin(save.checkpoint, save.generations[0], staged)
+        self._spawn(
+            self._table(save.checkpoint, partial(parts_of, save.plan, save.servers, save.checkpoint, save.found))
+        )
+        self.watch.start()
+
+    async def _table(self, checkpoint: str, make: Callable[[], list[Part]]) -> None:
+        parts, _ = await asyncio.gather(asyncio.get_running_loop().run_in_executor(None, make), self.watch.look())
+        self._tell(self.brain.tabled(checkpoint, parts))
+
+    def _seen(self, nodes: dict[str, bool]) -> None:
+        before, self._nodes = set(self._nodes), {self._spec.server(node): node for node in nodes}
+        self._tell(self.brain.servers_are({self._spec.server(node): leaving for node, leaving in nodes.items()}))
+        for server in sorted(before - set(self._nodes)):
+            self._lost(server, self.brain.copies(server))
+
+    def cannot_land(self, why: str) -> None:
+        """Something could not be held; its user is told once of each reason."""
+        if self._spec.options.memory_tier and why != self._said:
+            self.notice = self._said = why
+
+    def take_notice(self) -> str:
+        """What there is to say, once."""
+        notice, self.notice = self.notice, ""
+        return f"not all is in memory: {notice}" if notice else ""
+
+    def remembered(self, save: Save, record: Any, manifest: bytes, in_store: bool) -> Remembered:
+        """A checkpoint, as the brain is told of it."""
+        return Remembered(
+            save.checkpoint, save.request.step, manifest, record if in_store else None, record.number, True, record.time
+        )
+
+    # Instructions.
+
+    def carry_out(self, instruction: t.Instruction) -> None:
+        """Does what the brain wants done, but for what saves are to be told."""
+        match instruction:
+            case t.Hold(server, part, path):
+                make = partial(encode, HoldOrder(part, path))
+                self._spawn(self._have(part, server, "hold", make))
+            case t.Copy(server, part, holder):
+                make = partial(encode, CopyOrder(part, holder))
+                self._spawn(self._have(part, server, "copy", make, holder))
+            case t.Remember(server, done, parts):
+                self._spawn(self._ask(server, "remember", partial(encode, RememberOrder(done, parts)), Ok))
+            case t.Release(server, name):
+                self._spawn(self._release(server, name))
+            case _:
+                raise AssertionError(f"unknown instruction {instruction!r}")
+
+    async def _have(self, part: Part, server: str, method: str, make: Callable[[], bytes], holder: str = "") -> None:
+        """Has a server hold a part, and tells the brain what came of it."""
+        try:
+            if holder and server in self._nodes:
+                await self._ensure(server)
+            done = await self._ask(server, method, make, HoldDone)
+        except CorruptionError as error:  # the holder's copy is, and not this server's
+            self._tell(self.brain.not_held(part.checkpoint, part.name, server, str(error)))
+            self._tell(self.brain.bad(holder, part.name, b""))
+        except CheckpointError as error:
+            self._tell(self.brain.not_held(part.checkpoint, part.name, server, str(error)))
+        else:
+            self._tell(self.brain.held(part.checkpoint, part.name, server, done.path))
+
+    async def _ensure(self, server: str) -> None:
+        """Starts a server where the node has none."""
+        if server not in self._servers.names():
+            handle = await asyncio.get_running_loop().run_in_executor(
+                None, start_server, self._spec, self._nodes[server]
+            )
+            try:
+                await handle.ready.remote()
+            except ray.exceptions.RayError as error:
+                raise StorageError(f"no shard server can be started on {server}: {error}") from error
+            self._servers.note(server)
+
+    async def _release(self, server: str, name: str) -> None:
+        try:
+            await self._call(server, "release", name, Ok)
+        except CheckpointError:
+            return  # gone, and its memory with it
+
+    async def _ask(self, server: str, method: str, make: Callable[[], bytes], kind: Any) -> Any:
+        return await self._call(server, method, await asyncio.get_running_loop().run_in_executor(None, make), kind)
+
+    async def _call(self, server: str, method: str, argument: Any, kind: Any) -> Any:
+        """Calls a server, again where it was killed and comes back.
+
+        Raises:
+            CheckpointError: What it answered, or that it is gone.
+        """
+        for attempt in range(_TRIES):
+            try:
+                answer = decode(await getattr(self._servers.get(server), method).remote(argument), kind | Failure)
+            except ray.exceptions.RayTaskError as error:
+                raise CheckpointError(f"internal error in a shard server: {error}") from error
+            except ray.exceptions.RayError as error:
+                self._servers.look_again()
+                self.watch.now()
+                await asyncio.sleep(_AGAIN_S)
+                if attempt + 1 == _TRIES or (self._nodes and server not in self._nodes):
+                    raise StorageError(f"shard server {server} could not be reached: {error}") from error
+            else:
+                if isinstance(answer, Failure):
+                    raise answer.error()
+                return answer
+        raise AssertionError("unreachable")
+
+    # After the coordinator's restart.
+
+    async def adopted(self) -> None:
+        """Returns once it is known what servers of the run hold: at the first call, they are asked."""
+        if self._adoption is None:
+            self._adoption = asyncio.get_running_loop().create_task(self._adopt())
+        await asyncio.shield(self._adoption)
+
+    async def _adopt(self) -> None:
+        if not self._spec.options.memory_tier:
+            return
+        actors = await asyncio.get_running_loop().run_in_executor(
+            None, partial(ray.util.list_named_actors, all_namespaces=True)
+        )
+        prefix = self._spec.server("")
+        names = [a["name"] for a in actors if a["namespace"] == NAMESPACE and a["name"].startswith(prefix)]
+        if not names:
+            return
+        for name in names:
+            self._servers.note(name)
+        await self.watch.look()
+        found = dict(zip(names, await asyncio.gather(*map(self._found, names)), strict=True))
+        self._tell(self.brain.adopt({name: one for name, one in found.items() if one is not None}))
+        self.watch.start()
+
+    async def _found(self, server: str) -> t.Found | None:
+        try:
+            found: FoundParts = await self._call(server, "held", True, FoundParts)
+        except CheckpointError:
+            return None  # gone, with its memory
+        return t.Found(
+            [(held.part, held.path) for held in found.parts], [(memo.done, memo.parts) for memo in found.remembered]
+        )
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        async def run() -> None:
+            try:
+                await work
+            except (CheckpointError, ray.exceptions.RayError) as error:
+                self.cannot_land(str(error))
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
