@@ -203,7 +203,7 @@ class RestoreWork:
         try:
             run = self._open()
             log = run.log.read()
-            lost = [memory for memory in remembered if memory.after > log.head]
+            lost = [memory for memory in remembered if memory.after > log.head and memory.whole]
             if lost:  # the newest record is never removed
                 url, there = self._spec.url, lost[0].after
                 raise StorageError(f"the commit log of {url} ends at {log.head}, though record {there} was committed")
