@@ -134,9 +134,8 @@ def plan_sources(known: Known, needs: Mapping[str, Collection[ChunkId]], mappabl
         pulled by each of them, level over the holders; what many need is pulled once and passed on.
     """
     out = SourcePlan({server: NodePlan() for server in needs})
-    passed: dict[str, set[ChunkId]]
     if known.holdings is None and not mappable and not known.bad():
-        passed = {server: set(chunks) for server, chunks in needs.items()}
+        passed = {server: chunks if isinstance(chunks, set) else set(chunks) for server, chunks in needs.items()}
     else:
         passed = {server: set() for server in needs}
         _one_by_one(known, needs, mappable, out, passed)

@@ -12,7 +12,7 @@ from itertools import chain
 from rl_ckpt.format.manifest import Chunk
 from rl_ckpt.format.shard_file import ALIGNMENT
 from rl_ckpt.plan.parts import Held
-from rl_ckpt.plan.sources import InStore, Known, SourcePlan
+from rl_ckpt.plan.sources import Known, SourcePlan
 from rl_ckpt.plan.spread import ChunkId, share
 from rl_ckpt.runtime.messages import (
     FETCHED,
@@ -46,12 +46,12 @@ def lay_out(known: Known, plan: SourcePlan, key: str) -> Round:
         brought = node.brought()
         if not brought:
             continue
-        places = out.laid[server] = {}
-        offset = 0
-        ordered = sorted(brought, key=lambda c: order.get(c) or ("", 0, c)) if order else sorted(brought)
-        for chunk in ordered:
+        brought.sort(key=(lambda chunk: order.get(chunk) or ("", 0, chunk)) if order else None)
+        places, offset = dict[ChunkId, int](), 0
+        for chunk in brought:
             places[chunk] = offset
             offset += -(-known.saved(chunk).bytes // ALIGNMENT) * ALIGNMENT
+        out.laid[server], out.sizes[server] = places, offset
     return out
 
 
@@ -62,40 +62,47 @@ def orders(known: Known, now: Round) -> dict[str, FetchOrder]:
 
 def _order(known: Known, now: Round, server: str) -> FetchOrder:
     node, places = now.nodes[server], now.laid[server]
+    plain = not known.bad()  # all are where the manifest says
     files: dict[str, list[FetchItem]] = {}
     for chunk in node.store:
-        saved, place = known.saved(chunk), known.stored(chunk)
-        assert place is not None
-        item = FetchItem(place.offset, places[chunk], saved.bytes, bytes.fromhex(saved.digest))
-        files.setdefault(place.file, []).append(item)
+        saved = known.saved(chunk)
+        name, offset = _stored(known, chunk, saved, plain)
+        item = FetchItem(offset, places[chunk], saved.bytes, bytes.fromhex(saved.digest))
+        files.setdefault(name, []).append(item)
     peers: dict[str, tuple[PassItem, ...]] = {}
     names: dict[str, int] = {}
     for peer, chunks in node.peers.items():
-        there, pulled = now.laid[peer], now.nodes[peer].pulls
-        peers[peer] = tuple(
-            [
-                _pass(known.saved(c), there[c], places[c], None if c in pulled else known.stored(c), names)
-                for c in chunks
-            ]
-        )
+        there, pulled, passed = now.laid[peer], now.nodes[peer].pulls, []
+        for chunk in chunks:
+            saved, file, offset = known.saved(chunk), -1, 0
+            if chunk not in pulled:
+                name, offset = _stored(known, chunk, saved, plain)
+                file = names.setdefault(name, len(names))
+            digest = bytes.fromhex(saved.digest)
+            passed.append(PassItem(there[chunk], places[chunk], saved.bytes, digest, file, offset))
+        peers[peer] = tuple(passed)
     parts: dict[tuple[str, str], list[PassItem]] = {}
     for chunk, held in node.pulls.items():
-        item_there = _pass(known.saved(chunk), held.offset, places[chunk], None, names)
-        parts.setdefault((held.server, held.part), []).append(item_there)
-    size = max(at + -(-known.saved(chunk).bytes // ALIGNMENT) * ALIGNMENT for chunk, at in places.items())
+        saved = known.saved(chunk)
+        there_it_is = PassItem(held.offset, places[chunk], saved.bytes, bytes.fromhex(saved.digest))
+        parts.setdefault((held.server, held.part), []).append(there_it_is)
     return FetchOrder(
         now.key,
-        size,
+        now.sizes[server],
         {name: tuple(items) for name, items in files.items()},
         peers,
         tuple(names),
-        tuple(PartItems(holder, part, tuple(items)) for (holder, part), items in parts.items()),
+        tuple([PartItems(holder, part, tuple(items)) for (holder, part), items in parts.items()]),
     )
 
 
-def _pass(saved: Chunk, there: int, here: int, last: InStore | None, names: dict[str, int]) -> PassItem:
-    file, offset = (-1, 0) if last is None else (names.setdefault(last.file, len(names)), last.offset)
-    return PassItem(there, here, saved.bytes, bytes.fromhex(saved.digest), file, offset)
+def _stored(known: Known, chunk: ChunkId, saved: Chunk, plain: bool) -> tuple[str, int]:
+    """File and offset of a chunk in the store."""
+    if plain:
+        return known.manifest.files[saved.file].name, saved.offset
+    place = known.stored(chunk)
+    assert place is not None
+    return place.file, place.offset
 
 
 def sources(restore: Restore) -> dict[int, Sources]:

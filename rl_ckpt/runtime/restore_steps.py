@@ -95,6 +95,8 @@ class Round:
     nodes: dict[str, NodePlan]
     laid: dict[str, dict[ChunkId, int]] = field(default_factory=dict)
     """Where each chunk goes in each server's restore memory."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Of each server's restore memory, in bytes."""
     memory: dict[str, str] = field(default_factory=dict)
     """File of each server's restore memory."""
     stored: dict[ChunkId, InStore] = field(default_factory=dict)
