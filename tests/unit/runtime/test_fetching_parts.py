@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from rl_ckpt.errors import CorruptionError
 from rl_ckpt.runtime.messages import AT_PEER, IN_PART, IN_STORE, FetchItem, FetchOrder, PartItems, PassItem
+from rl_ckpt.runtime.transport.listener import Limits
 from rl_ckpt.runtime.transport.shelf import Shelf
 from rl_ckpt.store.base import Store
 from tests.unit.runtime.test_fetching import (
@@ -99,6 +101,7 @@ def test_a_part_that_is_gone_is_told_at_once(
     elif how == "never there":
         source.shelf = Shelf()
         source.listener._shelf = source.shelf
+        source.listener._limits = Limits(beat_s=0.05, absent_s=1000.0)  # which is for what is yet to come
         source.ray_works = False  # which waits
     else:
         source.listener.close()
@@ -107,6 +110,7 @@ def test_a_part_that_is_gone_is_told_at_once(
         assert taker.fetch([source], of_part(ALL)) == {}
     assert failed(taker) == dict.fromkeys(ALL, (IN_PART, "storage"))
     assert "can't be had from source" in caplog.text
+    assert how != "never there" or "nothing is known here" in caplog.text
 
 
 def test_what_is_pulled_out_of_a_part_is_passed_on_but_for_what_is_damaged(
@@ -192,8 +196,6 @@ def test_a_peer_that_lacks_one_chunk_gives_all_others_and_the_store_is_not_asked
     source.listener._shelf = source.shelf
     source.shelf.publish(NAME, str(source.path), CHUNKS * STEP)
     source.shelf.fill(NAME, [(c * STEP, STEP) for c in ALL if c != 9])
-    from rl_ckpt.errors import CorruptionError
-
     source.shelf.fail(NAME, CorruptionError("a flipped bit"))
     taker.goes_on = True
     assert taker.fetch([source]) == {"peers": SIZE - CHUNK}
