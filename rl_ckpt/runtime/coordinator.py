@@ -74,8 +74,9 @@ class Coordinator:
         self._tier_work = TierWork(spec, self._servers, self._do, self._busy, self._server_lost)
         self._tier = self._tier_work.brain
         self._restore_work = RestoreWork(spec, self._tier, self._do)
-        self._save_work = SaveWork(spec, self._restore_work.forget)
+        self._save_work = SaveWork(spec, self._run_is_gone)
         self._opened_with = spec.storage_options
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._users: dict[str, str] = {}  # drivers that use these actors → their Ray job
         self._idle = asyncio.Event()
         self._idle.set()
@@ -329,8 +330,15 @@ class Coordinator:
         done = await self._servers.call(server, "write", order, WriteDone)
         return self._saves.written(key, server, done.written)
 
+    def _run_is_gone(self) -> None:
+        """From a thread: the run was removed, and another comes in its place."""
+        self._restore_work.forget()
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._tier_work.forget)
+
     async def _adopt(self) -> None:
         """What servers have held since before this coordinator is known once this is over."""
+        self._loop = asyncio.get_running_loop()
         await self._tier_work.adopted()
         self._save_work.take_landed(self._tier.remembered())
 

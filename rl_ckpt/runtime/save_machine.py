@@ -210,7 +210,8 @@ class SaveMachine:
         if any(other is not save and self._same_step(other, save) for other in self._saves.values()):
             text = f"step {save.request.step} is being saved already; wait for its result, or save a later step"
             return self._fail(save, InvalidInputError(text))
-        if self.options.when_busy == "skip" and not self._any_generation() and not self._making:
+        busy = len(self._line) >= GENERATIONS or not (self._generations.any() or self._making)
+        if self.options.when_busy == "skip" and busy:
             text = f"skipped: {GENERATIONS} saves are still being written; save less often, or use when_busy='wait'"
             return self._fail(save, SaveSkippedError(text))
         save.state = WAITING

@@ -18,6 +18,8 @@ import msgspec
 from rl_ckpt.options import Options
 from rl_ckpt.plan.parts import Holdings, Part, Remembered, part_name
 
+_TOLD = 2  # holders that remember a checkpoint, and one more for each replica
+
 
 @dataclass(frozen=True, slots=True)
 class Hold:
@@ -205,13 +207,15 @@ class Tier:
         return self._without({server})
 
     def _without(self, lost: Iterable[str]) -> list[Instruction]:
+        out: list[Instruction] = []
         for kept in self._kept.values():
             kept.told -= set(lost)
             for piece in kept.pieces.values():
                 for server in lost:
                     piece.holders.pop(server, None)
                     piece.asked.discard(server)
-        return self._spread_all()
+            out += self._remember(kept)
+        return [*out, *self._spread_all()]
 
     # A save.
 
@@ -423,9 +427,11 @@ class Tier:
         return f"what {piece.origin} staged is on {len(self._staying(piece))} of {self._wanted()} nodes: {reasons}"
 
     def _remember(self, kept: _Kept) -> list[Instruction]:
+        """A few know what they hold parts of: enough to outlive some, and not a manifest for each of a thousand."""
         if kept.done is None:
             return []
-        new = sorted({server for piece in kept.pieces.values() for server in piece.holders} - kept.told)
+        holders = {server for piece in kept.pieces.values() for server in piece.holders}
+        new = sorted(holders - kept.told)[: max(0, _TOLD + self.options.replicas - len(kept.told))]
         kept.told.update(new)
         return [Remember(server, kept.done, tuple(kept.pieces)) for server in new]
 

@@ -75,6 +75,12 @@ class TierWork:
         """Takes a driver's options."""
         self._spec = spec
         self.brain.options = spec.options
+        if not spec.options.memory_tier:
+            self.forget()
+
+    def forget(self) -> None:
+        """What is held is given up: it is of no use any more."""
+        self._tell(self.brain.make_room())
 
     # Events.
 
@@ -90,7 +96,9 @@ class TierWork:
         self.watch.start()
 
     async def _table(self, checkpoint: str, make: Callable[[], list[Part]]) -> None:
-        parts, _ = await asyncio.gather(asyncio.get_running_loop().run_in_executor(None, make), self.watch.look())
+        parts = await asyncio.get_running_loop().run_in_executor(None, make)
+        if not self._nodes:  # the watch has only just begun
+            await self.watch.look()
         self._tell(self.brain.tabled(checkpoint, parts))
 
     def _seen(self, nodes: dict[str, bool]) -> None:

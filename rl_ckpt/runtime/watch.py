@@ -50,13 +50,13 @@ class Watch:
         self.start()
 
     async def look(self) -> None:
-        """Looks once."""
-        self._seen(await asyncio.get_running_loop().run_in_executor(None, nodes))
+        """Looks once; sees nothing where Ray's head does not answer."""
+        with contextlib.suppress(ray.exceptions.RayError, ConnectionError, RuntimeError):
+            self._seen(await asyncio.get_running_loop().run_in_executor(None, nodes))
 
     async def _look_on(self) -> None:
         while self._wanted():
             self._now.clear()
-            with contextlib.suppress(ray.exceptions.RayError, ConnectionError):  # no head just now: look again
-                await self.look()
+            await self.look()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._now.wait(), LOOK_S)

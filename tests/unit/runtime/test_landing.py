@@ -65,6 +65,20 @@ def test_two_saves_are_under_way_at_most_with_a_third_generation_too() -> None:
     assert bench.failure(2, 0).code == "save_skipped"
 
 
+def test_a_third_save_is_skipped_while_the_third_generation_is_being_made() -> None:
+    bench = tiered(when_busy="skip")
+    bench.to_staging(0)
+    for rank in range(2):
+        bench.stage(0, rank)
+    making = [ask for ask in bench.reserves if ask.generation == 2]
+    bench.reserves = [ask for ask in bench.reserves if ask.generation == 1]
+    bench.reserve()
+    bench.to_staging(1)
+    assert making
+    bench.join_all(2)
+    assert bench.failure(2, 0).code == "save_skipped"
+
+
 def test_without_the_tier_nothing_is_held() -> None:
     bench = tiered(memory_tier=False)
     for step in range(3):
