@@ -83,6 +83,13 @@ def test_the_newest_commit_is_loaded_with_what_memory_has_of_it(run: Run) -> Non
     assert tier.uses == {"token": found.id}, "and nothing else is kept from going"
 
 
+def test_while_it_is_chosen_nothing_of_memory_may_go(run: Run) -> None:
+    tier = Tier(memory(run, 2), memory(run, 1))
+    found = load(run, tier)
+    assert set(tier.used[:2]) == {one.id for one in tier.kept}
+    assert tier.used[2:] == [found.id]
+
+
 def test_a_commit_that_memory_has_not_is_loaded_without(run: Run) -> None:
     tier = Tier(memory(run, 1))
     found = load(run, tier)
