@@ -55,10 +55,11 @@ class RestoreReport:
     bytes: int
     """Put into workers' arrays, all ranks together."""
     bytes_from: Mapping[str, int]
-    """Bytes of chunks by source: "files" (mapped by the workers); or "store" (fetched by shard servers, once per
-    cluster) and "peers" (passed on between nodes over sockets), and where it came to that, "peers_ray" (passed on
-    through Ray's object store, as a socket failed) and "store_again" (read once more, as a peer's were damaged or not
-    to be had)."""
+    """Bytes of chunks by source. Read by the workers themselves: "memory" (which their node holds of the checkpoint),
+    "files" (of the store). Brought in by shard servers: "peers_memory" (out of memory that another node holds), "store"
+    (fetched, once per cluster) and "peers" (passed on between nodes over sockets), and where it came to that,
+    "peers_ray" (passed on through Ray's object store, as a socket failed) and "store_again" (read once more, as a
+    peer's were damaged or not to be had)."""
     seconds: float
     """From the call to the last worker's state being set."""
     kept: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
@@ -71,6 +72,12 @@ class RestoreReport:
     """Saved ranks past the new world size: what belonged to them was restored to nobody."""
     fell_back: Mapping[str, str] = field(default_factory=dict)
     """Newer checkpoints that could not be used: id → why."""
+    repaired: Mapping[str, str] = field(default_factory=dict)
+    """Chunks that were damaged or missing where they were looked for first: chunk → where the good bytes came from (a
+    file of the store, or the memory of a shard server)."""
+    notice: str = ""
+    """What the user should know though the restore succeeded: that the store could not be read, so that there may be a
+    newer checkpoint than memory had; mostly empty."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from rl_ckpt.options import Options
 from rl_ckpt.plan.deal import StageItem, Written
 from rl_ckpt.plan.match import Problems, match_state, view
 from rl_ckpt.plan.spread import ChunkId, Needs
-from rl_ckpt.runtime import restore_machine as rm
+from rl_ckpt.runtime import restore_steps as rm
 from rl_ckpt.runtime import save_steps as sm
 from rl_ckpt.runtime.generations import StagingFile
 from rl_ckpt.runtime.messages import (
@@ -44,6 +44,7 @@ from rl_ckpt.runtime.messages import (
     decode,
     encode,
 )
+from rl_ckpt.runtime.restore_machine import RestoreMachine
 from rl_ckpt.runtime.save_machine import SaveMachine
 from rl_ckpt.state.boxes import overlap
 from rl_ckpt.state.tree import LocalArray
@@ -120,7 +121,7 @@ class Simulation:
         self.run = Run.create(f"memory://scale-{uuid.uuid4().hex}")
         self.committer = Committer(self.run, (), 0.0)
         self.saves = SaveMachine(self.options)
-        self.restores = rm.RestoreMachine(self.options)
+        self.restores = RestoreMachine(self.options)
         self.bytes_from: dict[str, int] = {}
 
     def save(self, step: int, values: Values = FIRST) -> Manifest:
@@ -315,14 +316,14 @@ class Simulation:
     def _finish_restore(self, token: str) -> None:
         for rank in range(self.job.workers):
             with self.figures.phase("restore, messages"):
-                instructions = self.restores.verify(Verified("restore", token, rank, ""))
+                instructions = self.restores.verify(Verified("restore", token, rank))
         for answer in _all(instructions, rm.Answer):
             assert isinstance(answer.reply, Apply), answer.reply
             self.bytes_from = answer.reply.bytes_from
             self._out("restore, messages", answer.reply)
         with self.figures.phase("restore, messages"):
             for rank in range(self.job.workers):
-                self.restores.applied("restore", rank)
+                self.restores.applied("restore", rank, token)
         assert not self.restores.states()
 
 

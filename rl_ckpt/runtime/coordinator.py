@@ -20,7 +20,7 @@ import msgspec
 import ray
 
 from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, SaveTimeoutError, StorageError
-from rl_ckpt.runtime import restore_machine as rm
+from rl_ckpt.runtime import restore_steps as rm
 from rl_ckpt.runtime import save_steps as sm
 from rl_ckpt.runtime import tier
 from rl_ckpt.runtime.generations import StagingFile
@@ -50,6 +50,7 @@ from rl_ckpt.runtime.messages import (
 )
 from rl_ckpt.runtime.owners import Owners, User
 from rl_ckpt.runtime.owners_kept import KeptOwners, dead_jobs
+from rl_ckpt.runtime.restore_machine import RestoreMachine
 from rl_ckpt.runtime.restore_work import RestoreWork
 from rl_ckpt.runtime.save_machine import SaveMachine
 from rl_ckpt.runtime.save_work import SaveWork
@@ -62,6 +63,7 @@ _OUTCOMES_KEPT = 256
 _DEATH_KNOWN_S = 5.0  # within which Ray knows that a driver was killed
 _LOOK_AGAIN_S = 0.1
 _NEWS_S = 1.0  # how long a driver's question waits for news of its save
+_AGAIN_S = 1.0  # until a server is told again that could not be reached
 
 
 class Coordinator:
@@ -76,15 +78,15 @@ class Coordinator:
         """
         incarnation = f"{uuid.uuid4().hex[:8]}-"
         self._saves = SaveMachine(spec.options, incarnation)
-        self._restores = rm.RestoreMachine(spec.options, incarnation)
+        self._restores = RestoreMachine(spec.options, incarnation)
         self._waiting: dict[tuple[str, int], list[asyncio.Future[bytes]]] = {}
         self._outcomes: OrderedDict[str, asyncio.Future[SaveOutcome]] = OrderedDict()
         self._servers = Servers()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._restore_work = RestoreWork(spec)
-        self._save_work = SaveWork(spec, service, self._run_is_gone)
-        self._tier_work = TierWork(spec, self._servers, self._do, self._saves.busy, self._server_lost)
+        self._tier_work = TierWork(spec, self._servers, self._do, self._busy, self._server_lost)
         self._tier = self._tier_work.brain
+        self._restore_work = RestoreWork(spec, self._tier, self._do)
+        self._save_work = SaveWork(spec, service, self._run_is_gone)
         self._opened_with = spec.storage_options
         self._loop: asyncio.AbstractEventLoop | None = None
         self._kept = KeptOwners(spec.coordinator, service)
@@ -170,14 +172,26 @@ class Coordinator:
         message = self._read(data, Verified)
         return await self._answer(message.key, message.rank, lambda: self._restores.verify(message))
 
-    async def applied(self, key: str, rank: int) -> None:
+    async def applied(self, key: str, rank: int, token: str) -> None:
         """A rank has set its state."""
-        self._do(self._restores.applied(key, rank))
+        self._do(self._restores.applied(key, rank, token))
 
     async def lost_restore(self, data: bytes) -> None:
         """A rank can't go on with a restore."""
         message = self._read(data, Lost)
         self._do(self._restores.lost(message.key, message.rank, message.world_size, message.failure))
+
+    async def held_chunk(self, chunk: bytes, size_bytes: int) -> bytes | None:
+        """A chunk, out of the memory of a node that holds it.
+
+        Args:
+            chunk: Its digest.
+            size_bytes: Its size.
+
+        Returns:
+            Its bytes, as they were committed; None where no node has them.
+        """
+        return await self._servers.held_chunk(self._restore_work.held(chunk, size_bytes), chunk, size_bytes)
 
     async def attach(self, user: str) -> None:
         """A Checkpointer uses the run's actors."""
@@ -330,10 +344,13 @@ class Coordinator:
                     self._spawn(self._load(key, step, tried), key, self._restores.failed)
                 case rm.Fetch(key, server, order):
                     self._spawn(self._fetch(key, server, order), key, self._restores.failed)
-                case rm.Forget(key, servers):
-                    for server in servers:
-                        with contextlib.suppress(StorageError):  # gone, and its memory with it
-                            self._servers.get(server).forget.remote(key)
+                case rm.Search(key, wanted, skip):
+                    self._spawn(self._search(key, wanted, skip), key, self._restores.failed)
+                case rm.Damaged(server, part, chunk):
+                    self._restore_work.bad(server, part, chunk)
+                case rm.Forget(key, servers, keys):
+                    self._servers.forget(servers, keys)
+                    self._restore_work.done(key)
                 case rm.Arm(key, state, seconds):
                     self._later(seconds, partial(self._restores.timed_out, key, state))
                 case _:
@@ -341,6 +358,10 @@ class Coordinator:
         self._news.set()
         self._news = asyncio.Event()
         self._idle.clear() if self._saves.busy() else self._idle.set()
+
+    def _busy(self) -> bool:
+        """Whether it matters which nodes are alive."""
+        return self._saves.busy() or bool(self._restores.states())
 
     def _later(self, seconds: float, event: Callable[[], Iterable[Any]]) -> None:
         asyncio.get_running_loop().call_later(seconds, lambda: self._do(event()))
@@ -423,6 +444,7 @@ class Coordinator:
     def _server_lost(self, server: str, copies: Mapping[str, tuple[str, str]]) -> None:
         """A node is dead: machines that care are told, and where there are copies of what its server had staged."""
         self._do(self._saves.server_lost(server, copies))
+        self._do(self._restores.server_lost(server))
 
     async def _commit(self, key: str, save: sm.Save) -> Iterable[Any]:
         return self._committed(key, save, *await self._save_work.commit(save))
@@ -448,11 +470,31 @@ class Coordinator:
                 self._do(self._tier.aborted(checkpoint))
 
     async def _load(self, key: str, step: int | None, tried: tuple[str, ...]) -> Iterable[Any]:
-        return self._restores.loaded(key, *await self._restore_work.load(step, tried))
+        await self._adopt()
+        self._tier_work.watch.start()
+        found = await self._restore_work.load(key, step, tried)
+        return self._restores.loaded(
+            key, found.manifest, found.data, found.mappable, found.damaged, found.holdings, found.notice
+        )
 
     async def _fetch(self, key: str, server: str, order: FetchOrder) -> Iterable[Any]:
-        done = await self._servers.call(server, "fetch", order, FetchDone)
+        await self._servers.forgotten(server)  # what was given up is free before something new takes its place
+        try:
+            done = await self._servers.call(server, "fetch", order, FetchDone)
+        except ray.exceptions.RayTaskError:
+            raise
+        except ray.exceptions.RayError as error:
+            self._servers.look_again()
+            self._tier_work.watch.now()
+            await asyncio.sleep(_AGAIN_S)
+            text = f"shard server {server} could not be reached: {error}"
+            return self._restores.unreachable(key, server, order, text)
         return self._restores.fetched(key, server, done)
+
+    async def _search(
+        self, key: str, wanted: tuple[tuple[bytes, int], ...], skip: tuple[tuple[str, int], ...]
+    ) -> Iterable[Any]:
+        return self._restores.searched(key, await self._restore_work.search(wanted, skip))
 
 
 def _generation_name(token: str, generation: int) -> str:

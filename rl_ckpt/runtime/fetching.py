@@ -1,9 +1,10 @@
 """Fetching: brings one restore's chunks to one node, from the store and from peers at the same time.
 
-Promises: a chunk is passed on only once its digest was found right here, and as soon as that is so; what a peer sends
-damaged, or not at all, is read from the store once more before the checkpoint is given up. The ways from a peer, in
-order: a socket, Ray's object store, and the store itself. When a fetch is over, failed or not, nothing of it uses the
-memory any more; one whose memory was withdrawn ends early. Decides nothing else: who fetches what is in the order.
+Promises: a chunk is passed on only once its digest was found right here, and as soon as that is so. What a peer that
+reads from the store sends damaged, or not at all, is read from the store once more. The ways from a peer, in order: a
+socket, Ray's object store. What can't be had is told, and all else is brought in. When a fetch is over, failed or not,
+nothing of it uses the memory any more; one whose memory was withdrawn ends early. Decides nothing else: who fetches
+what is in the order.
 """
 
 from __future__ import annotations
@@ -15,10 +16,20 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Protocol, TypeVar
 
-from rl_ckpt.errors import CheckpointError, CorruptionError, StorageError
+from rl_ckpt.errors import CheckpointError, CorruptionError, StorageError, from_code
 from rl_ckpt.format.digest import digest
 from rl_ckpt.format.shard_file import ALIGNMENT
-from rl_ckpt.runtime.messages import FetchItem, FetchOrder, PassItem
+from rl_ckpt.runtime.messages import (
+    AT_PEER,
+    IN_PART,
+    IN_STORE,
+    FetchItem,
+    FetchOrder,
+    Flaw,
+    NotFetched,
+    PartItems,
+    PassItem,
+)
 from rl_ckpt.runtime.transport.client import pull
 from rl_ckpt.runtime.transport.shelf import Range, Shelf
 from rl_ckpt.runtime.transport.wire import Door, TransportError
@@ -30,6 +41,7 @@ _CHECKS_AT_ONCE = 2  # beside the streams: a stream that hashes lets its peer wa
 _PEERS_AT_ONCE = 4  # asked by one server; the order in which it asks them is rotated by the plan
 _PIECE_BYTES = 8 << 20  # of small chunks that lie together, and travel as one
 _PASS_BYTES = 64 << 20  # what one call through Ray brings: pays the call, and stays in the object store
+_PART_S = 30.0  # for a range of a part through Ray: it is there, or the part is not
 
 _log = logging.getLogger("rl_ckpt")
 
@@ -82,29 +94,38 @@ class Fetch:
         self._checks = ThreadPoolExecutor(_CHECKS_AT_ONCE, "rl_ckpt-check")
         self._lock = threading.Lock()
         self._bytes: dict[str, int] = {}
+        self._failed: dict[int, NotFetched] = {}
+        self._store_failed: CheckpointError | None = None
         self._stopped = False
 
-    def run(self) -> dict[str, int]:
-        """Brings everything in.
+    def run(self) -> tuple[dict[str, int], tuple[NotFetched, ...]]:
+        """Brings everything in that can be had.
 
         Returns:
-            Bytes by source: "store", "peers" (by socket), "peers_ray" (through Ray's object store), "store_again"
-            (what peers could not give, or gave damaged); those that are not zero.
+            Bytes by source: "store", "peers_memory" (out of parts that peers hold), "peers" (by socket), "peers_ray"
+            (through Ray's object store), "store_again" (what peers could not give, or gave damaged); those that are not
+            zero. And what can't be had, with the reason.
 
         Raises:
-            CorruptionError: A chunk is damaged or missing at its last source.
-            CheckpointError: The store failed, or a peer that read from it, or the memory was withdrawn.
+            CheckpointError: The memory was withdrawn.
         """
-        work: list[Future[None]] = []
+        own: list[Future[None]] = []
+        passed: list[Future[None]] = []
         done: Future[None] | None = None
         try:
-            work += [
+            own += [
                 self._reads.submit(self._read, name, batch, "store")
                 for name, items in self._order.files.items()
                 for batch in _batches(items, _READ_BYTES)
             ]
-            work += [self._pulls.submit(self._pass, peer, items) for peer, items in self._order.peers.items()]
-            for done in as_completed(work):
+            # Parts first: what is passed on waits for other servers, whose peers may wait for these.
+            own += [self._pulls.submit(self._take, part) for part in self._order.parts]
+            passed += [self._pulls.submit(self._pass, peer, items) for peer, items in self._order.peers.items()]
+            for done in as_completed(own):
+                done.result()
+            if self._failed:  # peers get all else first
+                self._shelf.fail(self._name, self._worst())
+            for done in as_completed(passed):
                 done.result()
         except CheckpointError as error:
             self._shelf.fail(self._name, error)
@@ -116,9 +137,22 @@ class Fetch:
             for pool in (self._pulls, self._checks, self._reads):
                 pool.shutdown()
             # A future's error has this frame in its traceback: a cycle, which would keep the memory mapped.
-            work.clear()
+            own.clear()
+            passed.clear()
             done = None
-        return dict(self._bytes)
+        return dict(self._bytes), tuple(self._failed[offset] for offset in sorted(self._failed))
+
+    def _worst(self) -> CheckpointError:
+        """Why chunks that this server was to bring for others will not come."""
+        flaw = self._failed[min(self._failed)].flaw
+        return from_code(flaw.code, flaw.why)
+
+    def _fail(self, items: Iterable[FetchItem | PassItem], last: str, error: Exception) -> None:
+        """These can't be had."""
+        code = error.code if isinstance(error, CheckpointError) else StorageError.code
+        flaw = Flaw(code, str(error))
+        with self._lock:
+            self._failed.update({item.offset: NotFetched(item.offset, last, flaw) for item in items})
 
     def _go_on(self) -> None:
         """Raises StorageError where what is still to be done is for nothing."""
@@ -128,54 +162,125 @@ class Fetch:
     def _read(self, name: str, items: Sequence[FetchItem], source: str) -> None:
         """Chunks of one file of the store, verified and put up for peers."""
         self._go_on()
-        url = self._store.object_url(name)
         try:
-            self._store.read_into(name, [(i.source_offset, self._view(i.offset, i.size_bytes)) for i in items])
-        except ObjectMissingError as error:
-            raise CorruptionError(f"{url} is missing, though the checkpoint names it") from error
+            if self._store_failed is not None:  # it was tried for long: not for each file again
+                raise self._store_failed
+            views = [(i.source_offset, self._view(i.offset, i.size_bytes)) for i in items]
+            self._store.read_into(name, views)
+        except ObjectMissingError:
+            url = self._store.object_url(name)
+            self._fail(items, IN_STORE, CorruptionError(f"{url} is missing, though the checkpoint names it"))
+            return
+        except CorruptionError as error:
+            if len(items) == 1:
+                self._fail(items, IN_STORE, error)
+            else:  # the file ends too early: what lies before its end is good
+                for item in items:
+                    self._read(name, [item], source)
+            return
+        except StorageError as error:
+            self._store_failed = error.with_traceback(None)
+            self._fail(items, IN_STORE, error)
+            return
+        good = []
         for item in items:
             found = digest(self._view(item.offset, item.size_bytes))
-            if found != item.digest:
-                raise CorruptionError(
-                    f"chunk at {item.source_offset} of {url} is damaged: {item.digest.hex()} was committed, "
-                    f"{found.hex()} was read"
-                )
+            if found == item.digest:
+                good.append(item)
+                continue
+            url = self._store.object_url(name)
+            text = f"{item.digest.hex()} was committed, {found.hex()} was read"
+            self._fail([item], IN_STORE, CorruptionError(f"chunk at {item.source_offset} of {url} is damaged: {text}"))
+        self._put_up(good, source)
+
+    def _put_up(self, items: Sequence[FetchItem | PassItem], source: str) -> None:
+        """Chunks are here and good: peers may have them."""
         self._count(source, sum(item.size_bytes for item in items))
         # With the padding between them: chunks that lie together can be pulled as one.
         self._shelf.fill(self._name, [(i.offset, -(-i.size_bytes // ALIGNMENT) * ALIGNMENT) for i in items])
 
-    def _pass(self, peer: str, items: Sequence[PassItem]) -> None:
-        """Chunks that a peer reads from the store and passes on."""
+    def _take(self, part: PartItems) -> None:
+        """Chunks of a part that a peer holds."""
         self._go_on()
-        missing, checks, why = {item.offset: item for item in items}, list[Future[list[PassItem]]](), ""
-        for way, take in (("peers", self._by_socket), ("peers_ray", self._by_ray)):
+        missing, checks, why = {item.offset: item for item in part.items}, list[Future[list[PassItem]]](), None
+        for take in (self._by_socket, self._by_ray):
             try:
-                for taken in take(peer, list(missing.values())):
+                for taken in take(part.server, part.part, list(missing.values()), _PART_S):
                     self._go_on()
                     for item in taken:
                         del missing[item.offset]
-                    checks.append(self._checks.submit(self._damaged, way, taken))
+                    checks.append(self._checks.submit(self._check_part, taken))
+            except (TransportError, OSError, CheckpointError) as error:
+                self._go_on()
+                why = why or error.with_traceback(None)
+            if not missing:
+                break
+        damaged = [item for check in checks for item in check.result()]
+        checks.clear()
+        self._fail(damaged, IN_PART, CorruptionError(f"{part.part} came damaged from {part.server}"))
+        if missing:
+            text = f"{part.part} can't be had from {part.server}: {type(why).__name__}: {why}"
+            _log.warning("%d chunks: %s", len(missing), text)
+            self._fail(missing.values(), IN_PART, StorageError(text))
+
+    def _check_part(self, items: Sequence[PassItem]) -> list[PassItem]:
+        """Which of them have not come as they were committed; the others are put up."""
+        out = self._damaged(items)
+        self._put_up([item for item in items if item not in out] if out else items, "peers_memory")
+        return out
+
+    def _pass(self, peer: str, items: Sequence[PassItem]) -> None:
+        """Chunks that a peer brings in and passes on."""
+        self._go_on()
+        missing, checks, why = {item.offset: item for item in items}, list[Future[list[PassItem]]](), ""
+        told: CheckpointError | None = None
+        for way, take in (("peers", self._by_socket), ("peers", self._by_socket_singly), ("peers_ray", self._by_ray)):
+            if take == self._by_socket_singly and told is None:
+                continue
+            try:
+                for taken in take(peer, self._name, list(missing.values()), self._by - time.monotonic()):
+                    self._go_on()
+                    for item in taken:
+                        del missing[item.offset]
+                    checks.append(self._checks.submit(self._check_passed, way, taken))
             except (TransportError, OSError) as error:
                 self._go_on()
                 why = why or f"{type(error).__name__}: {error}"
                 if way == "peers":
                     _log.warning("chunks of %s come through Ray's object store, not over a socket: %s", peer, why)
+            except CheckpointError as error:
+                self._go_on()
+                if told is not None:  # and what it has of them is here by now
+                    break
+                told = error.with_traceback(None)
             if not missing:
                 break
         damaged = [item for check in checks for item in check.result()]
+        checks.clear()
+        if told is not None and missing:
+            self._fail(missing.values(), AT_PEER, told)
+            missing.clear()
         again = [*missing.values(), *damaged]
         if again:
             self._go_on()
             _log.warning(
                 "%d chunks of %s are read from the store: %d came damaged; %s", len(again), peer, len(damaged), why
             )
-            self._again(again)
+            self._again(again, peer)
 
-    def _by_socket(self, peer: str, items: list[PassItem]) -> Iterable[list[PassItem]]:
+    def _by_socket(self, peer: str, name: str, items: list[PassItem], _wait_s: float) -> Iterable[list[PassItem]]:
+        yield from self._pull(peer, name, _together(items))
+
+    def _by_socket_singly(
+        self, peer: str, name: str, items: list[PassItem], _wait_s: float
+    ) -> Iterable[list[PassItem]]:
+        """For a peer that lacks some: what lies together with one of those comes by itself."""
+        yield from self._pull(peer, name, [[item] for item in items])
+
+    def _pull(self, peer: str, name: str, groups: list[list[PassItem]]) -> Iterable[list[PassItem]]:
         door = self._find(peer).door()
         if door is None:
             raise TransportError("it has no listener")
-        groups = _together(items)
         pieces = [
             (
                 group[0].source_offset,
@@ -183,31 +288,39 @@ class Fetch:
             )
             for group in groups
         ]
-        for number in pull(door, self._name, pieces, by=self._by, go_on=self._go_on):
+        for number in pull(door, name, pieces, by=self._by, go_on=self._go_on):
             yield groups[number]
 
-    def _by_ray(self, peer: str, items: list[PassItem]) -> Iterable[list[PassItem]]:
+    def _by_ray(self, peer: str, name: str, items: list[PassItem], wait_s: float) -> Iterable[list[PassItem]]:
         server = self._find(peer)
         for batch in _batches(items, _PASS_BYTES):
             self._go_on()
             ranges = [(item.source_offset, item.size_bytes) for item in batch]
-            parts = server.serve(self._name, ranges, self._by - time.monotonic())
+            parts = server.serve(name, ranges, min(wait_s, self._by - time.monotonic()))
             for item, part in zip(batch, parts, strict=True):
                 self._view(item.offset, item.size_bytes)[:] = part
             yield list(batch)
 
-    def _damaged(self, way: str, items: Sequence[PassItem]) -> list[PassItem]:
+    def _check_passed(self, way: str, items: Sequence[PassItem]) -> list[PassItem]:
         """Which of them have not come as they were committed; the others are counted."""
-        out = [item for item in items if digest(self._view(item.offset, item.size_bytes)) != item.digest]
+        out = self._damaged(items)
         self._count(way, sum(item.size_bytes for item in items) - sum(item.size_bytes for item in out))
         return out
 
-    def _again(self, items: Sequence[PassItem]) -> None:
+    def _damaged(self, items: Sequence[PassItem]) -> list[PassItem]:
+        return [item for item in items if digest(self._view(item.offset, item.size_bytes)) != item.digest]
+
+    def _again(self, items: Sequence[PassItem], peer: str) -> None:
         files: dict[int, list[FetchItem]] = {}
+        nowhere: list[PassItem] = []
         for item in items:
+            if item.file < 0:
+                nowhere.append(item)
+                continue
             files.setdefault(item.file, []).append(
                 FetchItem(item.file_offset, item.offset, item.size_bytes, item.digest)
             )
+        self._fail(nowhere, AT_PEER, StorageError(f"{peer} did not pass it on"))
         work = [
             self._reads.submit(self._read, self._order.names[file], batch, "store_again")
             for file, some in files.items()

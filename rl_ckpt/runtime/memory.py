@@ -296,6 +296,12 @@ def mapped(path: str) -> memoryview:
         return view
 
 
+def is_mapped(path: str) -> bool:
+    """Whether this process has a file of staging memory mapped."""
+    with _maps_lock:
+        return path in _maps
+
+
 def prefault(path: str) -> None:
     """Maps a file of staging memory before it is needed, and has its pages ready in this process.
 

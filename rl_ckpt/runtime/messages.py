@@ -241,6 +241,10 @@ class Candidate(msgspec.Struct, frozen=True, tag="candidate"):
     """Which of the ranks on its node the rank is, from 0."""
     neighbours: int
     """How many there are."""
+    early: bool = False
+    """All chunks are in files of the store that the rank can read: it may begin to verify before it is told where."""
+    notice: str = ""
+    """As in `RestoreReport`."""
 
 
 class Matched(msgspec.Struct, frozen=True):
@@ -254,34 +258,61 @@ class Matched(msgspec.Struct, frozen=True):
     needs: Needs
 
 
-class Sources(msgspec.Struct, frozen=True, tag="sources"):
-    """Where a rank finds its chunks: in the store's own files, or in shared memory of its node."""
+FETCHED, HELD, STORED = "fetched", "held", "stored"
 
-    memory: str = ""
-    """File in shared memory; empty: the rank maps the store's files itself."""
+
+class Source(msgspec.Struct, frozen=True, array_like=True):
+    """A file that a rank reads chunks in."""
+
+    kind: str
+    """FETCHED: a restore's memory on the node, verified by its server; HELD: memory that the node holds of a
+    checkpoint; STORED: a file of the store."""
+    path: str
+    """Of the file in shared memory; the name in the store of one that is stored."""
+
+
+class Sources(msgspec.Struct, frozen=True, tag="sources"):
+    """Where a rank finds its chunks, in the order in which it asked for them."""
+
+    files: tuple[Source, ...] = ()
+    """None: each chunk is in the store's file that the manifest names."""
+    at: tuple[int, ...] = ()
+    """Of each chunk, index in `files`; -1: the manifest's own place. Empty: all are in the first."""
     offsets: tuple[int, ...] = ()
-    """Of each chunk that the rank needs, in the order in which it asked."""
+    """Of each chunk, in its file."""
     others: tuple[int, ...] = ()
-    """Which of those chunks, in mapped files, another rank of the node verifies."""
+    """Indices of chunks that another rank of the node verifies."""
+    needs: tuple[int, ...] | None = None
+    """Indices of the chunks that this is about, where others stay as they are; `at` and `offsets` are of these alone,
+    and only these are to be verified."""
 
 
 class TryNext(msgspec.Struct, frozen=True, tag="next"):
     """The candidate is damaged; ask for the next one."""
 
 
+class Flaw(msgspec.Struct, frozen=True, array_like=True):
+    """Why a chunk can't be used where it was."""
+
+    code: str
+    """Of the error."""
+    why: str
+
+
 class Verified(msgspec.Struct, frozen=True):
-    """A rank has looked at all its chunks; `damaged` says what is wrong, or is empty."""
+    """A rank has looked at its chunks; `bad` are those that are not good, by index among what it asked for."""
 
     key: str
     token: str
     rank: int
-    damaged: str
+    bad: dict[int, Flaw] = {}
 
 
 class Apply(msgspec.Struct, frozen=True, tag="apply"):
     """Every rank has verified: values may be set."""
 
     bytes_from: dict[str, int]
+    repaired: dict[str, str] = {}
 
 
 class FetchItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -294,19 +325,27 @@ class FetchItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class PassItem(msgspec.Struct, frozen=True, array_like=True):
-    """A chunk that a peer passes on: where it lies in the peer's restore memory and, as a last source, in the store."""
+    """A chunk that a peer passes on: where it lies in the peer's memory and, as a last source, in the store."""
 
     source_offset: int
     offset: int
     size_bytes: int
     digest: bytes
-    file: int
-    """Index in the order's `names`."""
-    file_offset: int
+    file: int = -1
+    """Index in the order's `names`; -1: it is not looked for in the store."""
+    file_offset: int = 0
+
+
+class PartItems(msgspec.Struct, frozen=True, array_like=True):
+    """Chunks in a part that a peer holds."""
+
+    server: str
+    part: str
+    items: tuple[PassItem, ...]
 
 
 class FetchOrder(msgspec.Struct, frozen=True):
-    """A shard server brings chunks into its restore memory: from files of the store, and from peers' memory."""
+    """A shard server brings chunks into a restore's memory: out of the store, peers' restore memory, and parts."""
 
     key: str
     memory_bytes: int
@@ -314,14 +353,28 @@ class FetchOrder(msgspec.Struct, frozen=True):
     peers: dict[str, tuple[PassItem, ...]] = {}
     names: tuple[str, ...] = ()
     """Files where chunks that peers pass on lie in the store."""
+    parts: tuple[PartItems, ...] = ()
+
+
+IN_STORE, IN_PART, AT_PEER = "store", "part", "peer"
+
+
+class NotFetched(msgspec.Struct, frozen=True, array_like=True):
+    """A chunk that could not be brought."""
+
+    offset: int
+    """Where it was to go: tells the chunks of an order apart."""
+    last: str
+    """Where it was looked for last: IN_STORE, IN_PART (of a peer's memory), or AT_PEER (which did not get it)."""
+    flaw: Flaw
 
 
 class FetchDone(msgspec.Struct, frozen=True, tag="fetched"):
-    """What a shard server brought in; `damaged` says what is wrong, or is empty."""
+    """What a shard server brought in, and what not."""
 
     bytes_from: dict[str, int]
     """By source; as in `RestoreReport`."""
-    damaged: str = ""
+    failed: tuple[NotFetched, ...] = ()
     memory: str = ""
     """File of the restore's memory, where workers of the node map it."""
 
@@ -386,7 +439,7 @@ class Ok(msgspec.Struct, frozen=True, tag="ok"):
 SaveOutcome = SaveDone | Failure
 OpenReply = Candidate | Failure
 MatchReply = Sources | TryNext | Failure
-VerifyReply = Apply | TryNext | Failure
+VerifyReply = Apply | Sources | TryNext | Failure
 
 
 def encode(message: msgspec.Struct) -> bytes:

@@ -15,7 +15,6 @@ import msgspec
 import numpy as np
 
 from rl_ckpt.errors import InvalidInputError
-from rl_ckpt.format import records
 from rl_ckpt.format.manifest import ArrayRef, Manifest
 from rl_ckpt.plan.match import Match, match_all, match_state, view
 from rl_ckpt.plan.spread import ChunkId, Needs
@@ -23,6 +22,7 @@ from rl_ckpt.runtime.links import Asked, ask, coordinator, ensure_server
 from rl_ckpt.runtime.messages import (
     Apply,
     Candidate,
+    Flaw,
     Matched,
     OpenRestore,
     Sources,
@@ -67,6 +67,8 @@ class RestoredRank(msgspec.Struct, frozen=True, tag="restored"):
     kept: tuple[str, ...]
     ignored: tuple[str, ...]
     fell_back: dict[str, str]
+    repaired: dict[str, str] = {}
+    notice: str = ""
 
 
 def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: Any) -> tuple[Any, RestoredRank]:
@@ -89,7 +91,6 @@ def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: An
     asked = Asked(link.open_restore.remote(opened), Candidate)  # which reads the manifest while the tree is walked
     flat = None if state is None else flatten(state, True, open_object)
     store = open_store(spec.url, spec.storage_options)
-    mapped = store.local_path(records.RUN_FILE) is not None
     while True:
         candidate = asked.get()
         with paused():
@@ -102,15 +103,16 @@ def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: An
         sources = Asked(link.match.remote(encode(matched)), Sources | TryNext)
         chunks = ChunkSource(store, manifest, needs, spare_threads(candidate.neighbours))
         try:
-            # Files that this rank can read itself are verified while the others say what they need.
-            damaged = ""
-            if mapped and not match.problems:
-                damaged = chunks.verify(sources.if_there, candidate.neighbour / candidate.neighbours)
+            # Files of the store that this rank can read are verified while the others say what they need.
+            bad: dict[int, Flaw] | None = None
+            if candidate.early and not match.problems:
+                bad = chunks.verify(sources.if_there, candidate.neighbour / candidate.neighbours)
             found = sources.get()
-            if not isinstance(found, TryNext):
+            while isinstance(found, Sources):  # and again, for chunks that could not be used where they were
                 chunks.take(found)
-                word = Verified(place.key, candidate.token, place.rank, damaged)
-                found = ask(link.verified, word, Apply | TryNext)
+                bad = chunks.verify() if bad is None else bad
+                word = Verified(place.key, candidate.token, place.rank, bad)
+                found, bad = ask(link.verified, word, Apply | Sources | TryNext), None
             if isinstance(found, TryNext):
                 asked = Asked(link.open_restore.remote(opened), Candidate)
                 continue
@@ -118,10 +120,19 @@ def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: An
                 tree, size = _set(match, flat, targets, chunks, spec.options.allow_pickle)
         finally:  # by an error too: else the restore's memory stays mapped as long as the worker lives
             chunks.close()
-        link.applied.remote(place.key, place.rank)
-        kept, ignored = tuple(match.kept), tuple(match.ignored)
-        done = (manifest.id, manifest.step, manifest.world_size, size, found.bytes_from, kept, ignored)
-        return tree, RestoredRank(*done, candidate.fell_back)
+        link.applied.remote(place.key, place.rank, candidate.token)
+        return tree, RestoredRank(
+            id=manifest.id,
+            step=manifest.step,
+            saved_world_size=manifest.world_size,
+            bytes=size,
+            bytes_from=found.bytes_from,
+            kept=tuple(match.kept),
+            ignored=tuple(match.ignored),
+            fell_back=candidate.fell_back,
+            repaired=found.repaired,
+            notice=candidate.notice,
+        )
 
 
 def _saved_rank(manifest: Manifest, place: Place, request: RestoreRequest) -> int:

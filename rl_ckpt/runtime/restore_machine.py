@@ -1,122 +1,62 @@
 """The coordinator's brain for restores: a pure state machine, events in, instructions out. No Ray, no I/O, no clock.
 
-For one candidate checkpoint after the other, the newest first: every rank matches it with its own state, servers fetch
-what can't be mapped, all chunks are verified, and only when all are good does any rank set a value. A mapped chunk that
-several ranks of a node need is verified by one of them: they read the same pages. A damaged candidate sends everybody
-to the next one; a state that doesn't fit ends the restore.
+For one candidate checkpoint after the other, the newest first: every rank matches it with its own state, every chunk
+gets a source (plan/sources.py), servers bring in what ranks can't read in place, all chunks are verified, and only when
+all are good does any rank set a value. A source that turns out to be bad is left out, and its chunks are planned anew,
+those alone. When a chunk has none left, it is looked for in other checkpoints; only then does everybody go to the next
+candidate. A state that doesn't fit ends the restore.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Mapping, Sequence
 
-from rl_ckpt.errors import CheckpointError, CorruptionError, InvalidInputError, SaveTimeoutError, WorkerFailuresError
+from rl_ckpt.errors import (
+    CheckpointError,
+    CorruptionError,
+    InvalidInputError,
+    SaveTimeoutError,
+    StorageError,
+    WorkerFailuresError,
+)
 from rl_ckpt.format.manifest import Manifest
-from rl_ckpt.format.shard_file import ALIGNMENT
 from rl_ckpt.options import Options
-from rl_ckpt.plan.spread import ChunkId, ServerFetch, canonical_chunks, share, spread
+from rl_ckpt.plan.parts import Holdings
+from rl_ckpt.plan.sources import InStore, Known, plan_sources
+from rl_ckpt.plan.spread import ChunkId, canonical_chunks
+from rl_ckpt.runtime import restore_finding, restore_orders
 from rl_ckpt.runtime.messages import (
     Apply,
     Candidate,
     Failure,
     FetchDone,
-    FetchItem,
     FetchOrder,
     Matched,
-    MatchReply,
-    OpenReply,
     OpenRestore,
-    PassItem,
-    Sources,
     TryNext,
     Verified,
-    VerifyReply,
+)
+from rl_ckpt.runtime.restore_steps import (
+    FAILED,
+    FETCHING,
+    MATCHING,
+    OPENING,
+    OVER,
+    SEARCHING,
+    VERIFYING,
+    Answer,
+    Arm,
+    Fetch,
+    Forget,
+    Instruction,
+    Load,
+    Restore,
+    Search,
 )
 
 _FAILED_KEPT = 64  # failed restores that some ranks have not heard of yet
-_SHARE_FROM_BYTES = 32 << 10  # a chunk, on average: to deal smaller ones out takes longer than to verify them
-
-OPENING, MATCHING, FETCHING, VERIFYING, OVER, FAILED = (
-    "opening", "matching", "fetching", "verifying", "over", "failed",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Read the next candidate: answer with `loaded`, or `failed`. `tried` are the ids that were damaged."""
-
-    token: str
-    step: int | None
-    tried: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """Answer a rank's last message."""
-
-    key: str
-    rank: int
-    reply: OpenReply | MatchReply | VerifyReply
-
-
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """Have a server bring chunks in; answer with `fetched`."""
-
-    token: str
-    server: str
-    order: FetchOrder
-
-
-@dataclass(frozen=True, slots=True)
-class Forget:
-    """Have the servers give up the restore's memory."""
-
-    token: str
-    servers: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """Call `timed_out(token, state)` after so many seconds."""
-
-    token: str
-    state: str
-    seconds: float
-
-
-Instruction = Load | Answer | Fetch | Forget | Arm
-
-
-@dataclass(slots=True)
-class Restore:
-    """One restore under way: one candidate of it."""
-
-    key: str
-    token: str
-    """Of this candidate of this restore alone (its key comes again): tells late answers, and its memory, apart."""
-    step: int | None
-    world_size: int
-    state: str = OPENING
-    joined: set[int] = field(default_factory=set)
-    servers: dict[int, str] = field(default_factory=dict)
-    """Of each rank that joined: who is whose neighbour."""
-    manifest: Manifest | None = None
-    mappable: bool = False
-    fell_back: dict[str, str] = field(default_factory=dict)
-    matched: dict[int, Matched] = field(default_factory=dict)
-    verified: dict[int, str] = field(default_factory=dict)
-    twins: dict[ChunkId, ChunkId] = field(default_factory=dict)
-    offsets: dict[str, dict[ChunkId, int]] = field(default_factory=dict)
-    """Where each chunk goes in each server's restore memory."""
-    memory: dict[str, str] = field(default_factory=dict)
-    """File of each server's restore memory."""
-    awaited: set[str] = field(default_factory=set)
-    bytes_from: dict[str, int] = field(default_factory=dict)
-    told: set[int] = field(default_factory=set)
-    failure: Failure | None = None
+_ROUNDS = 32  # of sources: each leaves out at least one; more is a store that answers something else every time
+_TRIES = 30  # to reach a server that is being restarted
 
 
 class RestoreMachine:
@@ -134,6 +74,7 @@ class RestoreMachine:
         self._incarnation = incarnation
         self._begun = 0
         self._restores: dict[str, Restore] = {}
+        self._dead: set[str] = set()
         self._over: dict[str, Restore] = {}
         """By token: ranks are still copying out of its memory, and may open the next one."""
 
@@ -183,18 +124,39 @@ class RestoreMachine:
         return [*out, Load(restore.token, restore.step, tuple(restore.fell_back))]
 
     def loaded(
-        self, token: str, manifest: Manifest, data: bytes, mappable: bool, damaged: dict[str, str]
+        self,
+        token: str,
+        manifest: Manifest,
+        data: bytes,
+        mappable: bool,
+        damaged: dict[str, str],
+        holdings: Holdings | None = None,
+        notice: str = "",
     ) -> list[Instruction]:
-        """The candidate's manifest; `mappable` where workers can map the store's files."""
+        """The candidate.
+
+        Args:
+            token: Of the `Load`.
+            manifest: Its manifest.
+            data: The same as bytes.
+            mappable: Whether workers can read the store's files.
+            damaged: Newer checkpoints that can't be used: id to why.
+            holdings: What memory has of it.
+            notice: As in `RestoreReport`.
+        """
         restore = self._current(token)
         if restore is None or restore.state != OPENING:
-            return []
+            return [Forget(token, (), ())]
         restore.manifest, restore.mappable, restore.state = manifest, mappable, MATCHING
+        restore.known, restore.notice = Known(manifest, holdings), notice
+        for server in self._dead:
+            restore.known.lose(server)
         restore.fell_back |= damaged
+        early = mappable and holdings is None
         answers: list[Instruction] = []
-        for ranks in _neighbours(restore.servers).values():
+        for ranks in restore.neighbours().values():
             for i, rank in enumerate(ranks):
-                candidate = Candidate(token, data, restore.fell_back, i, len(ranks))
+                candidate = Candidate(token, data, restore.fell_back, i, len(ranks), early, notice)
                 answers.append(Answer(restore.key, rank, candidate))
         return [*answers, Arm(token, MATCHING, self.options.join_timeout_s)]
 
@@ -208,129 +170,111 @@ class RestoreMachine:
         restore.matched[message.rank] = message
         if len(restore.matched) < restore.world_size:
             return []
+        assert restore.manifest is not None
+        assert restore.known is not None
         problems = {rank: m.problems for rank, m in sorted(restore.matched.items()) if m.problems}
         if problems:
             lines = [f"rank {rank}: {line}" for rank, p in problems.items() for line in p.lines()]
             text = (
-                f"checkpoint {restore.manifest.id if restore.manifest else ''} does not fit the workers' states (no "
+                f"checkpoint {restore.manifest.id} does not fit the workers' states (no "
                 "worker was changed):\n  "
                 + "\n  ".join(lines)
                 + "\nuse `select`, `rename`, or `strict=False` to restore what fits"
             )
             return self._fail(restore, InvalidInputError(text))
-        return self._files(restore) if restore.mappable else self._fetch(restore)
+        restore.twins = canonical_chunks(restore.manifest)
+        if restore.mappable and restore.known.holdings is None:
+            return self._tell_sources(restore)
+        return self._find_sources(restore, restore.needs())
 
-    def _files(self, restore: Restore) -> list[Instruction]:
-        restore.state = VERIFYING
-        assert restore.manifest is not None
-        sizes: dict[int, int] = {}  # by part: many ranks need the same
-        for part in [part for m in restore.matched.values() for part in m.needs.parts]:
-            if id(part) not in sizes:
-                sizes[id(part)] = sum(_bytes(restore, chunk) for chunk in part.chunks)
-        total = sum(sizes[id(part)] for m in restore.matched.values() for part in m.needs.parts)
-        restore.bytes_from = {"files": total}
-        count = sum(len(part.chunks) for m in restore.matched.values() for part in m.needs.parts)
-        if total < _SHARE_FROM_BYTES * count:
-            answers: list[Instruction] = [Answer(restore.key, rank, Sources()) for rank in restore.matched]
-            return [*answers, Arm(restore.token, VERIFYING, self.options.write_timeout_s)]
-        answers = []
-        twins = canonical_chunks(restore.manifest)
-        known: dict[tuple[tuple[int, ...], ...], list[Sources]] = {}  # many nodes need the same parts
-        for ranks in _neighbours(restore.servers).values():
-            needs = [restore.matched[rank].needs for rank in ranks]
-            parts = tuple([tuple(map(id, need.parts)) for need in needs])
-            if parts not in known:
-                mine = share(restore.manifest, twins, dict(enumerate(map(list, needs))))
-                known[parts] = [
-                    Sources(others=tuple([n for n, chunk in enumerate(need) if chunk not in mine[i]]))
-                    for i, need in enumerate(needs)
-                ]
-            answers += [Answer(restore.key, rank, found) for rank, found in zip(ranks, known[parts], strict=True)]
-        return [*answers, Arm(restore.token, VERIFYING, self.options.write_timeout_s)]
-
-    def _fetch(self, restore: Restore) -> list[Instruction]:
-        assert restore.manifest is not None
-        twins = restore.twins = canonical_chunks(restore.manifest)
-        needs: dict[str, set[ChunkId]] = {}
-        seen: set[tuple[str, int]] = set()
-        for m in restore.matched.values():
-            mine = needs.setdefault(m.server, set())
-            for part in m.needs.parts:
-                if (m.server, id(part)) not in seen:
-                    seen.add((m.server, id(part)))
-                    mine.update([twins[chunk] for chunk in part.chunks])
-        plan = spread(restore.manifest, needs)
-        restore.state = FETCHING
-        sizes = {server: self._lay_out(restore, server, chunks) for server, chunks in needs.items()}
-        orders = {server: self._order(restore, server, plan[server], sizes[server]) for server in plan}
-        restore.awaited = set(orders)
-        restore.bytes_from = {"store": 0, "peers": 0}
+    def _find_sources(self, restore: Restore, missing: dict[str, set[ChunkId]]) -> list[Instruction]:
+        """Chooses sources of chunks, by server, and has brought in what ranks can't read in place."""
+        assert restore.known is not None
+        missing = {server: chunks for server, chunks in missing.items() if chunks}
+        plan = plan_sources(restore.known, missing, restore.mappable)
+        fresh = plan.lost - restore.searched
+        if fresh:
+            restore.searched |= fresh
+            restore.missing, restore.state = missing, SEARCHING
+            saved = [restore.known.saved(chunk) for chunk in sorted(fresh)]
+            wanted = tuple({(bytes.fromhex(c.digest), c.bytes): None for c in saved})
+            skip = tuple((place.file, place.offset) for place in restore.known.bad())
+            arm = Arm(restore.token, SEARCHING, self.options.write_timeout_s)
+            return [Search(restore.token, wanted, skip), arm]
+        if plan.lost or len(restore.rounds) == _ROUNDS:
+            return self._give_up(restore, min(plan.lost or set().union(*missing.values())))
+        key = f"{restore.token}+{len(restore.rounds)}" if restore.rounds else restore.token
+        now = restore_orders.lay_out(restore.known, plan, key)
+        restore_finding.note(restore, plan, now)
+        orders = restore_orders.orders(restore.known, now)
+        if not orders:
+            return self._tell_sources(restore)
+        restore.state, restore.awaited = FETCHING, set(orders)
         out: list[Instruction] = [Fetch(restore.token, server, order) for server, order in orders.items()]
         return [*out, Arm(restore.token, FETCHING, self.options.write_timeout_s)]
 
-    def _lay_out(self, restore: Restore, server: str, chunks: set[ChunkId]) -> int:
-        offset, places = 0, {}
-        for chunk in sorted(chunks):
-            places[chunk] = offset
-            offset += -(-_bytes(restore, chunk) // ALIGNMENT) * ALIGNMENT
-        restore.offsets[server] = places
-        return offset
-
-    def _order(self, restore: Restore, server: str, fetch: ServerFetch, size: int) -> FetchOrder:
-        assert restore.manifest is not None
-        places = restore.offsets[server]
-        files: dict[str, list[FetchItem]] = {}
-        for chunk in fetch.store:
-            saved = restore.manifest.arrays[chunk[0]].chunks[chunk[1]]
-            item = FetchItem(saved.offset, places[chunk], saved.bytes, bytes.fromhex(saved.digest))
-            files.setdefault(restore.manifest.files[saved.file].name, []).append(item)
-        peers: dict[str, tuple[PassItem, ...]] = {}
-        numbers: dict[int, int] = {}  # of a file in the manifest → in the order
-        for peer, chunks in fetch.peers.items():
-            there = restore.offsets[peer]
-            saved_there = [(chunk, restore.manifest.arrays[chunk[0]].chunks[chunk[1]]) for chunk in chunks]
-            peers[peer] = tuple(
-                PassItem(
-                    there[chunk],
-                    places[chunk],
-                    s.bytes,
-                    bytes.fromhex(s.digest),
-                    numbers.setdefault(s.file, len(numbers)),
-                    s.offset,
-                )
-                for chunk, s in saved_there
-            )
-        names = tuple(restore.manifest.files[file].name for file in numbers)
-        return FetchOrder(restore.token, size, {name: tuple(items) for name, items in files.items()}, peers, names)
+    def searched(self, token: str, found: Mapping[tuple[bytes, int], Sequence[tuple[str, int]]]) -> list[Instruction]:
+        """Places (file and offset) where other checkpoints say that the chunks sought are."""
+        restore = self._current(token)
+        if restore is None or restore.state != SEARCHING:
+            return []
+        assert restore.known is not None
+        for chunk in restore.searched:
+            saved = restore.known.saved(chunk)
+            places = found.get((bytes.fromhex(saved.digest), saved.bytes), ())
+            restore.known.add(chunk, [InStore(file, offset) for file, offset in places])
+        return self._find_sources(restore, restore.missing)
 
     def fetched(self, token: str, server: str, done: FetchDone) -> list[Instruction]:
-        """A server has brought in what it was told to."""
+        """A server has brought in what it was told to, or as much of it as it could."""
         restore = self._current(token)
         if restore is None or restore.state != FETCHING or server not in restore.awaited:
             return []
-        if done.damaged:
-            return self._next(restore, done.damaged)
         restore.awaited.discard(server)
-        restore.memory[server] = done.memory
+        now = restore.rounds[-1]
+        now.memory[server] = done.memory
         for source, size in done.bytes_from.items():
             restore.bytes_from[source] = restore.bytes_from.get(source, 0) + size
+        restore_finding.take_failed(restore, server, done)
         if restore.awaited:
             return []
-        restore.state = VERIFYING
-        known: dict[tuple[str, int], tuple[int, ...]] = {}
-        answers: list[Instruction] = [
-            Answer(restore.key, rank, self._sources(restore, m, known)) for rank, m in restore.matched.items()
-        ]
-        return [*answers, Arm(token, VERIFYING, self.options.write_timeout_s)]
+        missing, restore.missing = restore.missing, {}
+        return self._find_sources(restore, missing) if missing else self._tell_sources(restore)
 
-    def _sources(self, restore: Restore, matched: Matched, known: dict[tuple[str, int], tuple[int, ...]]) -> Sources:
-        """Where a rank finds its chunks; `known` holds the offsets of parts of needs, by server."""
-        server, twins, places = matched.server, restore.twins, restore.offsets[matched.server]
-        for part in matched.needs.parts:
-            if (server, id(part)) not in known:
-                known[server, id(part)] = tuple([places[twins[chunk]] for chunk in part.chunks])
-        offsets = chain.from_iterable(known[server, id(part)] for part in matched.needs.parts)
-        return Sources(restore.memory[server], tuple(offsets))
+    def unreachable(self, token: str, server: str, order: FetchOrder, why: str) -> list[Instruction]:
+        """A server that has an order could not be reached: it is told again, as Ray restarts it."""
+        restore = self._current(token)
+        if restore is None or restore.state != FETCHING or server not in restore.awaited:
+            return []
+        tries = restore.tries[server] = restore.tries.get(server, 0) + 1
+        if tries > _TRIES:
+            return self._fail(restore, StorageError(why))
+        return [Fetch(token, server, order)]
+
+    def server_lost(self, server: str) -> list[Instruction]:
+        """A node is dead: its memory is no source any more; restores of workers that are on it fail."""
+        self._dead.add(server)
+        out: list[Instruction] = []
+        for restore in list(self._restores.values()):
+            if restore.failure is not None:
+                continue
+            if restore.known is not None:
+                restore.known.lose(server)
+            ranks = [rank for rank, name in sorted(restore.servers.items()) if name == server]
+            if ranks:
+                text = f"ranks {ranks} are lost with their node (of shard server {server}); start them anew and restore"
+                out += self._fail(restore, WorkerFailuresError(text, dict.fromkeys(ranks, text)))
+        return out
+
+    def _tell_sources(self, restore: Restore) -> list[Instruction]:
+        """Ranks are told where their chunks are: all, or those for whom that has changed."""
+        restore.state = VERIFYING
+        told = restore_orders.changes(restore) if restore.told_sources else restore_orders.sources(restore)
+        restore.told_sources, restore.changed = True, {}
+        for rank in told:
+            restore.verified.pop(rank, None)
+        answers: list[Instruction] = [Answer(restore.key, rank, found) for rank, found in told.items()]
+        return [*answers, Arm(restore.token, VERIFYING, self.options.write_timeout_s)]
 
     def verify(self, message: Verified) -> list[Instruction]:
         """A rank has looked at its chunks."""
@@ -339,26 +283,42 @@ class RestoreMachine:
             return [Answer(message.key, message.rank, _gone())]
         if restore.failure is not None:
             return [self._tell(restore, message.rank, restore.failure)]
-        restore.verified[message.rank] = message.damaged
+        restore.verified[message.rank] = message.bad
         if len(restore.verified) < restore.world_size:
             return []
-        damaged = [text for text in restore.verified.values() if text]
-        if damaged:
-            return self._next(restore, damaged[0])
+        if any(restore.verified.values()):
+            return self._find_sources(restore, restore_finding.take_bad(restore))
         restore.state = OVER
+        for source, size in restore_orders.read_in_place(restore).items():
+            restore.bytes_from[source] = restore.bytes_from.get(source, 0) + size
         self._over[restore.token] = self._restores.pop(restore.key)
-        answers: list[Instruction] = [
-            Answer(message.key, r, Apply(restore.bytes_from)) for r in range(restore.world_size)
-        ]
+        apply = Apply(restore.bytes_from, restore_finding.repaired(restore))
+        answers: list[Instruction] = [Answer(message.key, r, apply) for r in range(restore.world_size)]
         return [*answers, Arm(restore.token, OVER, self.options.write_timeout_s)]
 
-    def applied(self, key: str, rank: int) -> list[Instruction]:
-        """A rank has set its state, or failed to: it needs no memory any more."""
-        restore = next((r for r in self._over.values() if r.key == key and rank in r.joined), None)
-        if restore is None:
+    def applied(self, key: str, rank: int, token: str = "") -> list[Instruction]:
+        """A rank has set its state, or failed to: it needs no memory any more.
+
+        Args:
+            key: Of the restore.
+            rank: Which.
+            token: Of the candidate; empty where it is not known (the rank is dead): of the key's oldest.
+        """
+        over = [r for r in self._over.values() if r.key == key and rank in r.joined and token in ("", r.token)]
+        if not over:
             return []
-        restore.joined.discard(rank)
-        return [] if restore.joined else self._end(restore)
+        over[0].joined.discard(rank)
+        return [] if over[0].joined else self._end(over[0])
+
+    def _give_up(self, restore: Restore, chunk: ChunkId) -> list[Instruction]:
+        """A chunk has no source left."""
+        assert restore.manifest is not None
+        if chunk in restore.unread:  # an older checkpoint is no answer to a store that fails
+            return self._fail(restore, StorageError(restore.unread[chunk]))
+        nowhere = (
+            f"{restore_finding.chunk_name(restore, chunk)} of checkpoint {restore.manifest.id} is nowhere to be had"
+        )
+        return self._next(restore, restore.damaged.get(chunk, nowhere))
 
     def _next(self, restore: Restore, damaged: str) -> list[Instruction]:
         """The candidate is damaged: everybody asks for the next one, unless it was asked for by step."""
@@ -409,6 +369,8 @@ class RestoreMachine:
             return []
         if state == FETCHING:
             text = f"restore: {sorted(restore.awaited)} did not bring their chunks in in time; raise `write_timeout_s`"
+        elif state == SEARCHING:
+            text = "restore: the store did not give other checkpoints' manifests in time; raise `write_timeout_s`"
         elif state == OPENING and len(restore.joined) == restore.world_size:
             text = "restore: the store did not give the manifest in time; look at the store, or raise `join_timeout_s`"
         else:
@@ -437,25 +399,16 @@ class RestoreMachine:
         return Answer(restore.key, rank, failure)
 
     def _forget(self, restore: Restore) -> list[Instruction]:
-        servers = tuple(sorted(restore.offsets))
-        return [Forget(restore.token, servers)] if servers else []
+        if restore.manifest is None:
+            return []
+        servers = {server for each in restore.rounds for server in each.laid}
+        forget = Forget(restore.token, tuple(sorted(servers)), tuple(each.key for each in restore.rounds))
+        # Only now: whoever is told of a damaged copy gives up all of it, and ranks were reading there.
+        return [forget, *restore.damaged_copies]
 
     def _end(self, restore: Restore) -> list[Instruction]:
         del self._over[restore.token]
         return self._forget(restore)
-
-
-def _neighbours(servers: Mapping[int, str]) -> dict[str, list[int]]:
-    """Ranks by server."""
-    out: dict[str, list[int]] = {}
-    for rank in sorted(servers):
-        out.setdefault(servers[rank], []).append(rank)
-    return out
-
-
-def _bytes(restore: Restore, chunk: ChunkId) -> int:
-    assert restore.manifest is not None
-    return restore.manifest.arrays[chunk[0]].chunks[chunk[1]].bytes
 
 
 def _gone() -> Failure:

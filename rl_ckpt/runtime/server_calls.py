@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 import ray
 
 from rl_ckpt.errors import StorageError
+from rl_ckpt.format.digest import digest
+from rl_ckpt.plan.parts import Held
 from rl_ckpt.runtime.messages import Failure, decode, encode
 from rl_ckpt.runtime.spec import NAMESPACE, NODE_CHARS, RunSpec
+
+_SERVE_S = 5.0  # for a range of what is all there, or not at all
 
 
 class Servers:
@@ -18,6 +25,7 @@ class Servers:
     def __init__(self) -> None:
         """None known."""
         self._handles: dict[str, Any] = {}
+        self._forgetting: dict[str, set[asyncio.Task[None]]] = {}
 
     def note(self, name: str) -> None:
         """A server takes part."""
@@ -61,6 +69,52 @@ class Servers:
         if isinstance(answer, Failure):
             raise answer.error()
         return answer
+
+    def forget(self, names: Iterable[str], keys: Iterable[str]) -> None:
+        """Has servers give up memory of restores; `forgotten` waits for it.
+
+        Args:
+            names: Of the servers.
+            keys: Of the orders whose memory it is.
+        """
+        for name in names:
+            task = asyncio.get_running_loop().create_task(self._forget(name, tuple(keys)))
+            pending = self._forgetting.setdefault(name, set())
+            pending.add(task)
+            task.add_done_callback(pending.discard)
+
+    async def _forget(self, name: str, keys: tuple[str, ...]) -> None:
+        with contextlib.suppress(StorageError, ray.exceptions.RayError):  # gone, and its memory with it
+            for ref in [self.get(name).forget.remote(key) for key in keys]:
+                await ref
+
+    async def forgotten(self, name: str) -> None:
+        """Waits until a server has given up what it was told to."""
+        pending = self._forgetting.get(name)
+        if pending:
+            await asyncio.wait(set(pending))
+
+    async def held_chunk(self, copies: Iterable[Held], chunk: bytes, size_bytes: int) -> bytes | None:
+        """A chunk out of one of its holders' memory, through Ray; the first that is good.
+
+        Args:
+            copies: Where it may be.
+            chunk: Its digest.
+            size_bytes: Its size.
+
+        Returns:
+            Its bytes; None where no holder gives them.
+        """
+        for copy in copies:
+            try:
+                server = self.get(copy.server)
+                parts = await server.serve.remote(copy.part, [(copy.offset, size_bytes)], _SERVE_S)
+            except (StorageError, ray.exceptions.RayError):  # this one is gone, or does not have it any more
+                continue
+            data = bytes(parts[0].data)
+            if digest(data) == chunk:
+                return data
+        return None
 
     def configure(self, spec: RunSpec) -> None:
         """Tells all of them of a driver's options and credentials."""

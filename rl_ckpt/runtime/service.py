@@ -145,6 +145,8 @@ class Service:
             ranks_without_counterpart=() if saved else tuple(range(first.saved_world_size, len(done))),
             ranks_dropped=() if saved else tuple(range(len(done), first.saved_world_size)),
             fell_back=first.fell_back,
+            repaired=first.repaired,
+            notice=first.notice,
         )
 
     def settle(self, seconds: float) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from rl_ckpt.errors import CheckpointError, CorruptionError
+from rl_ckpt.errors import CheckpointError
 from rl_ckpt.runtime import memory
 from rl_ckpt.runtime.copying import be_in_no_hurry, copy_part
 from rl_ckpt.runtime.fetching import Fetch
@@ -126,13 +126,11 @@ class ShardServer:
         try:
             target = self._restores.open(name, order.memory_bytes)
             limit_s = self._spec.options.write_timeout_s
-            done = Fetch(order, name, target, self._store, self._shelf, _RayPeer, limit_s).run()
-        except CorruptionError as error:
-            return encode(FetchDone({}, str(error)))
+            done, failed = Fetch(order, name, target, self._store, self._shelf, _RayPeer, limit_s).run()
         except CheckpointError as error:
             return encode(Failure.of(error))
-        self._counts["bytes_from_peers"] += done.get("peers", 0) + done.get("peers_ray", 0)
-        return encode(FetchDone(done, memory=self._memory.path(name)))
+        self._counts["bytes_from_peers"] += sum(done.get(way, 0) for way in ("peers", "peers_ray", "peers_memory"))
+        return encode(FetchDone(done, failed, self._memory.path(name)))
 
     @ray.method(concurrency_group="control")
     def hold(self, data: bytes) -> bytes:

@@ -26,8 +26,22 @@ class LocalFiles:
         """None is open yet."""
         self._store = store
         self._manifest = manifest
-        self._open: dict[int, tuple[int, str]] = {}  # index in the manifest's files → descriptor and path
+        self._names = [file.name for file in manifest.files]
+        self._open: dict[int, tuple[int, str]] = {}  # index of the name → descriptor and path
         self._scratch = threading.local()
+
+    def also(self, name: str) -> int:
+        """Takes a file in that the manifest does not name.
+
+        Args:
+            name: Its name in the store.
+
+        Returns:
+            Its index: chunks that name it may be read like the others.
+        """
+        if name not in self._names[len(self._manifest.files) :]:
+            self._names.append(name)
+        return self._names.index(name, len(self._manifest.files))
 
     def open_all(self, chunks: Iterable[Chunk]) -> None:
         """Opens the files of some chunks.
@@ -47,7 +61,7 @@ class LocalFiles:
 
     def _opened(self, file: int) -> tuple[int, str]:
         if file not in self._open:
-            path = self._store.local_path(self._manifest.files[file].name)
+            path = self._store.local_path(self._names[file])
             assert path is not None
             try:
                 self._open[file] = (os.open(path, os.O_RDONLY | os.O_CLOEXEC), path)

@@ -47,7 +47,8 @@ def workers(three_nodes: Any) -> list[Any]:
 def saved(moto_server: S3Server, workers: list[Any]) -> Any:
     """A run with one checkpoint, whose shard servers are there and have counted what they did."""
     url = f"s3://{moto_server.new_bucket()}/run"
-    with Checkpointer(url, storage_options=moto_server.storage_options(), chunk_bytes=CHUNK) as ckpt:
+    options = moto_server.storage_options()
+    with Checkpointer(url, storage_options=options, chunk_bytes=CHUNK, memory_tier=False) as ckpt:
         give(workers, [state(1)] * WORLD)
         ckpt.save(1, workers).result(WAIT_S)
         give(workers, [state(2)] * WORLD)

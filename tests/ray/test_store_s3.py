@@ -124,7 +124,7 @@ def damage(server: S3Server, ckpt: Checkpointer, checkpoint: str) -> None:
 
 
 def test_a_damaged_object_is_never_applied_and_the_restore_falls_back(s3_server: S3Server, workers: list[Any]) -> None:
-    with open_run(s3_server) as ckpt:
+    with open_run(s3_server, memory_tier=False) as ckpt:
         infos = []
         for step in (0, 1):
             give(workers, [state(rank, step) for rank in range(6)])
@@ -145,7 +145,7 @@ def test_a_damaged_object_is_never_applied_and_the_restore_falls_back(s3_server:
 
 def test_a_missing_object_is_named_and_the_restore_falls_back(moto_server: S3Server, workers: list[Any]) -> None:
     three = workers[:3]
-    with open_run(moto_server) as ckpt:
+    with open_run(moto_server, memory_tier=False) as ckpt:
         infos = []
         for step in (0, 1):
             give(three, [state(rank, step) for rank in range(3)])

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 
 from rl_ckpt.errors import CheckpointError
+from rl_ckpt.plan.parts import PART
 from rl_ckpt.runtime.transport.shelf import Range, Shelf
 from rl_ckpt.runtime.transport.wire import (
     DATA,
@@ -145,7 +146,8 @@ class Listener:
             OSError: The peer is gone.
         """
         wanted: dict[int, Range] = dict(enumerate(request.ranges))
-        by = time.monotonic() + self._limits.absent_s
+        # A part is put up before anybody is told of it: one that is not there will not come.
+        by = time.monotonic() + (0.0 if request.name.startswith(PART) else self._limits.absent_s)
         while wanted:
             try:
                 path, found = self._shelf.ready(request.name, wanted, self._limits.beat_s)

@@ -10,7 +10,8 @@ from rl_ckpt.errors import CorruptionError, StorageError, WorkerFailuresError
 from rl_ckpt.options import Options
 from rl_ckpt.plan.match import Problems
 from rl_ckpt.plan.spread import Needs
-from rl_ckpt.runtime import restore_machine as rm
+from rl_ckpt.runtime import restore_orders
+from rl_ckpt.runtime import restore_steps as rm
 from rl_ckpt.runtime.messages import (
     Apply,
     Candidate,
@@ -23,6 +24,7 @@ from rl_ckpt.runtime.messages import (
     decode,
     encode,
 )
+from rl_ckpt.runtime.restore_machine import RestoreMachine
 from tests.unit.runtime.restore_bench import Bench, all_chunks, manifest
 
 DEAD = WorkerFailuresError("rank 1 died", {1: "rank 1 died"})
@@ -116,7 +118,7 @@ def test_bytes_by_other_ways_are_reported_too() -> None:
 def test_tokens_of_one_coordinator_are_not_those_of_the_next() -> None:
     tokens = set()
     for incarnation in ("a-", "b-"):
-        machine = rm.RestoreMachine(Options(), incarnation)
+        machine = RestoreMachine(Options(), incarnation)
         machine.open(OpenRestore("r", 0, 2, None, "s0"))
         tokens |= set(machine.states())
     assert len(tokens) == 2
@@ -128,7 +130,8 @@ def test_sources_name_the_memory_of_the_ranks_own_server() -> None:
     for rank in (0, 1):
         reply = bench.reply(rank)
         assert isinstance(reply, Sources)
-        assert reply.memory.startswith(f"/shm/server-{rank}/")
+        assert [file.kind for file in reply.files] == ["fetched"]
+        assert reply.files[0].path.startswith(f"/shm/server-{rank}/")
         assert len(set(reply.offsets)) == len(all_chunks())
 
 
@@ -157,7 +160,7 @@ def test_ranks_of_one_node_verify_all_they_need_where_chunks_are_tiny() -> None:
 def test_ranks_of_one_node_share_the_verifying_of_mapped_files_and_others_do_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rm, "_SHARE_FROM_BYTES", 0)
+    monkeypatch.setattr(restore_orders, "SHARE_FROM_BYTES", 0)
     bench = Bench(mappable=True)
     for rank in range(3):
         bench.open(rank, world=3)
@@ -181,7 +184,7 @@ def test_ranks_of_one_node_share_the_verifying_of_mapped_files_and_others_do_not
 def test_each_node_shares_its_own_needs_where_others_need_much_the_same(
     fewer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rm, "_SHARE_FROM_BYTES", 0)  # these chunks are tiny
+    monkeypatch.setattr(restore_orders, "SHARE_FROM_BYTES", 0)  # these chunks are tiny
     bench = Bench(mappable=True)
     for rank in range(4):
         bench.open(rank, world=4)
@@ -281,8 +284,8 @@ def test_a_damaged_chunk_sends_every_rank_to_the_next_checkpoint() -> None:
     bench = Bench()
     bench.to_fetching()
     bench.fetch(bench.fetches[0], damaged="a flipped bit")
+    bench.fetch_all()
     assert all(isinstance(bench.reply(rank), TryNext) for rank in (0, 1))
-    bench.fetches.clear()
     bench.restore()
     candidate = next(r for r in bench.replies["r", 0][::-1] if isinstance(r, Candidate))
     assert candidate.fell_back == {"2-new": "a flipped bit"}
@@ -303,6 +306,7 @@ def test_damage_of_the_step_that_was_asked_for_is_an_error() -> None:
     bench = Bench()
     bench.to_fetching(step=2)
     bench.fetch(bench.fetches[0], damaged="a flipped bit")
+    bench.fetch_all()
     assert {bench.failure(rank).code for rank in (0, 1)} == {CorruptionError.code}
 
 
@@ -310,16 +314,19 @@ def test_when_every_checkpoint_is_damaged_all_ranks_are_told() -> None:
     bench = Bench(candidates=("2-new",))
     bench.to_fetching()
     bench.fetch(bench.fetches[0], damaged="a flipped bit")
+    bench.fetch_all()
     bench.to_matching()
     assert {bench.failure(rank).code for rank in (0, 1)} == {CorruptionError.code}
 
 
-def test_a_late_fetch_of_a_damaged_checkpoint_does_not_count_for_the_next_one() -> None:
+def test_a_late_fetch_of_a_restore_that_failed_does_not_count_for_the_next_one() -> None:
     bench = Bench()
     bench.to_fetching()
-    late = bench.fetches[1]
-    bench.fetch(bench.fetches[0], damaged="a flipped bit")
+    late = bench.fetches.pop(1)
+    bench.lost(1, DEAD)
+    bench.fetches.clear()
     bench.to_fetching()
+    bench.fetches.append(late)
     bench.fetch(late)
     bench.fetch(next(ask for ask in bench.fetches if ask.server != late.server))
     assert not any(isinstance(bench.reply(rank), Sources) for rank in (0, 1)), "one server is still at it"
@@ -445,6 +452,7 @@ def test_a_restore_is_under_way_from_the_last_join_until_all_have_set() -> None:
     for rank in (0, 1):
         bench.match(rank)
     bench.fetch(bench.fetches[0], damaged="bit rot")
+    bench.fetch_all()
     assert bench.machine.under_way("r"), "on to the next checkpoint"
     bench = Bench()
     bench.to_over()

@@ -8,22 +8,23 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from rl_ckpt.errors import StorageError, WorkerFailuresError
 from rl_ckpt.plan.match import Problems
-from rl_ckpt.runtime.messages import Apply, Candidate, Failure, Sources, TryNext
-from tests.unit.runtime.restore_bench import Bench, manifest
+from rl_ckpt.runtime.messages import FETCHED, Apply, Candidate, Failure, Sources, TryNext
+from tests.unit.runtime.restore_bench import Bench, held_by
 
 RANKS = st.integers(0, 1)
 PICK = st.integers(0, 1 << 20)
-TOTAL = sum(c.bytes for array in manifest("x").arrays for c in array.chunks)
 
 
 class Interleavings(RuleBasedStateMachine):
     """Two ranks that call `restore` again and again, and a world that answers late, damaged or not at all."""
 
     mappable = False
+    holders: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
-        self.bench = Bench(mappable=self.mappable, candidates=("3-c", "2-b", "1-a"))
+        holdings = held_by(*self.holders) if self.holders else None
+        self.bench = Bench(mappable=self.mappable, candidates=("3-c", "2-b", "1-a"), holdings=holdings, search=False)
         self.asked: dict[int, int] = {}
         """Rank that waits for an answer → replies it had before."""
         self.has: dict[int, Candidate | Sources | Apply] = {}
@@ -45,9 +46,15 @@ class Interleavings(RuleBasedStateMachine):
 
     def check(self, reply: Candidate | Sources | Apply) -> None:
         """A rank that is told where its chunks lie finds them all there."""
-        if isinstance(reply, Sources) and reply.memory:
-            _, _, server, token = reply.memory.split("/")
-            assert self.bench.memory[token, server] == TOTAL
+        if isinstance(reply, Sources) and reply.files:
+            brought = [tuple(file.path.split("/")[:1:-1]) for file in reply.files if file.kind == FETCHED]
+            assert all(place in self.bench.memory for place in brought)
+            assert any(reply.token in self.bench.in_use for reply in self.candidates()), (
+                "held memory is let go too soon"
+            )
+
+    def candidates(self) -> list[Candidate]:
+        return [reply for all_ in self.bench.replies.values() for reply in all_ if isinstance(reply, Candidate)]
 
     def ask(self, rank: int) -> None:
         self.asked[rank] = len(self.bench.replies.get(("r", rank), []))
@@ -103,6 +110,26 @@ class Interleavings(RuleBasedStateMachine):
             self.bench.fetch(ask, "a flipped bit" if outcome == 1 else "")
         self.collect()
 
+    @precondition(lambda self: self.bench.fetches)
+    @rule(pick=PICK)
+    def not_reached(self, pick: int) -> None:
+        ask = self.bench.fetches.pop(pick % len(self.bench.fetches))
+        self.bench.do(self.bench.machine.unreachable(ask.token, ask.server, ask.order, "gone"))
+        self.collect()
+
+    @precondition(lambda self: self.bench.searches)
+    @rule(found=st.booleans())
+    def search(self, found: bool) -> None:
+        for digest, _ in self.bench.searches[0].wanted if found else ():
+            self.bench.elsewhere[digest] = [("shards/older", len(self.bench.elsewhere))]
+        self.bench.search()
+        self.collect()
+
+    @rule(server=st.sampled_from(["server-1", "server-9"]))
+    def lose_node(self, server: str) -> None:
+        self.bench.do(self.bench.machine.server_lost(server))
+        self.collect()
+
     @precondition(lambda self: self.bench.arms)
     @rule(pick=PICK)
     def time_out(self, pick: int) -> None:
@@ -113,8 +140,10 @@ class Interleavings(RuleBasedStateMachine):
     def teardown(self) -> None:
         """The world answers everything in the end: then everybody has an answer, and no memory is held."""
         bench = self.bench
-        while self.has or bench.loads or bench.fetches or bench.arms:
-            while bench.loads or bench.fetches:
+        while self.has or bench.loads or bench.fetches or bench.searches or bench.arms:
+            while bench.loads or bench.fetches or bench.searches:
+                if bench.searches:
+                    self.search(False)
                 if bench.loads:
                     bench.load()
                 if bench.fetches:
@@ -126,6 +155,7 @@ class Interleavings(RuleBasedStateMachine):
                 self.time_out(0)
         assert self.asked == {}, "a rank was never answered"
         assert bench.memory == {}, "memory was never given back"
+        assert bench.in_use == set(), "held memory was never let go"
         assert set(bench.machine.states().values()) <= {"failed"}
 
 
@@ -135,6 +165,19 @@ class MappableInterleavings(Interleavings):
     mappable = True
 
 
+class HeldInterleavings(Interleavings):
+    """The same where memory has everything."""
+
+    holders = ("server-0", "server-9")
+
+
+class HeldMappableInterleavings(Interleavings):
+    """The same where memory has everything, beside files that workers map."""
+
+    mappable = True
+    holders = ("server-9", "server-1")
+
+
 _SETTINGS = settings(
     max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -142,3 +185,7 @@ TestFetching = Interleavings.TestCase
 TestFetching.settings = _SETTINGS
 TestMapping = MappableInterleavings.TestCase
 TestMapping.settings = _SETTINGS
+TestHeld = HeldInterleavings.TestCase
+TestHeld.settings = _SETTINGS
+TestHeldMapping = HeldMappableInterleavings.TestCase
+TestHeldMapping.settings = _SETTINGS

@@ -13,7 +13,7 @@ from rl_ckpt import Checkpointer
 from rl_ckpt.errors import CheckpointError, CorruptionError, WorkerFailuresError
 from rl_ckpt.options import Options
 from rl_ckpt.runtime import restore
-from rl_ckpt.runtime.messages import Apply, Candidate, Sources
+from rl_ckpt.runtime.messages import Apply, Candidate, Source, Sources
 from rl_ckpt.store.run import Run
 
 TOLD = WorkerFailuresError("rank 1 died", {1: "rank 1 died"})
@@ -33,8 +33,8 @@ def test_the_restores_memory_is_let_go_after_an_error(
         def __init__(self, *_: object) -> None:
             pass
 
-        def verify(self, *_: object) -> str:
-            return ""
+        def verify(self, *_: object) -> dict[int, object]:
+            return {}
 
         def take(self, _: Sources) -> None:
             log.append("taken")
@@ -51,7 +51,11 @@ def test_the_restores_memory_is_let_go_after_an_error(
         return Apply({})
 
     def asked(ref: object, _: object) -> Any:
-        reply = Candidate("r#1", data, {}, 0, 1) if ref == "open" else Sources("/memory", (0,))
+        reply = (
+            Candidate("r#1", data, {}, 0, 1)
+            if ref == "open"
+            else Sources((Source("fetched", "/memory"),), offsets=(0,))
+        )
         return SimpleNamespace(if_there=lambda: None, get=lambda: reply)
 
     link = SimpleNamespace(
