@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 PY := $(BIN)/python
 # Errors are shown, progress is not.
 PIP := $(PY) -m pip -qq --disable-pip-version-check
+SECONDS ?= 600
 # More arguments for the tool behind a target: make test ARGS="-k restore", make demo ARGS="--iterations 12".
 ARGS ?=
 # Run by people, not imported by the package.
@@ -15,7 +16,7 @@ CODE := rl_ckpt tests requirements $(SCRIPTS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench docs pins clean
+.PHONY: help demo test soak lint format bench docs pins clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -25,6 +26,10 @@ demo: $(VENV)/demo.stamp ## train, save, lose a node, restore: the whole story o
 
 test: $(VENV)/test.stamp ## run all tests but the soak
 	$(PY) -m pytest -m "not soak" $(ARGS)
+
+soak: $(VENV)/test.stamp ## SECONDS=600 of kills at random, what is lost and what leaks; then the long tests
+	$(PY) -m tests.soak --seconds $(SECONDS) $(ARGS)
+	$(PY) -m pytest -m soak
 
 lint: $(VENV)/lint.stamp ## ruff check, ruff format --check, mypy --strict
 	$(BIN)/ruff check $(CODE)

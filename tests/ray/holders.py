@@ -148,7 +148,7 @@ def same(found: Any, expected: Any) -> None:
 @contextmanager
 def several_nodes(count: int, system: dict[str, Any] | None = None) -> Iterator[Any]:
     """A cluster of `count` raylets on this machine, connected; ended afterwards."""
-    with _importable():
+    with importable():
         head = {"num_cpus": 2, "object_store_memory": STORE_BYTES, "include_dashboard": False}
         cluster = Cluster(initialize_head=True, head_node_args=head | ({"_system_config": system} if system else {}))
         try:
@@ -165,7 +165,7 @@ def several_nodes(count: int, system: dict[str, Any] | None = None) -> Iterator[
 @contextmanager
 def one_node() -> Iterator[None]:
     """A cluster of one raylet, connected; ended afterwards."""
-    with _importable():
+    with importable():
         ray.init("local", num_cpus=4, object_store_memory=STORE_BYTES, include_dashboard=False, log_to_driver=False)
         try:
             yield
@@ -174,7 +174,7 @@ def one_node() -> Iterator[None]:
 
 
 @contextmanager
-def _importable() -> Iterator[None]:
+def importable() -> Iterator[None]:
     """Workers find this package and these tests, installed or not."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), before]))

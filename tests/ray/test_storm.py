@@ -1,0 +1,34 @@
+"""A short storm: every kind of process is killed at least once, amid saves and restores; nothing is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.ray.holders import several_nodes
+from tests.s3_servers import S3Server
+from tests.soak.arena import KINDS
+from tests.soak.leaks import checkpointer, grown, many_saves
+from tests.soak.storm import storm
+
+SEED = 20
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("store", ["local", "s3"])
+def test_a_short_storm_loses_nothing(store: str, tmp_path: Path, moto_server: S3Server) -> None:
+    url, options = str(tmp_path / "run"), {}
+    if store == "s3":
+        url, options = f"s3://{moto_server.new_bucket()}/run", moto_server.storage_options()
+    tally = storm(0.0, SEED, url, options, print)
+    print("\n".join(tally.lines()))
+    assert tally.lost == []
+    assert all(tally.kills[kind] for kind in KINDS)
+    assert tally.committed >= tally.rounds >= len(KINDS) - 1  # a process may be gone by itself as its turn comes
+
+
+def test_saves_and_restores_leave_memory_and_files_flat(tmp_path: Path) -> None:
+    with several_nodes(3), checkpointer(str(tmp_path / "run")) as ckpt:
+        looks = many_saves(ckpt, 40, 10, print, size=1 << 16)
+    assert grown(looks[1], looks[-1]) == []
