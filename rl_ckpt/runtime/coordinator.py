@@ -97,6 +97,16 @@ class Coordinator:
         self._idle.set()
         self._counts = {"messages": 0, "bytes_in": 0, "bytes_out": 0, "largest": 0, "repeats": 0}
 
+        context = ray.get_runtime_context()
+        if (
+            context.was_current_actor_reconstructed
+        ):  # the one before was lost, perhaps with its node: copies are missing
+            context.current_actor.take_up.remote()
+
+    async def take_up(self) -> None:
+        """Learns what servers hold, and has copied again what was lost."""
+        await self._adopt()
+
     # What workers call. Every message in and every reply out is counted.
 
     async def join_save(self, data: bytes) -> bytes:

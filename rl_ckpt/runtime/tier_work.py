@@ -35,6 +35,7 @@ from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
 from rl_ckpt.runtime.watch import Watch
 
 _TRIES = 5
+_RELEASE_TRIES = 120
 _AGAIN_S = 1.0  # a server that was killed is back after about so long
 
 Tell = Callable[[Iterable[Any]], None]
@@ -169,20 +170,21 @@ class TierWork:
 
     async def _release(self, server: str, name: str) -> None:
         try:
-            await self._call(server, "release", name, Ok)
+            # Nobody waits for it, and what is not released stays: so for as long as the server may come back.
+            await self._call(server, "release", name, Ok, _RELEASE_TRIES)
         except CheckpointError:
             return  # gone, and its memory with it
 
     async def _ask(self, server: str, method: str, make: Callable[[], bytes], kind: Any) -> Any:
         return await self._call(server, method, await asyncio.get_running_loop().run_in_executor(None, make), kind)
 
-    async def _call(self, server: str, method: str, argument: Any, kind: Any) -> Any:
+    async def _call(self, server: str, method: str, argument: Any, kind: Any, tries: int = _TRIES) -> Any:
         """Calls a server, again where it was killed and comes back.
 
         Raises:
             CheckpointError: What it answered, or that it is gone.
         """
-        for attempt in range(_TRIES):
+        for attempt in range(tries):
             try:
                 answer = decode(await getattr(self._servers.get(server), method).remote(argument), kind | Failure)
             except ray.exceptions.RayTaskError as error:
@@ -191,7 +193,7 @@ class TierWork:
                 self._servers.look_again()
                 self.watch.now()
                 await asyncio.sleep(_AGAIN_S)
-                if attempt + 1 == _TRIES or (self._nodes and server not in self._nodes):
+                if attempt + 1 == tries or (self._nodes and server not in self._nodes):
                     raise StorageError(f"shard server {server} could not be reached: {error}") from error
             else:
                 if isinstance(answer, Failure):

@@ -123,7 +123,7 @@ class TestPrepare:
         assert len(before) == 2
         save(ckpt, workers, 0, [state(rank) for rank in range(WORLD)])
         assert repeats(ckpt) == WORLD
-        assert memory_files(server, "generation-*") == before
+        assert memory_files(server, "generation-*")[:2] == before, "another one comes, and these stay"
         for rank, found in enumerate(restored(ckpt, workers, 0)):
             same(found, state(rank))
 

@@ -88,6 +88,17 @@ def copies(names: list[str]) -> dict[str, list[str]]:
     return found
 
 
+def only(ckpt: Checkpointer, checkpoint: str, each: int = 2) -> None:
+    """Waits until servers hold parts of one checkpoint alone, so many each: what is older is released later."""
+    until(
+        lambda: all(
+            len(found := held(name)) == each and all(one.part.checkpoint == checkpoint for one in found.values())
+            for name in servers(ckpt)
+        ),
+        f"only parts of {checkpoint} are held",
+    )
+
+
 def steps_in(ckpt: Checkpointer) -> list[int]:
     return [info.step for info in ckpt.checkpoints()]
 
@@ -134,6 +145,7 @@ def test_of_three_saves_one_goes_to_the_store(tmp_path: Path, workers: list[Any]
         give(workers, [state(rank, 6) for rank in range(3)])
         last = save(ckpt, workers, 7)
         complete(ckpt, 6)
+        only(ckpt, last.id)
         assert set(copies(sorted(servers(ckpt)))) == {f"part-{last.id}-{name}" for name in servers(ckpt)}
         written = [folder.name for folder in (tmp_path / "run" / "shards").iterdir()]
         assert sorted(written) == sorted(info.id for info in infos if info.in_store)
@@ -193,8 +205,9 @@ def test_without_any_listener_copies_go_through_ray(tmp_path: Path, workers: lis
         complete(ckpt, 6)
         for server in servers(ckpt).values():
             ray.get(server.__ray_call__.remote(lambda server: setattr(server, "_listener", None)))
-        save(ckpt, workers, 1)
+        info = save(ckpt, workers, 1)
         complete(ckpt, 6)
+        only(ckpt, info.id)
         assert [len(holders) for holders in copies(sorted(servers(ckpt))).values()] == [2, 2, 2]
         assert sum(one["copies_by_ray"] for one in server_stats(ckpt).values()) == 3
 
@@ -211,8 +224,9 @@ def test_a_shard_server_that_was_killed_finds_what_it_held(tmp_path: Path, worke
         assert copies(sorted(servers(ckpt))) == before
         published = ray.get(victim.__ray_call__.remote(lambda server: sorted(server._shelf._entries)))
         assert published == sorted(held(name))
-        save(ckpt, workers, 1)
+        info = save(ckpt, workers, 1)
         complete(ckpt, 6)
+        only(ckpt, info.id)
         assert [len(holders) for holders in copies(sorted(servers(ckpt))).values()] == [2, 2, 2]
 
 
@@ -221,6 +235,7 @@ def test_another_coordinator_takes_up_what_memory_has(tmp_path: Path, workers: l
         save(ckpt, workers, 0)
         info = save(ckpt, workers, 1)
         complete(ckpt, 6)
+        only(ckpt, info.id)
         before = copies(sorted(servers(ckpt)))
         ray.kill(link(ckpt), no_restart=False)
         until(lambda: stats(ckpt), "the coordinator is back")
@@ -232,6 +247,7 @@ def test_another_coordinator_takes_up_what_memory_has(tmp_path: Path, workers: l
         after = save(ckpt, workers, 2)
         assert after.in_store, "the first save of a coordinator"
         complete(ckpt, 6)
+        only(ckpt, after.id)
         assert set(copies(sorted(servers(ckpt)))) == {f"part-{after.id}-{name}" for name in servers(ckpt)}
 
 
