@@ -376,9 +376,8 @@ def test_workers_that_save_by_themselves(ckpt: Checkpointer) -> None:
                 ray.get([waiting, workers[1].take.remote()])
             ray.get([w.look.remote(save_alone, handle, step) for w, handle in saving], timeout=WAIT_S)
 
-    (recovery,) = ckpt.supervise(job.make, train, settle_timeout_s=10).recoveries
+    (recovery,) = ckpt.supervise(job.make, train).recoveries
     assert (recovery.lost, job.starts) == ((1,), [0, 1])
-    assert recovery.settled_s < 10, "the save that nobody will join any more was not waited for"
     job.is_whole()
 
 
