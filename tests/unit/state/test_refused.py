@@ -117,8 +117,8 @@ def test_a_leaf_that_cant_be_stored_is_named_and_nothing_is_written(
     before = listing(tmp_path)
     with pytest.raises(rl_ckpt.InvalidInputError, match="in/the list/1"):
         ckpt.save_state(1, {"fine": np.ones(3), "in": {"the list": [0, REFUSED[what]]}})
-    ckpt.close()
     assert listing(tmp_path) == before
+    ckpt.close()
 
 
 def test_all_bad_leaves_are_named_at_once(ckpt: rl_ckpt.Checkpointer) -> None:
