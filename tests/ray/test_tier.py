@@ -237,8 +237,9 @@ def test_another_coordinator_takes_up_what_memory_has(tmp_path: Path, workers: l
         complete(ckpt, 6)
         only(ckpt, info.id)
         before = copies(sorted(servers(ckpt)))
-        ray.kill(link(ckpt), no_restart=False)
-        until(lambda: stats(ckpt), "the coordinator is back")
+        old = pid_of(link(ckpt))
+        kill_process(old)
+        until(lambda: pid_of(link(ckpt)) != old, "the coordinator is back")
         with pytest.raises(Exception, match="step 1 is saved already, in memory"):
             save(ckpt, workers, 1)
         complete(ckpt, 6)
