@@ -24,7 +24,7 @@ from rl_ckpt.options import Options
 from rl_ckpt.plan.deal import Stored, Written, settle
 from rl_ckpt.plan.merge import merge
 from rl_ckpt.plan.standing import Standing, standing
-from rl_ckpt.runtime.generations import GENERATIONS, StagingFile, generations
+from rl_ckpt.runtime.generations import GENERATIONS, generations
 from rl_ckpt.runtime.messages import (
     Failure,
     JoinAgain,
@@ -39,7 +39,8 @@ from rl_ckpt.runtime.messages import (
     WriteOrder,
 )
 from rl_ckpt.runtime.restaging import deal_out, reserve_annexes, take_over
-from rl_ckpt.runtime.save_losses import SaveLosses, unknown_dead
+from rl_ckpt.runtime.save_deaths import unknown_dead
+from rl_ckpt.runtime.save_memory import SaveMemory
 from rl_ckpt.runtime.save_steps import (
     COMMITTING,
     DEADLINE,
@@ -60,10 +61,7 @@ from rl_ckpt.runtime.save_steps import (
     Land,
     LookUp,
     MakeRoom,
-    Name,
-    Open,
     Order,
-    ReserveMemory,
     Save,
     Write,
 )
@@ -73,7 +71,7 @@ from rl_ckpt.store.committer import SaveRequest
 _FAILED_KEPT = 64  # failed saves that some ranks have not heard of yet
 
 
-class SaveMachine(SaveLosses):
+class SaveMachine(SaveMemory):
     """All saves of a run. Every method is an event and returns what is to be done about it."""
 
     def __init__(self, options: Options, incarnation: str = "") -> None:
@@ -87,9 +85,6 @@ class SaveMachine(SaveLosses):
         super().__init__(options)
         self._incarnation = incarnation
         self._begun = 0
-        self._since_store: int | None = None  # saves since the last that went to the store; None: the next one does
-        self._queue: list[str] = []  # waiting for a generation, in the order in which they were complete
-        self._line: list[str] = []  # hold a generation, in the order in which they must commit
 
     def configure(self, options: Options) -> None:
         """Takes a driver's options, from the next save on; what was planned by others does not stand any more."""
@@ -230,114 +225,6 @@ class SaveMachine(SaveLosses):
         over = (JOINING, DONE, FAILED)
         return not other.prepare and other.state not in over and other.request.step == save.request.step
 
-    # Memory.
-
-    def _prepare(self, save: Save) -> list[Instruction]:
-        assert save.plan is not None
-        save.state, save.generations = RESERVING, self._generations.take_free()
-        asked = [ask for generation in save.generations for ask in self._reserve(save, save.token, generation)]
-        return [Open(save.token), Arm(save.token, RESERVING, self.options.write_timeout_s), *asked]
-
-    def opened(self, token: str) -> list[Instruction]:
-        """The run is open for writing."""
-        save = self._current(token)
-        if save is None or save.state != RESERVING:
-            return []
-        save.opened = True
-        return self._try_prepared(save)
-
-    def _try_prepared(self, save: Save) -> list[Instruction]:
-        assert save.plan is not None
-        sizes = save.plan.staged_bytes
-        if not save.opened or any(self._generations.missing(g, sizes) for g in save.generations):
-            return []
-        for generation in save.generations:
-            self._generations.give_back(generation)
-        promised = self._generations.promise(save.plan_id, sizes)
-        # The other generation's file is named too, so that the rank maps it and touches its pages.
-        other = {s: self._generations.path(s, g) for g in save.generations for s in sizes}
-        plan_id = save.plan_id if save.plan_id == self._standing_id() else ""  # another group's may stand by now
-        out: list[Instruction] = []
-        for rank, server in enumerate(save.servers):
-            items = tuple(save.plan.stage[rank])
-            reply = SaveOrders("", other.get(server, ""), items, plan_id, promised.get(server, ""))
-            out.append(Order(save.key, rank, reply))
-        save.state = DONE
-        del self._saves[save.key]
-        return [*out, *self._next_generation()]
-
-    def _standing_id(self) -> str:
-        return self._standing.id if self._standing else ""
-
-    def _any_generation(self) -> bool:
-        return len(self._line) < GENERATIONS and self._generations.any()
-
-    def _next_generation(self) -> list[Instruction]:
-        if not self._queue or not self._any_generation():
-            return []
-        save = self._saves[self._queue.pop(0)]
-        save.to_store = self._goes_to_store(save)
-        assert save.plan is not None
-        save.generations = [self._generations.take(save.plan_id, save.plan.staged_bytes)]
-        self._line.append(save.key)
-        save.state = RESERVING
-        return [Name(save.token, save.request), Arm(save.token, RESERVING, self.options.write_timeout_s)]
-
-    def _goes_to_store(self, save: Save) -> bool:
-        """The first save does and of later ones every k-th, and what has a tag, as that is to be kept for good."""
-        since, every = self._since_store, self.options.persist_every
-        goes = since is None or since + 1 >= every or save.request.tag is not None
-        self._since_store = 0 if goes or since is None else since + 1
-        return goes
-
-    def named(self, token: str, checkpoint: str) -> list[Instruction]:
-        """The committer has checked the step and named the checkpoint."""
-        save = self._current(token)
-        if save is None or save.state != RESERVING:
-            # It failed meanwhile. If the name were not given up, the step would stay taken.
-            return [Finish(token, (save and save.failure) or _over(), checkpoint)]
-        save.checkpoint = checkpoint
-        return self._reserve(save, save.token, save.generations[0]) or self._stage(save)
-
-    def _reserve(self, save: Save, token: str, generation: int) -> list[Instruction]:
-        assert save.plan is not None
-        sizes = save.plan.staged_bytes
-        return [
-            ReserveMemory(token, server, generation, self._generations.making(server, generation, sizes[server]))
-            for server in self._generations.missing(generation, sizes)
-        ]
-
-    def reserved(self, token: str, server: str, generation: int, file: StagingFile) -> list[Instruction]:
-        """A server has made a generation's file."""
-        if token in self._making:
-            self._generations.made(server, generation, file)
-            self._making[token][1].discard(server)
-            return [] if self._making[token][1] else self._made_spare(token)
-        save = self._current(token)
-        if save is None or save.plan is None or save.state != RESERVING:
-            return []
-        self._generations.made(server, generation, file)
-        if save.prepare:
-            return self._try_prepared(save)
-        return [] if self._generations.missing(generation, save.plan.staged_bytes) else self._stage(save)
-
-    def _make_spares(self, save: Save) -> list[Instruction]:
-        """Has the other generation made while a save is written, so that the next save need not wait for it."""
-        out: list[Instruction] = []
-        for generation in self._generations.take_free():
-            token = f"{save.token}+{generation}"
-            asks = self._reserve(save, token, generation)
-            if asks:
-                self._making[token] = (generation, {ask.server for ask in asks if isinstance(ask, ReserveMemory)})
-                out += asks
-            else:
-                self._generations.give_back(generation)
-        return out
-
-    def _made_spare(self, token: str) -> list[Instruction]:
-        self._generations.give_back(self._making.pop(token)[0])
-        return self._next_generation()
-
     # Staging, writing, committing.
 
     def _stage(self, save: Save) -> list[Instruction]:
@@ -472,17 +359,6 @@ class SaveMachine(SaveLosses):
             save.generations = []  # the tier's by now: `freed`
         return [Finish(token, done, save.checkpoint), *self._give_up_generations(save)]
 
-    def freed(self, generation: int) -> list[Instruction]:
-        """The memory tier gives a generation back."""
-        starved = next((s for s in self._saves.values() if s.asked_for_room and s.state == RESERVING), None)
-        if starved is None or generation >= self._generations.number:
-            self._generations.give_back(generation)
-            return self._next_generation()
-        starved.asked_for_room = False  # it takes this one instead, whose memory is there
-        self._generations.give_back(starved.generations[0])
-        starved.generations = [generation]
-        return self._reserve(starved, starved.token, generation) or self._stage(starved)
-
     # Failing.
 
     def failed(self, token: str, error: CheckpointError, server: str = "") -> list[Instruction]:
@@ -546,20 +422,6 @@ class SaveMachine(SaveLosses):
         if len(save.told) >= save.world_size and self._current(save.token) is save:
             del self._saves[save.key]
 
-    def _give_up_generations(self, save: Save, promise: bool = False) -> list[Instruction]:
-        """Args: save: that holds them; promise: whether its ranks may be writing into what was promised to them."""
-        for generation in save.generations:
-            if save.dead:  # one that was given up may still write there; what was taken over goes with the file
-                self._generations.drop(generation)
-            if promise:
-                self._generations.promise_again(generation, save.plan_id)
-            else:
-                self._generations.give_back(generation)
-        save.generations = []
-        if save.key in self._line:
-            self._line.remove(save.key)
-        return [*self._try_commit(), *self._next_generation()]
-
 
 def _agreed(joined: Sequence[JoinSave]) -> dict[str, str]:
     """The promised file by server, where all its ranks name the same."""
@@ -567,7 +429,3 @@ def _agreed(joined: Sequence[JoinSave]) -> dict[str, str]:
     for join in joined:
         named.setdefault(join.server, set()).add(join.promised)
     return {server: files.pop() for server, files in named.items() if len(files) == 1}
-
-
-def _over() -> Failure:
-    return Failure.of(WorkerFailuresError("this save is over already; save again"))

@@ -1,4 +1,4 @@
-"""Save losses: what the coordinator's brain does when a worker, a node, or the way to one of them is lost.
+"""Save deaths: what the coordinator's brain does when a worker, a node, or the way to one of them is lost.
 
 The part of `save_machine` that hears of deaths. In each state of a save a dead worker means:
 joining: who has joined keeps its place, and others stage what it has; who has not ends the save ·
@@ -38,7 +38,7 @@ from rl_ckpt.store.committer import SaveRequest
 _ENDED_KEPT = 256
 
 
-class SaveLosses:
+class SaveDeaths:
     """See the module. A part of `SaveMachine`."""
 
     def __init__(self, options: Options) -> None:
@@ -51,7 +51,7 @@ class SaveLosses:
         self._gone: set[str] = set()  # shard servers of lost nodes: none comes back under its name
         self._ended: OrderedDict[str, Restages | Failure] = OrderedDict()
 
-    # Of the other part.
+    # Of the other parts.
 
     def _begin(self, key: str, request: SaveRequest, world_size: int) -> Save:
         raise NotImplementedError
