@@ -63,6 +63,7 @@ _OUTCOMES_KEPT = 256
 _DEATH_KNOWN_S = 5.0  # within which Ray knows that a driver was killed
 _LOOK_AGAIN_S = 0.1
 _NEWS_S = 1.0  # how long a driver's question waits for news of its save
+_STAGED_S = 30.0  # how long a restore waits for what a driver that is gone has staged
 _AGAIN_S = 1.0  # until a server is told again that could not be reached
 
 
@@ -232,6 +233,7 @@ class Coordinator:
         if refused is not None:
             return encode(Failure.of(refused))
         self._kept.keep(self._owners)
+        self._orphaned()
         self._save_work.begin(user.text, take_over, not self._saves.busy())
         self._follow(spec.user)
         return encode(Ok())
@@ -482,10 +484,25 @@ class Coordinator:
     async def _load(self, key: str, step: int | None, tried: tuple[str, ...]) -> Iterable[Any]:
         await self._adopt()
         self._tier_work.watch.start()
+        if not tried:
+            await self._decided()
         found = await self._restore_work.load(key, step, tried)
         return self._restores.loaded(
             key, found.manifest, found.data, found.mappable, found.damaged, found.holdings, found.notice
         )
+
+    def _orphaned(self) -> set[str]:
+        """Ends what drivers that are gone can't go on with; the Ray jobs that are over."""
+        dead = dead_jobs() if self._saves.busy() else set()
+        self._do(self._saves.orphaned(dead))
+        return dead
+
+    async def _decided(self) -> None:
+        """What a driver that is gone has staged is the newest checkpoint in a moment: it is waited for, for a while."""
+        staged = self._saves.undecided(self._orphaned())
+        outcomes = [self._outcomes[checkpoint] for checkpoint in staged if checkpoint in self._outcomes]
+        if outcomes:
+            await asyncio.wait(outcomes, timeout=_STAGED_S)
 
     async def _fetch(self, key: str, server: str, order: FetchOrder) -> Iterable[Any]:
         await self._servers.forgotten(server)  # what was given up is free before something new takes its place
