@@ -188,6 +188,7 @@ class Coordinator(CoordinatorWork):
         if refused is not None:
             return encode(Failure.of(refused))
         self._kept.keep(self._owners)
+        self._orphaned()
         self._save_work.begin(user.text, take_over, not self._saves.busy())
         self._follow(spec.user)
         return encode(Ok())

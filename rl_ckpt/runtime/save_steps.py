@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from rl_ckpt.errors import CheckpointError
 from rl_ckpt.plan.deal import SavePlan, StageItem, Stored, Written
 from rl_ckpt.runtime.messages import Failure, JoinSave, RepeatSave, SaveDone, SaveReply, WriteOrder
+from rl_ckpt.runtime.spec import job_of
 from rl_ckpt.store.committer import SaveRequest, WrittenSave
 
 JOINING, WAITING, RESERVING, STAGING, LANDING, SETTLING, WRITING, COMMITTING, DONE, FAILED = (
@@ -217,6 +218,11 @@ class Save:
     def here(self) -> set[int]:
         """Ranks that take part so far."""
         return self.joined.keys() | self.repeats.keys()
+
+    @property
+    def job(self) -> str:
+        """Ray job of those who take part; empty where nobody does yet."""
+        return next((job_of(message.user) for message in (*self.joined.values(), *self.repeats.values())), "")
 
     def wants_room(self) -> bool:
         """Whether an error now means that a server had no memory to stage into, and nothing was tried against it."""
