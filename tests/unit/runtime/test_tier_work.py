@@ -1,4 +1,4 @@
-"""The memory tier in the coordinator, with servers that answer as a test says: what fails there, and who hears of it."""
+"""The memory tier in the coordinator, with servers that answer as a test says: what fails there, and who is told."""
 
 from __future__ import annotations
 
