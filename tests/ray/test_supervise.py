@@ -121,6 +121,13 @@ def ckpt(tmp_path: Path, cluster: Any) -> Iterator[Checkpointer]:
         yield made
 
 
+@pytest.fixture
+def untiered(tmp_path: Path, cluster: Any) -> Iterator[Checkpointer]:
+    """Only the store has checkpoints."""
+    with Checkpointer(str(tmp_path / "run"), join_timeout_s=20, memory_tier=False) as made:
+        yield made
+
+
 def test_a_job_that_loses_a_worker_ends_as_if_it_had_not(ckpt: Checkpointer) -> None:
     job = Job(ckpt, {3: kill_rank(1)})
     report = ckpt.supervise(job.make, job.train)
@@ -308,26 +315,26 @@ def test_an_error_of_the_store_is_a_loss_only_where_a_worker_is_lost(ckpt: Check
     again.is_whole()
 
 
-def test_damage_is_raised_and_not_tried_again(ckpt: Checkpointer, tmp_path: Path) -> None:
+def test_damage_is_raised_and_not_tried_again(untiered: Checkpointer, tmp_path: Path) -> None:
     def damage(team: list[Any]) -> None:
         for folder in (tmp_path / "run" / "shards").iterdir():
             flip_bit(folder)
         kill_process(pid_of(team[0]))
 
-    job = Job(ckpt, {1: damage})
+    job = Job(untiered, {1: damage})
     with pytest.raises(CorruptionError):
-        ckpt.supervise(job.make, job.train)
+        untiered.supervise(job.make, job.train)
     assert len(job.teams) == 2
 
 
-def test_it_never_begins_anew_once_there_was_a_checkpoint(ckpt: Checkpointer, tmp_path: Path) -> None:
+def test_it_never_begins_anew_once_there_was_a_checkpoint(untiered: Checkpointer, tmp_path: Path) -> None:
     def lose_all(team: list[Any]) -> None:
         (tmp_path / "run").rename(tmp_path / "elsewhere")
         kill_process(pid_of(team[0]))
 
-    job = Job(ckpt, {1: lose_all})
+    job = Job(untiered, {1: lose_all})
     with pytest.raises(CheckpointNotFoundError):
-        ckpt.supervise(job.make, job.train)
+        untiered.supervise(job.make, job.train)
     assert job.starts == [0]
     (tmp_path / "elsewhere").rename(tmp_path / "run")
 
