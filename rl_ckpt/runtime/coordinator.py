@@ -23,6 +23,7 @@ from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, SaveTimeout
 from rl_ckpt.runtime import restore_steps as rm
 from rl_ckpt.runtime import save_steps as sm
 from rl_ckpt.runtime import tier
+from rl_ckpt.runtime.flushing import FLUSH, Flushing
 from rl_ckpt.runtime.generations import StagingFile
 from rl_ckpt.runtime.messages import (
     Failure,
@@ -95,6 +96,7 @@ class Coordinator:
         self._news = asyncio.Event()  # set, and replaced, whenever something has happened
         self._idle = asyncio.Event()
         self._idle.set()
+        self._flushing = Flushing(self._saves, self._tier, self._save_work, self._do, self._idle)
         self._counts = {"messages": 0, "bytes_in": 0, "bytes_out": 0, "largest": 0, "repeats": 0}
 
         context = ray.get_runtime_context()
@@ -283,6 +285,18 @@ class Coordinator:
             return encode(Failure.of(SaveTimeoutError(f"not done within {seconds} s: {left}")))
         return encode(Ok())
 
+    async def flush(self, user: str, seconds: float) -> bytes:
+        """Before a Checkpointer ends the actors: what is only in memory goes to the store (see `flushing`).
+
+        Args:
+            user: Its id; nothing is to be done where it is not the last.
+            seconds: How long to wait; what is not done then goes on.
+        """
+        if not self._owners.alone(user, dead_jobs()):
+            return encode(Ok())
+        await self._adopt()
+        return encode(await self._flushing.flush(seconds))
+
     # The shell.
 
     def _read(self, data: bytes, kind: Any) -> Any:
@@ -466,7 +480,8 @@ class Coordinator:
         remembered = self._tier_work.remembered(save, done.record, manifest, done.in_store)
         notice = "; ".join(filter(None, [done.notice, self._tier_work.take_notice()]))
         decided = list(self._saves.committed(key, msgspec.structs.replace(done, notice=notice)))
-        return [*decided, *self._tier.committed(remembered)] if save.held else decided
+        held = save.held or key.startswith(FLUSH)
+        return [*decided, *self._tier.committed(remembered)] if held else decided
 
     def _finish(self, outcome: SaveOutcome, checkpoint: str) -> None:
         if checkpoint:

@@ -10,7 +10,7 @@ plan of that one again (plan/standing.py); its ranks stage while they join.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -21,7 +21,7 @@ from rl_ckpt.errors import (
     WorkerFailuresError,
 )
 from rl_ckpt.options import Options
-from rl_ckpt.plan.deal import Stored, Written, settle
+from rl_ckpt.plan.deal import SavePlan, Stored, Written, settle
 from rl_ckpt.plan.merge import merge
 from rl_ckpt.plan.standing import Standing, standing
 from rl_ckpt.runtime.generations import GENERATIONS, StagingFile, generations
@@ -87,6 +87,7 @@ class SaveMachine(SaveLosses):
         super().__init__(options)
         self._incarnation = incarnation
         self._begun = 0
+        self._admitted = 0
         self._since_store: int | None = None  # saves since the last that went to the store; None: the next one does
         self._queue: list[str] = []  # waiting for a generation, in the order in which they were complete
         self._line: list[str] = []  # hold a generation, in the order in which they must commit
@@ -280,7 +281,8 @@ class SaveMachine(SaveLosses):
         assert save.plan is not None
         save.generations = [self._generations.take(save.plan_id, save.plan.staged_bytes)]
         self._line.append(save.key)
-        save.state = RESERVING
+        self._admitted += 1
+        save.place, save.state = self._admitted, RESERVING
         return [Name(save.token, save.request), Arm(save.token, RESERVING, self.options.write_timeout_s)]
 
     def _goes_to_store(self, save: Save) -> bool:
@@ -484,6 +486,31 @@ class SaveMachine(SaveLosses):
         return self._reserve(starved, starved.token, generation) or self._stage(starved)
 
     # Failing.
+
+    def flush(
+        self,
+        key: str,
+        checkpoint: str,
+        request: SaveRequest,
+        plan: tuple[SavePlan, Mapping[tuple[str, int], bytes]],
+        held: Mapping[str, tuple[str, str]],
+    ) -> list[Instruction]:
+        """Writes to the store what landed in memory alone; how that ends, `restages` tells.
+
+        Args:
+            key: Of this try.
+            checkpoint: Its id, of which the committer has an attempt again.
+            request: As it was saved.
+            plan: From `plan_of_memory`.
+            held: By lane of the plan: a shard server, and the file in which that has what was staged.
+        """
+        save = self._begin(key, request, plan[0].merged.world_size)
+        save.checkpoint, (save.plan, save.found) = checkpoint, plan
+        for lane, (server, path) in held.items():
+            save.at[lane], save.memory[lane] = server, path
+        self._line.append(key)
+        save.to_store = False  # nobody has asked what is stored
+        return self._to_store(save)
 
     def failed(self, token: str, error: CheckpointError, server: str = "") -> list[Instruction]:
         """The committer or a server failed."""

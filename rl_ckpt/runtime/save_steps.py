@@ -181,6 +181,8 @@ class Save:
     """Shard server of each rank's node."""
     checkpoint: str = ""
     opened: bool = False
+    place: int = 0
+    """In the order of the saves: the later, the higher."""
     generations: list[int] = field(default_factory=list)
     """That it holds; one, where it is no preparation."""
     memory: dict[str, str] = field(default_factory=dict)
