@@ -12,9 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
-from rl_ckpt.format.manifest import ArrayEntry, Chunk, ShardFileEntry
+from rl_ckpt.format.manifest import ArrayEntry, ArrayRef, Chunk, Manifest, ShardFileEntry
 from rl_ckpt.format.records import CommitRecord
-from rl_ckpt.plan.deal import SavePlan
+from rl_ckpt.plan.deal import FilePlan, SavePlan, Source, Write, column, into_files
+from rl_ckpt.plan.merge import Merged, MergedArray, MergedChunk
+
+_MEMORY = "memory/"
 
 PART = "part-"
 """How the names of parts begin."""
@@ -111,6 +114,15 @@ class Remembered(msgspec.Struct, frozen=True):
     time: float = 0.0
     """When it was complete, in Unix seconds: tells the order of those that name the same record."""
 
+    @property
+    def run(self) -> str:
+        """Id of the run that it is of."""
+        return self.record.run if self.record is not None else msgspec.json.decode(self.manifest, type=_OfRun).run
+
+
+class _OfRun(msgspec.Struct):
+    run: str
+
 
 def parts_of(
     plan: SavePlan, servers: Sequence[str], checkpoint: str, digests: Mapping[tuple[str, int], bytes]
@@ -161,4 +173,49 @@ def memory_entries(
             found = digests[source.server, column.offset].hex()
             chunks.append(Chunk(chunk.box, index, column.offset, chunk.size_bytes, found))
         arrays.append(ArrayEntry(array.spec, tuple(chunks)))
-    return tuple(ShardFileEntry(f"memory/{server}", plan.staged_bytes[server]) for server in files), tuple(arrays)
+    return tuple(ShardFileEntry(_MEMORY + server, plan.staged_bytes[server]) for server in files), tuple(arrays)
+
+
+def plan_of_memory(
+    manifest: Manifest, write_streams: int, file_bytes: int
+) -> tuple[SavePlan, dict[tuple[str, int], bytes]]:
+    """The way back from `memory_entries`: a plan that writes what is only in memory, whoever staged it.
+
+    Args:
+        manifest: Of a checkpoint that is only in memory.
+        write_streams: As for `deal`.
+        file_bytes: As for `deal`.
+
+    Returns:
+        A plan to be settled, with the files that `deal` would have made, and nothing to stage; and the digests of what
+        was staged, by server and offset.
+    """
+    owners = {
+        variant.node.index: (path, variant.ranks[0] if len(variants) > 1 and variant.ranks else None)
+        for path, variants in manifest.nodes.items()
+        for variant in variants
+        if isinstance(variant.node, ArrayRef)
+    }
+    plan = SavePlan({}, {}, {}, Merged(manifest.world_size, dict(manifest.nodes)))
+    digests: dict[tuple[str, int], bytes] = {}
+    staged: dict[str, list[tuple[int, Write]]] = {}
+    for a, entry in enumerate(manifest.arrays):
+        path, rank = owners[a]
+        array = MergedArray(path, entry.spec, [MergedChunk(c.box, c.bytes, b"", ()) for c in entry.chunks], rank)
+        plan.merged.arrays.append(array)
+        for c, chunk in enumerate(entry.chunks):
+            server = manifest.files[chunk.file].name.removeprefix(_MEMORY)
+            digests[server, chunk.offset] = bytes.fromhex(chunk.digest)
+            staged.setdefault(server, []).append((chunk.offset, Write(array, array.chunks[c], (a, c))))
+    for server, found in sorted(staged.items()):
+        files = plan.files[server] = list[FilePlan]()
+        for group, packed in into_files(sorted(found, key=_place), write_streams, file_bytes):
+            names: set[str] = set()
+            for n, (_, write) in enumerate(group):
+                plan.sources[write.place] = Source(server, len(files), n)
+            files.append(FilePlan("", tuple(column(write, offset, packed, names) for offset, write in group), packed))
+    return plan, digests
+
+
+def _place(item: tuple[int, Write]) -> tuple[int, int]:
+    return item[0], item[1].chunk.size_bytes  # what is empty lies where the next chunk begins

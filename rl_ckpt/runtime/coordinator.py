@@ -17,6 +17,7 @@ import ray
 from rl_ckpt.errors import CheckpointNotFoundError, SaveTimeoutError
 from rl_ckpt.runtime import save_steps as sm
 from rl_ckpt.runtime.coordinator_work import CoordinatorWork
+from rl_ckpt.runtime.flushing import Flushing
 from rl_ckpt.runtime.messages import (
     Failure,
     JoinSave,
@@ -55,6 +56,7 @@ class Coordinator(CoordinatorWork):
         self._kept = KeptOwners(spec.coordinator, service)
         self._owners = self._kept.load() or Owners(spec.url)  # as they were where this is a new start of the same
         self._user = ""  # whose rules and options are in use
+        self._flushing = Flushing(self._saves, self._tier, self._save_work, self._do, self._idle)
         context = ray.get_runtime_context()
         if context.was_current_actor_reconstructed:  # the one before was lost; where with its node, copies are missing
             context.current_actor.take_up.remote()
@@ -239,6 +241,18 @@ class Coordinator(CoordinatorWork):
             left = ", ".join(f"{key}: {state}" for key, state in self._saves.states().items()) or "the sweep"
             return encode(Failure.of(SaveTimeoutError(f"not done within {seconds} s: {left}")))
         return encode(Ok())
+
+    async def flush(self, user: str, seconds: float) -> bytes:
+        """Before a Checkpointer ends the actors: what is only in memory goes to the store (see `flushing`).
+
+        Args:
+            user: Its id; nothing is to be done where it is not the last.
+            seconds: How long to wait; what is not done then goes on.
+        """
+        if not self._owners.alone(user, dead_jobs()):
+            return encode(Ok())
+        await self._adopt()
+        return encode(await self._flushing.flush(seconds))
 
     # Bytes.
 

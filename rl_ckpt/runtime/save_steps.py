@@ -182,6 +182,8 @@ class Save:
     """Shard server of each rank's node."""
     checkpoint: str = ""
     opened: bool = False
+    place: int = 0
+    """In the order of the saves: the later, the higher."""
     generations: list[int] = field(default_factory=list)
     """That it holds; one, where it is no preparation."""
     memory: dict[str, str] = field(default_factory=dict)
@@ -222,7 +224,8 @@ class Save:
     @property
     def job(self) -> str:
         """Ray job of those who take part; empty where nobody does yet."""
-        return next((job_of(message.user) for message in (*self.joined.values(), *self.repeats.values())), "")
+        users = [*(m.user for m in self.joined.values()), *(m.user for m in self.repeats.values())]
+        return job_of(users[0]) if users else ""
 
     def wants_room(self) -> bool:
         """Whether an error now means that a server had no memory to stage into, and nothing was tried against it."""

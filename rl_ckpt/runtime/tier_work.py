@@ -90,7 +90,7 @@ class TierWork:
         assert save.plan is not None
         sizes = save.plan.staged_bytes
         staged = {server: (sizes[server], path) for server, path in save.memory.items()}
-        self.brain.begin(save.checkpoint, save.generations[0], staged)
+        self.brain.begin(save.checkpoint, save.generations[0], staged, save.place)
         self._spawn(
             self._table(save.checkpoint, partial(parts_of, save.plan, save.servers, save.checkpoint, save.found))
         )
