@@ -201,7 +201,7 @@ def pending_save(spec: RunSpec, step: int, checkpoint: str, begun: float, limit:
     future = in_thread(lambda: _outcome(spec, checkpoint, begun), f"rl_ckpt-wait-{step}")
     if limit is not None:
         limit.guard(future)
-    return PendingSave(step, future)
+    return PendingSave(step, checkpoint, future)
 
 
 def _outcome(spec: RunSpec, checkpoint: str, begun: float) -> CheckpointInfo:
