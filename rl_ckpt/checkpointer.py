@@ -409,9 +409,10 @@ class Checkpointer:
 
         Args:
             step: Which checkpoint; None: all of the run.
-            repair: Writes good bytes back where they can be had: from other checkpoints that hold the same, or, for
-                something small with one wrong bit, by its digest. Files that are good are not touched, and what can't
-                be repaired stays as it is. Jobs may go on saving meanwhile.
+            repair: Writes good bytes back where they can be had: from other checkpoints that hold the same, from the
+                nodes' memory where this Checkpointer saves Ray actors, or, for something small with one wrong bit, by
+                its digest. Files that are good are not touched, and what can't be repaired stays as it is. Jobs may go
+                on saving meanwhile.
 
         Returns:
             What was looked at, what is damaged, and what was repaired from where.
@@ -421,7 +422,9 @@ class Checkpointer:
             CorruptionError: run.json is damaged, and there is no commit log to make it anew from.
             StorageError: The store failed, or can't be written to.
         """
-        return verify(self._url, self._storage_options, None if step is None else check_step(step), repair)
+        wanted, service = None if step is None else check_step(step), self._service
+        more = None if service is None else service.held_chunk
+        return verify(self._url, self._storage_options, wanted, repair, more)
 
     @contextlib.contextmanager
     def pin(self, step: int, *, seconds: float = 3600.0) -> Iterator[CheckpointInfo]:
