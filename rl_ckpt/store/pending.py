@@ -8,12 +8,14 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any
+from typing import Any, TypeVar
 
 from rl_ckpt.errors import CheckpointError, SaveTimeoutError
 from rl_ckpt.info import CheckpointInfo
 
 _SAVES_KEPT = 64
+
+T = TypeVar("T")
 
 
 class PendingSave:
@@ -143,17 +145,17 @@ def settle(set_outcome: Callable[[Any], None], outcome: object) -> None:
         set_outcome(outcome)
 
 
-def in_thread(call: Callable[[], CheckpointInfo], name: str) -> Future[CheckpointInfo]:
+def in_thread(call: Callable[[], T], name: str) -> Future[T]:
     """Runs a blocking wait in a daemon thread, as a future."""
-    future: Future[CheckpointInfo] = Future()
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
-            info = call()
+            result = call()
         except BaseException as error:  # noqa: BLE001 - it is not handled here but handed to whoever asks for the result
             settle(future.set_exception, error)
         else:
-            settle(future.set_result, info)
+            settle(future.set_result, result)
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return future
