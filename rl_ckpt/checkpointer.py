@@ -14,18 +14,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptionError, InvalidInputError
+from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError
 from rl_ckpt.info import CheckpointInfo, RestoreReport, SuperviseReport, VerifyReport
 from rl_ckpt.options import Options, WhenBusy, check_deadline, check_step
-from rl_ckpt.plan.match import match_all, view
 from rl_ckpt.plan.retention import KeepRule
 from rl_ckpt.state.leaves import is_utf8
-from rl_ckpt.state.tree import flatten, unflatten
+from rl_ckpt.state.tree import flatten
 from rl_ckpt.store.committer import SaveRequest, encode_metrics, info_of
-from rl_ckpt.store.pending import PendingSave, raise_untold
+from rl_ckpt.store.pending import Branch, PendingSave, decide, raise_untold
 from rl_ckpt.store.pins import pin
+from rl_ckpt.store.plain_load import load
 from rl_ckpt.store.plain_save import PlainSaver
-from rl_ckpt.store.repair import load_repaired
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.urls import check_url
 from rl_ckpt.store.verify import verify
@@ -128,7 +127,7 @@ class Checkpointer:
         self._keep = tuple(keep)
         self._storage_options = dict(storage_options or {})
         self._methods = (get_state, set_state)
-        self._parent: str | None = None
+        self._branch = Branch()
         self._pending: list[PendingSave] = []
         self._saver: PlainSaver | None = None
         self._service: Service | None = None
@@ -227,7 +226,7 @@ class Checkpointer:
         wanted = None if step is None else check_step(step)
         report = self._running_service().restore(workers, wanted, select, rename, strict, ranks)
         if ranks is None:  # else the job goes on from where the others are
-            self._parent = report.id
+            self._branch.restored(report.id)
         return report
 
     def supervise(
@@ -343,7 +342,7 @@ class Checkpointer:
             self._options = dataclasses.replace(self._options, take_over=False)  # it was asked for once, and is done
         if self._saver.sweep_failure:
             warnings.warn(f"old checkpoints could not be swept: {self._saver.sweep_failure}", stacklevel=2)
-        return self._track(PendingSave(request.step, self._saver.save(request, flat, begun)))
+        return self._track(self._saver.save(request, flat, begun))
 
     def load_state(
         self,
@@ -371,28 +370,13 @@ class Checkpointer:
             UntrustedDataError: A chosen leaf was pickled, and `allow_pickle` was not set.
             InvalidInputError: `select` chooses nothing.
         """
+        wanted = None if step is None else check_step(step)
         run = Run.open(self._url, self._storage_options)
-        candidates, newer = run.candidates(None if step is None else check_step(step))
-        damaged = list(newer.values())
-        for commit in candidates:
-            try:
-                manifest = run.manifest(commit)
-                match = match_all(view(manifest, rank), select, None)
-                values, repaired = load_repaired(run, manifest, match, self._options.allow_pickle, as_numpy)
-            except CorruptionError as error:
-                damaged.append(f"checkpoint {commit.id}: {error}")
-                continue
-            if damaged:
-                warnings.warn(f"fell back to checkpoint {commit.id}, since {'; '.join(damaged)}", stacklevel=2)
-            if repaired:
-                warnings.warn(
-                    f"checkpoint {commit.id} is damaged, and was read whole: {'; '.join(repaired)}. "
-                    f"`verify({commit.step}, repair=True)` mends the files",
-                    stacklevel=2,
-                )
-            self._parent = commit.id
-            return unflatten(match.grown, values)
-        raise CorruptionError(f"no good checkpoint in {self._url}: {'; '.join(damaged)}")
+        loaded = load(run, wanted, select, rank, self._options.allow_pickle, as_numpy)
+        for notice in loaded.notices:
+            warnings.warn(notice, stacklevel=2)
+        self._branch.restored(loaded.id)
+        return loaded.tree
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """All checkpoints of the run in the store, oldest first; none where nothing was saved yet.
@@ -425,9 +409,10 @@ class Checkpointer:
 
         Args:
             step: Which checkpoint; None: all of the run.
-            repair: Writes good bytes back where they can be had: from other checkpoints that hold the same, or, for
-                something small with one wrong bit, by its digest. Files that are good are not touched, and what can't
-                be repaired stays as it is. Jobs may go on saving meanwhile.
+            repair: Writes good bytes back where they can be had: from other checkpoints that hold the same, from the
+                nodes' memory where this Checkpointer saves Ray actors, or, for something small with one wrong bit, by
+                its digest. Files that are good are not touched, and what can't be repaired stays as it is. Jobs may go
+                on saving meanwhile.
 
         Returns:
             What was looked at, what is damaged, and what was repaired from where.
@@ -437,7 +422,9 @@ class Checkpointer:
             CorruptionError: run.json is damaged, and there is no commit log to make it anew from.
             StorageError: The store failed, or can't be written to.
         """
-        return verify(self._url, self._storage_options, None if step is None else check_step(step), repair)
+        wanted, service = None if step is None else check_step(step), self._service
+        more = None if service is None else service.held_chunk
+        return verify(self._url, self._storage_options, wanted, repair, more)
 
     @contextlib.contextmanager
     def pin(self, step: int, *, seconds: float = 3600.0) -> Iterator[CheckpointInfo]:
@@ -482,16 +469,8 @@ class Checkpointer:
 
     def _decided(self, seconds: float) -> tuple[list[str], list[str]]:
         """Waits for saves under way, as long; ids of those that are checkpoints by now, and why others failed."""
-        deadline = time.monotonic() + seconds
-        committed, failed = list[str](), list[str]()
         saves, self._pending = self._pending, []
-        for pending in saves:
-            told = pending.settled()
-            try:
-                committed.append(pending.result(max(0.0, deadline - time.monotonic())).id)
-            except CheckpointError as error:
-                failed += [] if told else [f"step {pending.step}: {error}"]
-        return committed, failed
+        return decide(saves, seconds)
 
     def _request(
         self, step: int, metrics: Mapping[str, object] | None, tag: str | None, deadline_s: float | None = None
@@ -499,7 +478,8 @@ class Checkpointer:
         if tag is not None and not (isinstance(tag, str) and tag and is_utf8(tag)):
             raise InvalidInputError(f"tag={tag!r} must be a string of Unicode text, and not empty")
         encoded = encode_metrics(metrics or {})
-        return SaveRequest(check_step(step), encoded, tag, self._parent, check_deadline(deadline_s))
+        parent, since = self._branch.parent()
+        return SaveRequest(check_step(step), encoded, tag, parent, check_deadline(deadline_s), since)
 
     def _running_service(self) -> Service:
         from rl_ckpt.runtime.service import Service
@@ -513,6 +493,6 @@ class Checkpointer:
         return self._service
 
     def _track(self, pending: PendingSave) -> PendingSave:
-        self._parent = None  # from here on, the newest commit is what a save continues
+        self._branch.saved(pending)
         self._pending = [p for p in self._pending if not p.settled()] + [pending]
         return pending

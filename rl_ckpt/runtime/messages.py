@@ -63,6 +63,8 @@ class JoinSave(msgspec.Struct, frozen=True):
     """As in `RunSpec`."""
     deadline_s: float | None = None
     """Of an urgent save."""
+    since: tuple[str, ...] = ()
+    """As in `SaveRequest`."""
 
 
 class SaveOrders(msgspec.Struct, frozen=True, tag="orders"):
@@ -98,6 +100,8 @@ class RepeatSave(msgspec.Struct, frozen=True):
     """As in `RunSpec`."""
     deadline_s: float | None = None
     """Of an urgent save."""
+    since: tuple[str, ...] = ()
+    """As in `SaveRequest`."""
 
 
 class RepeatOrders(msgspec.Struct, frozen=True, tag="repeat"):

@@ -158,7 +158,9 @@ class SaveMachine(SaveMemory):
             save = None  # this rank knows of the failure and tries again
         out: list[Instruction] = []
         if save is None:
-            request = SaveRequest(message.step, message.metrics, message.tag, message.parent, message.deadline_s)
+            request = SaveRequest(
+                message.step, message.metrics, message.tag, message.parent, message.deadline_s, message.since
+            )
             save = self._begin(message.key, request, message.world_size)
             out.append(Arm(save.token, JOINING, self.options.join_timeout_s))
             if request.deadline_s is not None:

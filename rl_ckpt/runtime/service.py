@@ -149,6 +149,14 @@ class Service:
             notice=first.notice,
         )
 
+    def held_chunk(self, digest: bytes, size_bytes: int) -> bytes | None:
+        """The bytes of a chunk, out of the memory of any node that holds it; None where none does."""
+        try:
+            found: bytes | None = ray.get(coordinator(self.spec).held_chunk.remote(digest, size_bytes))
+        except (ray.exceptions.RayError, InvalidInputError):  # no coordinator: nobody knows what is held
+            return None
+        return found
+
     def settle(self, seconds: float) -> None:
         """Waits for saves that workers began themselves and have staged; the workers are ended by now."""
         with contextlib.suppress(ray.exceptions.RayError):  # not settled in time, or the coordinator was lost
@@ -201,7 +209,7 @@ def pending_save(spec: RunSpec, step: int, checkpoint: str, begun: float, limit:
     future = in_thread(lambda: _outcome(spec, checkpoint, begun), f"rl_ckpt-wait-{step}")
     if limit is not None:
         limit.guard(future)
-    return PendingSave(step, future)
+    return PendingSave(step, checkpoint, future)
 
 
 def _outcome(spec: RunSpec, checkpoint: str, begun: float) -> CheckpointInfo:

@@ -177,6 +177,7 @@ def _orders(
         prepare,
         spec.user,
         request.deadline_s,
+        request.since,
     )
     reply: SaveOrders = ask(coordinator(spec).join_save, join, SaveOrders)
     last.plan, last.promised = reply.plan, reply.next_memory
@@ -215,6 +216,7 @@ def _repeat(
         b"".join(found.values()),
         spec.user,
         request.deadline_s,
+        request.since,
     )
     asked = Asked(coordinator(spec).repeat_save.remote(encode(message)), RepeatOrders | JoinAgain)
     if ahead is not None and not hashed:  # while the coordinator hears from the others

@@ -18,7 +18,7 @@ from rl_ckpt.runtime.service import pending_save
 from rl_ckpt.runtime.spec import Place, RunSpec
 from rl_ckpt.runtime.staging import prepare_rank, save_rank
 from rl_ckpt.store.committer import SaveRequest, encode_metrics
-from rl_ckpt.store.pending import PendingSave, raise_untold
+from rl_ckpt.store.pending import Branch, PendingSave, raise_untold
 
 
 class WorkerCheckpointer:
@@ -37,7 +37,7 @@ class WorkerCheckpointer:
         self._world_size = world_size
         self._take_over = take_over
         self._begun = False
-        self._parent: str | None = None
+        self._branch = Branch()
         self._pending: list[PendingSave] = []
         self.last_restored: RestoredRank | None = None
         """What the last `restore` did on this rank; None before."""
@@ -75,7 +75,8 @@ class WorkerCheckpointer:
         """
         begun = time.monotonic()
         metrics, limit_s = encode_metrics(metrics or {}), check_deadline(deadline_s)
-        request = SaveRequest(check_step(step), metrics, tag, self._parent, limit_s)
+        parent, since = self._branch.parent()
+        request = SaveRequest(check_step(step), metrics, tag, parent, limit_s, since)
         place = Place(f"save-{self._spec.job}-{request.step}", self._rank, self._world_size)
         with guarded(self._spec, place, "lost_save"), contextlib.ExitStack() as undone:
             raise_untold(self._pending)  # in here, so that the other ranks do not wait for this one
@@ -86,8 +87,8 @@ class WorkerCheckpointer:
             staged = save_rank(self._spec, place, request, state, begun)
             undone.pop_all()
         self._begun = True
-        self._parent = None
         pending = pending_save(self._spec, request.step, staged.checkpoint, begun, limit)
+        self._branch.saved(pending)
         self._pending = [p for p in self._pending if not p.settled()] + [pending]
         return pending
 
@@ -145,5 +146,5 @@ class WorkerCheckpointer:
         with guarded(self._spec, place, "lost_restore"):
             tree, self.last_restored = restore_rank(self._spec, place, request, state)
         if not alone:  # else the job goes on from where the others are
-            self._parent = self.last_restored.id
+            self._branch.restored(self.last_restored.id)
         return tree

@@ -46,6 +46,8 @@ class SaveRequest:
     """Id of the checkpoint that the job last restored or saved; None: the newest."""
     deadline_s: float | None = None
     """An urgent save: to memory first, and done with after so many seconds; None: no hurry."""
+    since: tuple[str, ...] = ()
+    """Ids of earlier saves that continue `parent`, in order: the last that came to be is what this one continues."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class _Attempt:
     step: int
     line: set[str]
     """Ids of the checkpoints that it continues."""
-    parent: str | None
+    request: SaveRequest
 
 
 class Committer:
@@ -155,10 +157,11 @@ class Committer:
         if self.is_gone():
             raise StorageError(f"{self.run.store.url} was removed under this process; make a new Checkpointer")
         with self._lock:
-            if request.parent is not None:  # what came after it is another branch from here on
+            if request.parent is not None and not request.since:  # what came after it is another branch from here on
                 until = [*self._landed].index(request.parent) + 1 if request.parent in self._landed else 0
                 self._landed = dict([*self._landed.items()][:until])
-            line = self._line(self._committed(request.parent))
+            before = [one for one in self._open if request.parent is None or one in request.since]
+            line = self._line(request, before)
             twice = next((c for c in self._commits if c.step == request.step and c.id in line), None)
             if twice is not None:
                 raise InvalidInputError(
@@ -170,11 +173,11 @@ class Committer:
                     f"step {request.step} is saved already, in memory; save a later step, or restore a checkpoint "
                     "before it first (then the new one starts another branch)"
                 )
-            if request.parent is None and request.step in {attempt.step for attempt in self._open.values()}:
+            if request.step in {self._open[one].step for one in before}:
                 raise InvalidInputError(f"step {request.step} is being saved already; save a later step")
             checkpoint = f"{request.step}-{uuid.uuid4().hex[:12]}"
             self._sweeper.protect(checkpoint, set())
-            self._open[checkpoint] = _Attempt(request.step, line, self._committed(request.parent))
+            self._open[checkpoint] = _Attempt(request.step, line, request)
         return checkpoint
 
     def fenced(self) -> bool:
@@ -186,16 +189,18 @@ class Committer:
         self._end.detach()
         self._lease.close()
 
-    def _line(self, parent: str | None) -> set[str]:
-        """Ids of the checkpoint that the job continues and its ancestors; with saves under way, as for the newest."""
-        if parent is None and self._open:
-            last = next(reversed(self._open))
-            return self._open[last].line | {last}
+    def _line(self, request: SaveRequest, before: Sequence[str]) -> set[str]:
+        """Ids of the checkpoint that a save continues and its ancestors; where others of its line are open, theirs."""
+        if before:
+            return self._open[before[-1]].line | {before[-1]}
+        parent = self._continued(request)
         start = next((c for c in self._commits if c.id == parent), self._commits[-1] if self._commits else None)
         return {start.id, *lineage(start, self._commits)} if start else set()
 
-    def _committed(self, parent: str | None) -> str | None:
-        """The same, or where that is only in memory, what it continues."""
+    def _continued(self, request: SaveRequest) -> str | None:
+        """Id of the checkpoint in the store that a save continues, as far as it is decided; None: the newest."""
+        there = {*self._landed, *(commit.id for commit in self._commits)}
+        parent = next((one for one in reversed(request.since) if one in there), request.parent)
         return self._landed[parent][1] if parent in self._landed else parent
 
     def stored(self, checkpoint: str) -> Stored:
@@ -209,7 +214,7 @@ class Committer:
         attempt = self._open.get(checkpoint)
         if attempt is None:
             return {}  # given up meanwhile
-        stored = self._stored_for(attempt.parent)
+        stored = self._stored_for(self._continued(attempt.request))
         self._sweeper.protect(checkpoint, {file.name for file, _ in stored.values()})
         with self._lock:
             given_up = checkpoint not in self._open
@@ -387,7 +392,7 @@ class Committer:
         self, save: WrittenSave, files: tuple[ShardFileEntry, ...], arrays: tuple[ArrayEntry, ...]
     ) -> Manifest:
         request, plan = save.request, save.plan
-        parent = self._committed(request.parent) or (self._commits[-1].id if self._commits else None)
+        parent = self._continued(request) or (self._commits[-1].id if self._commits else None)
         return Manifest(
             run=self.run.record.run,
             id=save.checkpoint,

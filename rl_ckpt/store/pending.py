@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import Any
+from typing import Any, TypeVar
 
-from rl_ckpt.errors import SaveTimeoutError
+from rl_ckpt.errors import CheckpointError, SaveTimeoutError
 from rl_ckpt.info import CheckpointInfo
+
+_SAVES_KEPT = 64
+
+T = TypeVar("T")
 
 
 class PendingSave:
     """A save that is staged: training may go on while it is written and committed."""
 
-    def __init__(self, step: int, future: Future[CheckpointInfo]) -> None:
+    def __init__(self, step: int, checkpoint: str, future: Future[CheckpointInfo]) -> None:
         """Made by the save methods."""
         self._step = step
+        self._checkpoint = checkpoint
         self._future = future
         self._seen = False
+
+    @property
+    def checkpoint(self) -> str:
+        """Id that the checkpoint has once it is committed."""
+        return self._checkpoint
 
     @property
     def step(self) -> int:
@@ -70,6 +81,10 @@ class PendingSave:
         self._seen = True
         return self._future.exception()
 
+    def stored(self) -> bool:
+        """Whether it is known that the checkpoint is in the store."""
+        return self._future.done() and self._future.exception() is None and self._future.result().in_store
+
     def __repr__(self) -> str:
         """Step and state."""
         return f"PendingSave(step={self._step}, {'done' if self.done() else 'being written'})"
@@ -83,23 +98,64 @@ def raise_untold(saves: Iterable[PendingSave]) -> None:
             raise failure
 
 
+def decide(saves: Iterable[PendingSave], seconds: float) -> tuple[list[str], list[str]]:
+    """Waits for saves under way, as long; ids of those that are checkpoints by now, and why others failed."""
+    deadline = time.monotonic() + seconds
+    committed, failed = list[str](), list[str]()
+    for pending in saves:
+        told = pending.settled()
+        try:
+            committed.append(pending.result(max(0.0, deadline - time.monotonic())).id)
+        except CheckpointError as error:
+            failed += [] if told else [f"step {pending.step}: {error}"]
+    return committed, failed
+
+
+class Branch:
+    """What the next save continues: the checkpoint that was restored, until a save of it is in the store.
+
+    From there on that is the newest one. While the outcome of earlier saves is open, the committer is told of them: it
+    knows first, and a save that fails must not make a job that went back continue what it went back from.
+    """
+
+    def __init__(self) -> None:
+        """Nothing was restored."""
+        self._restored: str | None = None
+        self._saves: list[PendingSave] = []
+
+    def restored(self, checkpoint: str | None) -> None:
+        """The job goes on from a checkpoint."""
+        self._restored, self._saves = checkpoint, []
+
+    def saved(self, pending: PendingSave) -> None:
+        """A save is under way."""
+        if self._restored is not None:
+            self._saves = [*self._saves[-_SAVES_KEPT:], pending]
+
+    def parent(self) -> tuple[str | None, tuple[str, ...]]:
+        """For `SaveRequest`: `parent`, and `since`."""
+        if any(pending.stored() for pending in self._saves):
+            self.restored(None)
+        return self._restored, tuple(pending.checkpoint for pending in self._saves)
+
+
 def settle(set_outcome: Callable[[Any], None], outcome: object) -> None:
     """Sets a future's outcome, unless it was given up at its deadline."""
     with contextlib.suppress(InvalidStateError):
         set_outcome(outcome)
 
 
-def in_thread(call: Callable[[], CheckpointInfo], name: str) -> Future[CheckpointInfo]:
+def in_thread(call: Callable[[], T], name: str) -> Future[T]:
     """Runs a blocking wait in a daemon thread, as a future."""
-    future: Future[CheckpointInfo] = Future()
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
-            info = call()
+            result = call()
         except BaseException as error:  # noqa: BLE001 - it is not handled here but handed to whoever asks for the result
             settle(future.set_exception, error)
         else:
-            settle(future.set_result, info)
+            settle(future.set_result, result)
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return future

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from rl_ckpt.plan.stage import stage
 from rl_ckpt.plan.standing import Standing, fixed_and_plains, standing
 from rl_ckpt.state.tree import FlatTree, Node
 from rl_ckpt.store.committer import Committer, SaveRequest, WrittenSave, info_of
+from rl_ckpt.store.pending import PendingSave
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.shard_writer import write_files
 
@@ -69,16 +70,16 @@ class PlainSaver:
         self._last: tuple[dict[str, Node], Standing] | None = None  # nodes of the last save, and its plan
         self._planning = threading.Lock()
 
-    def save(self, request: SaveRequest, flat: FlatTree, begun: float) -> Future[CheckpointInfo]:
+    def save(self, request: SaveRequest, flat: FlatTree, begun: float) -> PendingSave:
         """Stages a state; back as soon as the caller may change it.
 
         Args:
-            request: Step, metrics, tag and parent.
+            request: Step, metrics, tag, and what it continues.
             flat: The state, taken apart.
             begun: When the caller's call began, by `time.monotonic`.
 
         Returns:
-            Resolves once the checkpoint is committed.
+            The save under way.
 
         Raises:
             InvalidInputError: The step is committed already; nothing was written.
@@ -101,7 +102,7 @@ class PlainSaver:
         staged = _Staged(checkpoint, request, plan, buffer, memory, digests, begun, time.monotonic() - begun)
         job = self._writer.submit(self._write, staged)
         self._writer.submit(self._tidy)
-        return job
+        return PendingSave(request.step, checkpoint, job)
 
     def _plan(self, flat: FlatTree) -> SavePlan:
         """The plan of the last save, where the state has the same shape; else a new one."""

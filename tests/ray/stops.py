@@ -86,6 +86,21 @@ def _hang(coordinator: Any, at: Stop, function: str, after: bool) -> None:
     setattr(coordinator._save_work, function, never)
 
 
+def fail(coordinator: Any, function: str, error: Exception) -> None:
+    """The next call of a method of the coordinator's `SaveWork` fails."""
+    ray.get(coordinator.__ray_call__.remote(_fail, function, error), timeout=WAIT_S)
+
+
+def _fail(coordinator: Any, function: str, error: Exception) -> None:
+    work, real = coordinator._save_work, getattr(coordinator._save_work, function)
+
+    async def fails(*_: Any) -> None:
+        setattr(work, function, real)
+        raise error
+
+    setattr(work, function, fails)
+
+
 def here(coordinator: Any) -> set[int]:
     """Ranks that have joined a save that is under way."""
     return set(ray.get(coordinator.__ray_call__.remote(_here), timeout=WAIT_S))

@@ -285,6 +285,19 @@ def test_a_restore_goes_on_where_a_holders_server_was_killed(tmp_path: Path, wor
         assert restored(ckpt, workers, 1).fell_back == {}
 
 
+def test_a_verification_writes_back_what_only_memory_has_good(tmp_path: Path, workers: list[Any]) -> None:
+    with Checkpointer(str(tmp_path / "run"), chunk_bytes=CHUNK) as ckpt:
+        info = save(ckpt, workers, 1)
+        part = next(iter(held(sorted(servers(ckpt))[0]).values())).part
+        file = flip_in_store(ckpt, part.chunks[0].digest, info.id)
+        with Checkpointer(ckpt.url) as other:  # one that has begun no service asks none
+            assert other.verify(repair=True).checkpoints == {info.id: "damaged"}
+        report = ckpt.verify(repair=True)
+        assert report.checkpoints == {info.id: "repaired"}
+        assert [(one.file, one.repaired_from) for one in report.damage] == [(file, "memory")]
+        assert ckpt.verify().checkpoints == {info.id: "good"}
+
+
 def test_a_chunk_is_read_out_of_any_holders_memory(tmp_path: Path, workers: list[Any]) -> None:
     with Checkpointer(str(tmp_path / "run"), chunk_bytes=CHUNK) as ckpt:
         save(ckpt, workers, 1)

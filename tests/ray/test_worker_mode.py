@@ -11,8 +11,15 @@ import pytest
 import ray
 
 from rl_ckpt import Checkpointer
-from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError, SaveTimeoutError, WorkerFailuresError
+from rl_ckpt.errors import (
+    CheckpointNotFoundError,
+    InvalidInputError,
+    SaveTimeoutError,
+    StorageError,
+    WorkerFailuresError,
+)
 from tests.ray.holders import WAIT_S, AsyncHolder, Holder, HolderBase, copied, give, link, same, states_of
+from tests.ray.stops import fail
 
 pytestmark = pytest.mark.usefixtures("ray_node")
 
@@ -48,6 +55,14 @@ def on_all(workers: list[Any], what: Any, *args: Any, handles: list[Any]) -> lis
     return list(ray.get(calls, timeout=WAIT_S))
 
 
+def go_back(holder: Any, handle: Any) -> Any:
+    """Restores step 5, and saves steps 6, which fails, and 7; gives its lineage."""
+    holder.state = handle.restore(holder.state, step=5)
+    with pytest.raises(StorageError, match="disk is full"):
+        handle.save(6, holder.state).result(WAIT_S)
+    return handle.save(7, holder.state).result(WAIT_S).lineage
+
+
 @pytest.fixture(scope="module")
 def workers(ray_node: None) -> list[Any]:
     return [Holder.remote() for _ in range(2)]
@@ -62,6 +77,26 @@ def ckpt(ray_node: None, tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture
 def handles(ckpt: Checkpointer) -> list[Any]:
     return [ckpt.worker(rank, 2) for rank in range(2)]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_job_that_went_back_stays_there_though_its_first_save_fails(
+    tmp_path: Path, workers: list[Any], inside: bool
+) -> None:
+    with Checkpointer(str(tmp_path / "run")) as ckpt:
+        infos = []
+        for step in (5, 6, 7):
+            give(workers, [state(rank, step) for rank in range(2)])
+            infos.append(ckpt.save(step, workers).result(WAIT_S))
+        fail(link(ckpt), "commit", StorageError("the disk is full"))
+        if inside:
+            found = on_all(workers, go_back, handles=[ckpt.worker(rank, 2) for rank in range(2)])
+        else:
+            ckpt.restore(workers, step=5)
+            with pytest.raises(StorageError, match="disk is full"):
+                ckpt.save(6, workers).result(WAIT_S)
+            found = [ckpt.save(7, workers).result(WAIT_S).lineage]
+        assert set(found) == {(infos[0].id,)}
 
 
 def test_every_rank_saves_and_restores_its_own_state(tmp_path: Path, workers: list[Any]) -> None:

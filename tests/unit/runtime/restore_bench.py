@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 import numpy as np
 
@@ -20,10 +22,12 @@ from rl_ckpt.runtime.messages import (
     Candidate,
     Failure,
     FetchDone,
+    FetchItem,
     Flaw,
     Matched,
     NotFetched,
     OpenRestore,
+    PassItem,
     Sources,
     TryNext,
     Verified,
@@ -31,6 +35,7 @@ from rl_ckpt.runtime.messages import (
 from rl_ckpt.runtime.restore_machine import RestoreMachine
 from tests.unit.plan.model import save
 
+Item = FetchItem | PassItem
 Reply = Candidate | Sources | TryNext | Apply | Failure
 _MANIFEST: Manifest = save([{"a": np.arange(20.0), "b": np.arange(5)}] * 2, ["s0", "s1"]).manifest
 
@@ -154,7 +159,7 @@ class Bench:
         order = ask.order
         flaw, failed = Flaw(code, damaged), list[NotFetched]()
         if damaged:
-            own = [(i, IN_STORE) for items in order.files.values() for i in items]
+            own: list[tuple[Item, str]] = [(i, IN_STORE) for items in order.files.values() for i in items]
             own += [(i, IN_PART) for part in order.parts for i in part.items]
             for item, last in own[:1]:
                 self.broken.add((order.key, item.digest))
@@ -162,7 +167,7 @@ class Bench:
         passed = [i for items in order.peers.values() for i in items]
         failed += [NotFetched(i.offset, AT_PEER, flaw) for i in passed if (order.key, i.digest) in self.broken]
         left_out = {item.offset for item in failed}
-        sizes = {
+        sizes: dict[str, Iterable[Iterable[Item]]] = {
             "store": order.files.values(),
             "peers": order.peers.values(),
             "peers_memory": [p.items for p in order.parts],

@@ -230,7 +230,8 @@ def test_a_copy_comes_by_socket_and_else_by_ray(origin: Server, listener: Listen
     origin.held.hold(part, path)
     for door, way in ((listener.door, "socket"), (None, "ray")):
         target = memoryview(bytearray(part.bytes))
-        assert copy_part(part, "origin", target, lambda _, door=door: Peer(door, path), 10.0) == way
+        peer = Peer(door, path)
+        assert copy_part(part, "origin", target, {"origin": peer}.__getitem__, 10.0) == way
         assert good(bytes(target), part)
 
 

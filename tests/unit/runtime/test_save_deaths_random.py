@@ -8,6 +8,7 @@ memory is modelled, so that what a shard server reads is compared with the diges
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -331,9 +332,10 @@ class Deaths(RuleBasedStateMachine):
                     driver.team[process.rank].server = self.nodes[which]
         self.bench.do(self.bench.machine.server_lost(lost, {}))
         bench = self.bench
-        for asks in (bench.reserves, bench.annexes, bench.writes):
-            for ask in [ask for ask in asks if ask.server == lost]:  # type: ignore[attr-defined]
-                asks.remove(ask)  # type: ignore[attr-defined]
+        queues: Any = (bench.reserves, bench.annexes, bench.writes)
+        for asks in queues:
+            for ask in [ask for ask in asks if ask.server == lost]:
+                asks.remove(ask)
                 bench.do(bench.machine.failed(ask.token, StorageError("its node is dead"), lost))
         self.collect()
 

@@ -50,6 +50,18 @@ def test_a_step_is_taken_by_an_attempt_that_overlaps_too(committer: Committer) -
     assert [record.step for record in committer.commits] == [1, 2]
 
 
+def test_steps_of_a_branch_are_taken_while_its_saves_are_under_way(committer: Committer) -> None:
+    commit(committer, 5)
+    commit(committer, 6)
+    old = committer.commits[0].id
+    first = committer.attempt(SaveRequest(6, parent=old))
+    with pytest.raises(InvalidInputError, match="committed already"):
+        committer.attempt(SaveRequest(5, parent=old, since=(first,)))
+    with pytest.raises(InvalidInputError, match="being saved"):
+        committer.attempt(SaveRequest(6, parent=old, since=(first,)))
+    committer.attempt(SaveRequest(6, parent=old))  # another branch, of a job that went back once more
+
+
 def test_files_of_an_attempt_that_is_given_up_while_the_store_is_asked_are_swept(
     committer: Committer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
