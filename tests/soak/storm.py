@@ -15,7 +15,7 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,8 +97,8 @@ class Storm:
         self._killed = "nothing"
         self.tally = Tally(seed)
 
-    def run(self, seconds: float, options: Mapping[str, Any]) -> Tally:
-        """Storms until the time is over, and at least until everything was killed once."""
+    def run(self, seconds: float, options: Mapping[str, Any], kinds: Sequence[tuple[str, ...]]) -> Tally:
+        """Storms until the time is over, and at least until everything of these was killed once."""
         self._arena.start_driver(
             url=self._url,
             storage_options=self._storage_options,
@@ -109,11 +109,9 @@ class Storm:
         self._await("the first commit", lambda event: event["event"] == "committed")
         by, first = time.monotonic() + seconds, True
         while first or time.monotonic() < by:
-            rounds = list(ROUNDS)
-            self._random.shuffle(rounds)
-            for kinds in rounds:
+            for killed in self._random.sample(kinds, len(kinds)):
                 if first or time.monotonic() < by:
-                    self._round(kinds)
+                    self._round(killed)
             first = False
         self._arena.kill(DRIVER, 0)
         return self.tally
@@ -234,6 +232,7 @@ def storm(
     say: Callable[[str], None],
     nodes: int = 3,
     options: Mapping[str, Any] | None = None,
+    kinds: Sequence[tuple[str, ...]] = ROUNDS,
 ) -> Tally:
     """A storm on a cluster of its own.
 
@@ -245,6 +244,7 @@ def storm(
         say: Takes a line a round.
         nodes: For workers, beside the head.
         options: More arguments for the job's Checkpointer.
+        kinds: What is killed at once, in each round.
     """
     with arena(nodes) as ground:
-        return Storm(ground, url, storage_options, seed, say).run(seconds, options or {})
+        return Storm(ground, url, storage_options, seed, say).run(seconds, options or {}, kinds)
