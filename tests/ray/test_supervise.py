@@ -21,6 +21,7 @@ from rl_ckpt.errors import (
     StorageError,
     WorkerFailuresError,
 )
+from rl_ckpt.runtime import supervise
 from tests.ray.gated_s3 import run_gated
 from tests.ray.holders import (
     HEALTH,
@@ -284,7 +285,9 @@ def test_workers_whose_constructor_raises_are_made_once(ckpt: Checkpointer) -> N
     assert calls == [1]
 
 
-def test_what_the_user_names_counts_as_a_loss(ckpt: Checkpointer) -> None:
+def test_what_the_user_names_counts_as_a_loss(ckpt: Checkpointer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "_SILENCE_S", 1.0)
+
     def hang(team: list[Any]) -> None:
         ray.get(team[0].look.remote(lambda _: __import__("time").sleep(600)), timeout=0.1)
 
