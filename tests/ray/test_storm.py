@@ -16,7 +16,7 @@ SEED = 20
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("store", ["local", "s3"])
+@pytest.mark.parametrize("store", ["local", pytest.param("s3", marks=pytest.mark.soak)])
 def test_a_short_storm_loses_nothing(store: str, tmp_path: Path, moto_server: S3Server) -> None:
     url, options = str(tmp_path / "run"), {}
     if store == "s3":
