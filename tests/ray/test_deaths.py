@@ -232,7 +232,15 @@ class Leaving(HolderBase):
         raise self.state["raises"]
 
 
-@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), MemoryError("no more")], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [
+        SystemExit(3),
+        pytest.param(KeyboardInterrupt(), marks=pytest.mark.soak),
+        pytest.param(MemoryError("no more"), marks=pytest.mark.soak),
+    ],
+    ids=repr,
+)
 def test_whatever_get_state_raises_the_actor_lives(tmp_path: Path, workers: list[Any], error: BaseException) -> None:
     team = [workers[0], on_nodes(2, Leaving)[1]]
     pid = pid_of(team[1])
@@ -345,9 +353,13 @@ def by_workers(ckpt: Checkpointer, workers: list[Any]) -> Callable[[], list[Any]
 
 KILLS = [(when, "driver") for when in ("joining", "reserving", "staging", "writing", "committing", "committed")]
 KILLS += [(when, "workers") for when in ("joining", "staging", "committed")]
+LONG = {("reserving", "driver"), ("staging", "driver"), ("joining", "workers"), ("committed", "workers")}
 
 
-@pytest.mark.parametrize(("when", "mode"), KILLS, ids=["-".join(kill) for kill in KILLS])
+@pytest.mark.parametrize(
+    ("when", "mode"),
+    [pytest.param(*kill, id="-".join(kill), marks=[pytest.mark.soak] if kill in LONG else []) for kill in KILLS],
+)
 def test_the_coordinator_killed_in_any_state_leaves_the_save_whole_or_absent(
     tmp_path: Path, workers: list[Any], when: str, mode: str
 ) -> None:

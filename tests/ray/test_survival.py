@@ -208,6 +208,7 @@ def test_a_shard_server_killed_between_saves_comes_back(tmp_path: Path, workers:
             same(found, state(rank, 1))
 
 
+@pytest.mark.soak  # on local disk: test_deaths.py
 def test_a_shard_server_killed_while_writing_comes_back_and_writes_again(
     workers: list[Any], gate: Gate, moto_server: S3Server
 ) -> None:
