@@ -177,7 +177,7 @@ def memory_entries(
 
 
 def plan_of_memory(
-    manifest: Manifest, write_streams: int, file_bytes: int
+    manifest: Manifest, write_streams: int, file_bytes: int, ending: str = ""
 ) -> tuple[SavePlan, dict[tuple[str, int], bytes]]:
     """The way back from `memory_entries`: a plan that writes what is only in memory, whoever staged it.
 
@@ -185,10 +185,11 @@ def plan_of_memory(
         manifest: Of a checkpoint that is only in memory.
         write_streams: As for `deal`.
         file_bytes: As for `deal`.
+        ending: Of the names of its lanes, and so of its files: an earlier try's, which it may still write, are others.
 
     Returns:
-        A plan to be settled, with the files that `deal` would have made, and nothing to stage; and the digests of what
-        was staged, by server and offset.
+        A plan to be settled, with the files that `deal` would have made, and nothing to stage: a lane for each server
+        that staged something, named after it; and the digests of what was staged, by lane and offset.
     """
     owners = {
         variant.node.index: (path, variant.ranks[0] if len(variants) > 1 and variant.ranks else None)
@@ -204,7 +205,7 @@ def plan_of_memory(
         array = MergedArray(path, entry.spec, [MergedChunk(c.box, c.bytes, b"", ()) for c in entry.chunks], rank)
         plan.merged.arrays.append(array)
         for c, chunk in enumerate(entry.chunks):
-            server = manifest.files[chunk.file].name.removeprefix(_MEMORY)
+            server = manifest.files[chunk.file].name.removeprefix(_MEMORY) + ending
             digests[server, chunk.offset] = bytes.fromhex(chunk.digest)
             staged.setdefault(server, []).append((chunk.offset, Write(array, array.chunks[c], (a, c))))
     for server, found in sorted(staged.items()):

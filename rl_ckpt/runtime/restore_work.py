@@ -182,7 +182,7 @@ class RestoreWork:
         return self._reader
 
     def _opened_now(self) -> Run:
-        """The run that is there now: it may have been removed and created anew, and then all that is known is of old."""
+        """The run that is there now: it may have been removed and created anew; then what is known is out of date."""
         known, run = self._reader, Run.open(self._spec.url, self._spec.storage_options)
         if known is not None and known.record.run == run.record.run:
             return known  # with the records that it has read
