@@ -88,7 +88,7 @@ class Coordinator:
         self._tier = self._tier_work.brain
         self._restore_work = RestoreWork(spec, self._tier, self._do)
         self._save_work = SaveWork(spec, service, self._run_is_gone)
-        self._opened_with = spec.storage_options
+        self._spec = spec
         self._loop: asyncio.AbstractEventLoop | None = None
         self._kept = KeptOwners(spec.coordinator, service)
         self._owners = self._kept.load() or Owners(spec.url)  # as they were where this is a new start of the same
@@ -246,9 +246,9 @@ class Coordinator:
         self._user = user
         self._saves.configure(spec.options)
         self._restores.options = spec.options
-        anew = spec.storage_options != self._opened_with and not self._saves.busy()  # rotated keys, say
+        anew = spec.storage_options != self._spec.storage_options and not self._saves.busy()  # rotated keys, say
         if anew:
-            self._opened_with = spec.storage_options
+            self._spec = spec
             self._servers.configure(spec)
         self._tier_work.configure(spec)
         self._save_work.configure(spec, anew)
@@ -269,6 +269,10 @@ class Coordinator:
     async def stats(self) -> dict[str, int]:
         """Control messages so far, in number and bytes, ranks that repeated a plan, and what is held in memory."""
         return {**self._counts, **self._tier.counts()}
+
+    async def spec(self) -> RunSpec:
+        """What shard servers are to work with: a driver's credentials may be others than those they were made with."""
+        return self._spec
 
     async def servers(self) -> list[str]:
         """Names of the shard servers that took part so far."""
