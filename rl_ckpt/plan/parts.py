@@ -51,7 +51,7 @@ def part_name(checkpoint: str, origin: str) -> str:
     return f"{PART}{checkpoint}-{origin}"
 
 
-class Held(msgspec.Struct, frozen=True):
+class Held(msgspec.Struct, frozen=True, gc=False):
     """A chunk in a holder's memory."""
 
     server: str
@@ -74,19 +74,24 @@ class Holdings:
         """
         self._parts = tuple(parts)
         self._holders = {name: tuple(files.items()) for name, files in holders.items()}
-        self._found: dict[tuple[bytes, int], list[tuple[str, int]]] | None = None
+        self._found: dict[tuple[bytes, int], list[tuple[str, int, tuple[tuple[str, str], ...]]]] | None = None
 
     def find(self, digest: bytes, size_bytes: int) -> Sequence[Held]:
         """All copies of a chunk; none where memory has it not."""
         if self._found is None:  # when it is first asked for: most checkpoints are never restored
             self._found = {}
             for part in self._parts:
+                name, holders = part.name, self._holders.get(part.name, ())
                 for chunk in part.chunks:
-                    self._found.setdefault((chunk.digest, chunk.size_bytes), []).append((part.name, chunk.offset))
+                    key, place = (chunk.digest, chunk.size_bytes), (name, chunk.offset, holders)
+                    if key in self._found:
+                        self._found[key].append(place)
+                    else:
+                        self._found[key] = [place]
         return [
             Held(server, name, path, offset)
-            for name, offset in self._found.get((digest, size_bytes), ())
-            for server, path in self._holders.get(name, ())
+            for name, offset, holders in self._found.get((digest, size_bytes), ())
+            for server, path in holders
         ]
 
     def servers(self) -> list[str]:
