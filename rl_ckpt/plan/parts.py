@@ -51,7 +51,7 @@ def part_name(checkpoint: str, origin: str) -> str:
     return f"{PART}{checkpoint}-{origin}"
 
 
-class Held(msgspec.Struct, frozen=True):
+class Held(msgspec.Struct, frozen=True, gc=False):
     """A chunk in a holder's memory."""
 
     server: str
@@ -74,19 +74,24 @@ class Holdings:
         """
         self._parts = tuple(parts)
         self._holders = {name: tuple(files.items()) for name, files in holders.items()}
-        self._found: dict[tuple[bytes, int], list[tuple[str, int]]] | None = None
+        self._found: dict[tuple[bytes, int], list[tuple[str, int, tuple[tuple[str, str], ...]]]] | None = None
 
     def find(self, digest: bytes, size_bytes: int) -> Sequence[Held]:
         """All copies of a chunk; none where memory has it not."""
         if self._found is None:  # when it is first asked for: most checkpoints are never restored
             self._found = {}
             for part in self._parts:
+                name, holders = part.name, self._holders.get(part.name, ())
                 for chunk in part.chunks:
-                    self._found.setdefault((chunk.digest, chunk.size_bytes), []).append((part.name, chunk.offset))
+                    key, place = (chunk.digest, chunk.size_bytes), (name, chunk.offset, holders)
+                    if key in self._found:
+                        self._found[key].append(place)
+                    else:
+                        self._found[key] = [place]
         return [
             Held(server, name, path, offset)
-            for name, offset in self._found.get((digest, size_bytes), ())
-            for server, path in self._holders.get(name, ())
+            for name, offset, holders in self._found.get((digest, size_bytes), ())
+            for server, path in holders
         ]
 
     def servers(self) -> list[str]:
@@ -177,7 +182,7 @@ def memory_entries(
 
 
 def plan_of_memory(
-    manifest: Manifest, write_streams: int, file_bytes: int
+    manifest: Manifest, write_streams: int, file_bytes: int, ending: str = ""
 ) -> tuple[SavePlan, dict[tuple[str, int], bytes]]:
     """The way back from `memory_entries`: a plan that writes what is only in memory, whoever staged it.
 
@@ -185,10 +190,11 @@ def plan_of_memory(
         manifest: Of a checkpoint that is only in memory.
         write_streams: As for `deal`.
         file_bytes: As for `deal`.
+        ending: Of the names of its lanes, and so of its files: an earlier try's, which it may still write, are others.
 
     Returns:
-        A plan to be settled, with the files that `deal` would have made, and nothing to stage; and the digests of what
-        was staged, by server and offset.
+        A plan to be settled, with the files that `deal` would have made, and nothing to stage: a lane for each server
+        that staged something, named after it; and the digests of what was staged, by lane and offset.
     """
     owners = {
         variant.node.index: (path, variant.ranks[0] if len(variants) > 1 and variant.ranks else None)
@@ -204,7 +210,7 @@ def plan_of_memory(
         array = MergedArray(path, entry.spec, [MergedChunk(c.box, c.bytes, b"", ()) for c in entry.chunks], rank)
         plan.merged.arrays.append(array)
         for c, chunk in enumerate(entry.chunks):
-            server = manifest.files[chunk.file].name.removeprefix(_MEMORY)
+            server = manifest.files[chunk.file].name.removeprefix(_MEMORY) + ending
             digests[server, chunk.offset] = bytes.fromhex(chunk.digest)
             staged.setdefault(server, []).append((chunk.offset, Write(array, array.chunks[c], (a, c))))
     for server, found in sorted(staged.items()):

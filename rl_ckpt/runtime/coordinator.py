@@ -52,7 +52,7 @@ class Coordinator(CoordinatorWork):
             service: Random id, the same when Ray starts it again in another process.
         """
         super().__init__(spec, service)
-        self._opened_with = spec.storage_options
+        self._spec = spec
         self._kept = KeptOwners(spec.coordinator, service)
         self._owners = self._kept.load() or Owners(spec.url)  # as they were where this is a new start of the same
         self._user = ""  # whose rules and options are in use
@@ -203,9 +203,9 @@ class Coordinator(CoordinatorWork):
         self._user = user
         self._saves.configure(spec.options)
         self._restores.options = spec.options
-        anew = spec.storage_options != self._opened_with and not self._saves.busy()  # rotated keys, say
+        anew = spec.storage_options != self._spec.storage_options and not self._saves.busy()  # rotated keys, say
         if anew:
-            self._opened_with = spec.storage_options
+            self._spec = spec
             self._servers.configure(spec)
         self._tier_work.configure(spec)
         self._save_work.configure(spec, anew)
@@ -226,6 +226,10 @@ class Coordinator(CoordinatorWork):
     async def stats(self) -> dict[str, int]:
         """Control messages so far, in number and bytes, ranks that repeated a plan, and what is held in memory."""
         return {**self._counts, **self._tier.counts()}
+
+    async def spec(self) -> RunSpec:
+        """What shard servers are to work with: a driver's credentials may be others than those they were made with."""
+        return self._spec
 
     async def servers(self) -> list[str]:
         """Names of the shard servers that took part so far."""

@@ -10,13 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import uuid
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import msgspec
 
-from rl_ckpt.errors import CheckpointError, FencedError, RunOwnedError, SaveTimeoutError, StorageError
+from rl_ckpt.errors import (
+    CheckpointError,
+    FencedError,
+    RunOwnedError,
+    SaveTimeoutError,
+    StorageError,
+    WorkerFailuresError,
+)
 from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.plan.parts import Remembered, plan_of_memory
 from rl_ckpt.runtime.messages import Failure, Ok
@@ -85,26 +93,33 @@ class Flushing:
         if newest is None:
             text = f"step {alone[0].step} was only in memory, and is lost: no live node has all of {alone[0].id}"
             return Ok(f"{text}. Lower `persist_every`, or raise `replicas`")
-        key = FLUSH + newest.id
-        self._tier.use(newest.id, key)
+        token = FLUSH + newest.id
+        self._tier.use(newest.id, token)
         try:
-            await self._write(newest, key)
+            try:
+                await self._write(newest)
+            except WorkerFailuresError:  # a node was lost meanwhile; there may be copies of what it had
+                await self._write(newest)
         except (FencedError, RunOwnedError) as error:  # whose line of checkpoints does not go on from this one
             return Ok(f"step {newest.step} was only in memory, and is lost: {error}")
         except CheckpointError as error:
             text = f"step {newest.step} is only in memory, and could not be written to the store: {error}"
             return msgspec.structs.replace(Failure.of(error), message=text)
         finally:
-            self._do(self._tier.done(key))
+            self._do(self._tier.done(token))
         return Ok()
 
-    async def _write(self, one: Remembered, key: str) -> None:
+    async def _write(self, one: Remembered) -> None:
         loop, options = asyncio.get_running_loop(), self._saves.options
+        # Its own names: a server may still be busy with what an urgent save, or the last try, wrote before it gave up.
+        ending = f".{uuid.uuid4().hex[:8]}"
+        key = FLUSH + one.id + ending
         manifest = await loop.run_in_executor(None, partial(msgspec.json.decode, one.manifest, type=Manifest))
         if not await self._work.attempt_landed(one, manifest):
             return  # the run is another one by now, or has a newer checkpoint
-        plan = await loop.run_in_executor(None, plan_of_memory, manifest, options.write_streams, options.file_bytes)
-        held = self._tier.holders(one.id)
+        make = partial(plan_of_memory, manifest, options.write_streams, options.file_bytes, ending)
+        plan = await loop.run_in_executor(None, make)
+        held = {server + ending: place for server, place in self._tier.holders(one.id).items()}
         if not held.keys() >= plan[0].files.keys():
             raise StorageError("a node that had a part of it was lost just now")
         request = SaveRequest(one.step, manifest.metrics, manifest.tag, manifest.parent)

@@ -53,6 +53,7 @@ from rl_ckpt.runtime.restore_steps import (
     Restore,
     Search,
 )
+from rl_ckpt.state.collector import paused
 
 _FAILED_KEPT = 64  # failed restores that some ranks have not heard of yet
 _ROUNDS = 32  # of sources: each leaves out at least one; more is a store that answers something else every time
@@ -182,10 +183,11 @@ class RestoreMachine:
                 + "\nuse `select`, `rename`, or `strict=False` to restore what fits"
             )
             return self._fail(restore, InvalidInputError(text))
-        restore.twins = canonical_chunks(restore.manifest)
-        if restore.mappable and restore.known.holdings is None:
-            return self._tell_sources(restore)
-        return self._find_sources(restore, restore.needs())
+        with paused():  # 100,000 chunks are as many records, and none of them is garbage
+            restore.twins = canonical_chunks(restore.manifest)
+            if restore.mappable and restore.known.holdings is None:
+                return self._tell_sources(restore)
+            return self._find_sources(restore, restore.needs())
 
     def _find_sources(self, restore: Restore, missing: dict[str, set[ChunkId]]) -> list[Instruction]:
         """Chooses sources of chunks, by server, and has brought in what ranks can't read in place."""
