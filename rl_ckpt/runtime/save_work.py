@@ -70,9 +70,10 @@ class SaveWork:
             idle: Whether no save is under way.
         """
         self._job = job
-        self._take_over = self._take_over or take_over
         if self._committer is not None and (self._committer.fenced() or (take_over and idle)):
             self._let_go()  # whether this one may have the run is asked again
+        if self._committer is None:  # else it has the run, and what was asked for must not count at some later time
+            self._take_over = self._take_over or take_over
 
     def _let_go(self) -> None:
         committer, self._committer = self._committer, None
