@@ -254,9 +254,11 @@ class Coordinator:
 
     def _refused(self, message: JoinSave | RepeatSave) -> bytes | None:
         """The answer to a rank of a job that does not own the run; None where it may save."""
-        self._follow(message.user)
         refused = self._owners.refused(message.user)
-        if refused is None or message.key in self._saves.states():  # what has begun goes on
+        if refused is None:
+            self._follow(message.user)
+            return None
+        if message.key in self._saves.states():  # what has begun goes on, by the rules of who saves now
             return None
         return self._reply(Failure.of(refused))
 
@@ -319,7 +321,7 @@ class Coordinator:
                 case sm.Name(key, request):
                     self._spawn(self._name(key, request), key, self._saves.failed)
                 case sm.LookUp(key, checkpoint):
-                    self._spawn(self._look_up(key, checkpoint), key, self._saves.failed)
+                    self._spawn(self._look_up(key, checkpoint), key, self._saves.not_looked_up)
                 case sm.ReserveMemory(key, server, generation, size):
                     self._spawn(self._reserve(key, server, generation, size), key, partial(self._server_failed, server))
                 case sm.ReserveAnnex(key, lane, server, generation, size):

@@ -121,6 +121,8 @@ class SaveMachine(SaveLosses):
         if problem:
             return [*out, *self._fail(save, InvalidInputError(problem), also=message.rank)]
         save.joined[message.rank] = message
+        if message.server in self._gone:
+            save.dead.add(message.rank)  # it said so before its node was lost
         save.prepare = message.prepare
         again = self._ask_again(save)
         if save.state == FAILED or len(save.joined) < save.world_size:
@@ -297,9 +299,9 @@ class SaveMachine(SaveLosses):
             # It failed meanwhile. If the name were not given up, the step would stay taken.
             return [Finish(token, (save and save.failure) or _over(), checkpoint)]
         save.checkpoint = checkpoint
-        return self._reserve(save, save.token, save.generations[0]) or self._stage(save)
+        return [*self._reserve(save, save.token, save.generations[0])] or self._stage(save)
 
-    def _reserve(self, save: Save, token: str, generation: int) -> list[Instruction]:
+    def _reserve(self, save: Save, token: str, generation: int) -> list[ReserveMemory]:
         assert save.plan is not None
         sizes = save.plan.staged_bytes
         return [
@@ -317,6 +319,9 @@ class SaveMachine(SaveLosses):
         if save is None or save.plan is None or save.state != RESERVING:
             return []
         self._generations.made(server, generation, file)
+        if generation not in save.generations:
+            save.unheard.discard(server)
+            return []
         if save.prepare:
             return self._try_prepared(save)
         return [] if self._generations.missing(generation, save.plan.staged_bytes) else self._stage(save)
@@ -326,9 +331,9 @@ class SaveMachine(SaveLosses):
         out: list[Instruction] = []
         for generation in self._generations.take_free():
             token = f"{save.token}+{generation}"
-            asks = self._reserve(save, token, generation)
+            asks = [ask for ask in self._reserve(save, token, generation) if ask.server not in self._gone]
             if asks:
-                self._making[token] = (generation, {ask.server for ask in asks if isinstance(ask, ReserveMemory)})
+                self._making[token] = (generation, {ask.server for ask in asks})
                 out += asks
             else:
                 self._generations.give_back(generation)
@@ -374,6 +379,11 @@ class SaveMachine(SaveLosses):
         save.stored = stored
         return self._settle(save) if save.state == SETTLING else []
 
+    def not_looked_up(self, token: str, error: CheckpointError) -> list[Instruction]:
+        """The committer can't say what is stored; of no interest to a save that ends in memory by now."""
+        save = self._current(token)
+        return [] if save is not None and save.state == COMMITTING else self.failed(token, error)
+
     def staged(self, message: Staged | StagedObjects) -> list[Instruction]:
         """A rank has staged its chunks, or its server those that lie in objects."""
         save = self._saves.get(message.key)
@@ -396,8 +406,10 @@ class SaveMachine(SaveLosses):
     def _try_settle(self, save: Save) -> list[Instruction]:
         if not save.complete():
             return []
-        # What ranks took over from dead ones lies apart: such a save is held by the store alone.
-        save.found, save.held = save.digests(), self.options.memory_tier and not save.annexes
+        # What ranks took over from dead ones lies apart: such a save is held by the store alone; and so is one of plain
+        # leaves alone, as no server has anything of it.
+        save.found = save.digests()
+        save.held = self.options.memory_tier and not save.annexes and bool(save.memory)
         hold: list[Instruction] = [Hold(save.token, save)] if save.held else []
         if save.held and (not save.to_store or save.request.deadline_s is not None):
             save.state = LANDING
@@ -425,7 +437,7 @@ class SaveMachine(SaveLosses):
     def _settle(self, save: Save) -> list[Instruction]:
         assert save.plan is not None
         assert save.stored is not None
-        save.plan = settle(save.plan, save.checkpoint, save.found, save.stored)
+        save.dealt, save.plan = save.plan, settle(save.plan, save.checkpoint, save.found, save.stored)
         save.state = WRITING
         out: list[Instruction] = [
             Write(save.token, lane, WriteOrder(save.memory[lane], tuple(files)), save.server(lane))
@@ -457,7 +469,7 @@ class SaveMachine(SaveLosses):
         return [Commit(save.token, save)]
 
     def _land(self, save: Save) -> list[Instruction]:
-        save.state = COMMITTING
+        save.state, save.plan = COMMITTING, save.dealt or save.plan  # memory has also what the store has already
         return [Land(save.token, save)]
 
     def committed(self, token: str, done: SaveDone) -> list[Instruction]:
@@ -481,7 +493,7 @@ class SaveMachine(SaveLosses):
         starved.asked_for_room = False  # it takes this one instead, whose memory is there
         self._generations.give_back(starved.generations[0])
         starved.generations = [generation]
-        return self._reserve(starved, starved.token, generation) or self._stage(starved)
+        return [*self._reserve(starved, starved.token, generation)] or self._stage(starved)
 
     # Failing.
 
@@ -493,8 +505,13 @@ class SaveMachine(SaveLosses):
             return self._made_spare(token)
         save = self._current(token)
         if save is not None and save.wants_room() and self.options.memory_tier:
+            assert save.plan is not None
             save.asked_for_room = save.roomed = True
+            save.unheard = {*self._generations.missing(save.generations[0], save.plan.staged_bytes)} - {server}
             return [MakeRoom(token, error)]
+        if save is not None and server in save.unheard:
+            save.unheard.discard(server)  # room is made for all servers at once
+            return []
         return self._fail(save, error) if save is not None and save.state not in (DONE, FAILED) else []
 
     def timed_out(self, token: str, state: str) -> list[Instruction]:

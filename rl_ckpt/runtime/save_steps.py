@@ -195,6 +195,10 @@ class Save:
     """Whether it waits for a generation that the memory tier gives up."""
     roomed: bool = False
     """Whether it has asked for that before."""
+    unheard: set[str] = field(default_factory=set)
+    """Servers that may still say that they had no memory for the generation it had before."""
+    dealt: SavePlan | None = None
+    """The plan as it was before it was settled."""
     stored: Stored | None = None
     found: Mapping[tuple[str, int], bytes] = field(default_factory=dict)
     """`digests`, once all is staged."""

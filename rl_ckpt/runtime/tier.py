@@ -277,8 +277,17 @@ class Tier:
         if kept is None:
             return []
         kept.done = done
-        self._kept[done.id] = self._kept.pop(done.id)  # in the order of the commits
-        return [*self._remember(kept), *self._spread(kept)]
+        order = list(self._kept.values())
+        # Urgent ones that were begun after it may have landed before it: they are newer all the same.
+        newer = [one for one in order[order.index(kept) :] if one is not kept and _is_newer(one, done)]
+        out: list[Instruction] = []
+        for one in [kept, *newer]:
+            self._kept[one.id] = self._kept.pop(one.id)  # in the order of the commits
+            if one.done is not None and one is not kept:
+                one.done = msgspec.structs.replace(one.done, after=done.after, time=max(one.done.time, done.time))
+                one.told.clear()
+                out += self._remember(one)
+        return [*out, *self._remember(kept), *self._spread(kept)]
 
     def aborted(self, checkpoint: str) -> list[Instruction]:
         """A save has failed; who gave it its generation has taken that back."""
@@ -455,6 +464,10 @@ class Tier:
             # Of those that were asked, `held` comes later, and is answered in the same way.
         ]
         return out if kept.generation is None else [*out, GenerationFree(kept.generation)]
+
+
+def _is_newer(one: _Kept, done: Remembered) -> bool:
+    return one.done is not None and one.done.record is None and one.done.step > done.step
 
 
 def _newest(found: Mapping[str, Found]) -> Remembered | None:
