@@ -318,10 +318,9 @@ class SaveMachine(SaveLosses):
         save = self._current(token)
         if save is None or save.plan is None or save.state != RESERVING:
             return []
-        self._generations.made(server, generation, file)
         if generation not in save.generations:
-            save.unheard.discard(server)
-            return []
+            return []  # it has another by now, and somebody else may have had this one's file made anew
+        self._generations.made(server, generation, file)
         if save.prepare:
             return self._try_prepared(save)
         return [] if self._generations.missing(generation, save.plan.staged_bytes) else self._stage(save)
@@ -497,21 +496,20 @@ class SaveMachine(SaveLosses):
 
     # Failing.
 
-    def failed(self, token: str, error: CheckpointError, server: str = "") -> list[Instruction]:
-        """The committer or a server failed."""
+    def failed(
+        self, token: str, error: CheckpointError, server: str = "", generation: int | None = None
+    ) -> list[Instruction]:
+        """The committer or a server failed; to make memory for a generation, where one is named."""
         if server in self._gone:
             return []  # `server_lost` has seen to it
         if token in self._making:  # a spare generation: the save that needs it will say so, if it is still so then
             return self._made_spare(token)
         save = self._current(token)
+        if save is not None and generation is not None and (save.asked_for_room or generation not in save.generations):
+            return []  # room is made for all servers at once: it gets another generation, or has it by now
         if save is not None and save.wants_room() and self.options.memory_tier:
-            assert save.plan is not None
             save.asked_for_room = save.roomed = True
-            save.unheard = {*self._generations.missing(save.generations[0], save.plan.staged_bytes)} - {server}
             return [MakeRoom(token, error)]
-        if save is not None and server in save.unheard:
-            save.unheard.discard(server)  # room is made for all servers at once
-            return []
         return self._fail(save, error) if save is not None and save.state not in (DONE, FAILED) else []
 
     def timed_out(self, token: str, state: str) -> list[Instruction]:

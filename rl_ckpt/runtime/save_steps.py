@@ -195,8 +195,6 @@ class Save:
     """Whether it waits for a generation that the memory tier gives up."""
     roomed: bool = False
     """Whether it has asked for that before."""
-    unheard: set[str] = field(default_factory=set)
-    """Servers that may still say that they had no memory for the generation it had before."""
     dealt: SavePlan | None = None
     """The plan as it was before it was settled."""
     stored: Stored | None = None

@@ -33,7 +33,7 @@ def tiered(**options: object) -> Bench:
 
 def fails(bench: Bench, ask: sm.ReserveMemory) -> None:
     bench.reserves.remove(ask)
-    bench.do(bench.machine.failed(ask.token, NO_MEMORY, ask.server))
+    bench.do(bench.machine.failed(ask.token, NO_MEMORY, ask.server, ask.generation))
 
 
 def urgent(bench: Bench, step: int) -> None:
@@ -63,6 +63,20 @@ def test_where_no_server_has_memory_the_tier_gives_room_for_all(when: str) -> No
     if when == "after there is room":
         fails(bench, second)
     assert bench.machine.states()["save-1"] == sm.STAGING
+
+
+def test_memory_made_for_a_generation_that_the_save_has_no_more_is_not_used() -> None:
+    bench = tiered()
+    bench.save(0)
+    bench.machine._generations.revoke()
+    bench.machine._generations.drop_free()
+    bench.join_all(1)
+    bench.name()
+    first, second = bench.reserves
+    fails(bench, first)
+    bench.make_room(helps=True)
+    bench.reserve()
+    assert bench.machine._generations.path(second.server, second.generation) == ""
 
 
 def test_a_server_that_has_no_memory_for_the_room_either_ends_the_save() -> None:
