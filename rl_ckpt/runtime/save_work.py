@@ -49,7 +49,7 @@ class SaveWork:
         self._naming = ThreadPoolExecutor(1, "rl_ckpt-name")
         self._committer: Committer | None = None
         self._notice = ""
-        self._landed: dict[str, tuple[int, str | None]] = {}  # what an earlier coordinator had in memory alone
+        self._landed: dict[str, tuple[int, str | None]] = {}  # what is in memory alone
 
     def configure(self, spec: RunSpec, anew: bool) -> None:
         """Takes a driver's rules and options; `anew` where everything is to be opened with them."""
@@ -94,6 +94,7 @@ class SaveWork:
     def _opened(self) -> Committer:
         if self._committer is not None and self._committer.is_gone():
             self._let_go()  # its folder was removed: this is a new run
+            self._landed = {}
             self._gone()
         if self._committer is None:
             spec = self._spec
@@ -162,11 +163,9 @@ class SaveWork:
         return SaveDone(record, url, lineage(record, committer.commits), save.stall_s, notice, in_store=bool(url))
 
     def take_landed(self, found: Iterable[Remembered]) -> None:
-        """Learns of checkpoints that only memory has, from before this coordinator."""
-        for one in found:
-            if one.record is None:
-                manifest = msgspec.json.decode(one.manifest, type=Manifest)
-                self._landed[one.id] = (one.step, manifest.parent)
+        """Learns which checkpoints only memory has, the newest first: whoever opens the run anew is told of them."""
+        alone = [one for one in found if one.record is None][::-1]  # the oldest first, as they landed
+        self._landed = {one.id: self._landed.get(one.id) or _landed(one) for one in alone}
 
     def finish(self, outcome: SaveOutcome, checkpoint: str) -> None:
         """A save is decided: a failed one's files are orphans from now on; then retention and sweep, later."""
@@ -193,6 +192,10 @@ class SaveWork:
 
     def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> asyncio.Future[T]:
         return asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+def _landed(one: Remembered) -> tuple[int, str | None]:
+    return one.step, msgspec.json.decode(one.manifest, type=Manifest).parent
 
 
 def _check_visible(run: Run, save: Save) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+from pathlib import Path
 
 import msgspec
 import pytest
 import ray
 
 from rl_ckpt.errors import StorageError, WorkerFailuresError
-from rl_ckpt.format.manifest import Chunk, ShardFileEntry
+from rl_ckpt.format.manifest import Chunk, Manifest, ShardFileEntry
 from rl_ckpt.options import Options
 from rl_ckpt.plan.parts import Remembered, memory_entries
 from rl_ckpt.runtime import save_steps as sm
@@ -18,9 +20,11 @@ from rl_ckpt.runtime.coordinator import Coordinator
 from rl_ckpt.runtime.generations import Generations, StagingFile
 from rl_ckpt.runtime.messages import Failure, Lost, Restages, SaveDone, SaveOrders, Staged, decode
 from rl_ckpt.runtime.owners import Owners, User
+from rl_ckpt.runtime.save_work import SaveWork
 from rl_ckpt.runtime.server_calls import Servers
 from rl_ckpt.runtime.spec import CALL, RunSpec
 from rl_ckpt.runtime.tier_work import TierWork
+from rl_ckpt.store.committer import SaveRequest
 from tests.unit.runtime import tier_bench
 from tests.unit.runtime.save_bench import Bench, join
 
@@ -258,6 +262,30 @@ def test_an_urgent_one_that_landed_first_outlives_the_one_before_it() -> None:
     other.adopt(found)
     (taken_up,) = other.remembered()
     assert (taken_up.id, taken_up.after) == ("2", 1), "after the commit that it continues"
+
+
+def test_a_run_that_was_removed_takes_the_steps_with_it_that_only_memory_had(tmp_path: Path) -> None:
+    work = SaveWork(
+        RunSpec(str(tmp_path / "run"), {}, (), Options(), "get_state", "set_state"), "service", lambda: None
+    )
+
+    async def save() -> None:
+        await work.open()
+        first = await work.name(SaveRequest(7))
+        manifest = Manifest(
+            run="r", id=first, step=7, world_size=1, time=0.0, writer="w", parent=None, metrics={}, tag=None,
+            files=(), arrays=(), nodes={},
+        )  # fmt: skip
+        data = msgspec.json.encode(manifest)
+        work.take_landed([Remembered(first, 7, data, None, 0, True), Remembered("5-x", 5, data, None, 0, True)])
+        assert list(work._landed) == ["5-x", first], "in the order in which they landed"
+        work.take_landed([Remembered(first, 7, data, None, 0, True)])
+        assert list(work._landed) == [first], "what memory has no more is not remembered"
+        shutil.rmtree(tmp_path / "run")
+        assert (await work.name(SaveRequest(7))).startswith("7-")
+        await work.close()
+
+    asyncio.run(save())
 
 
 def test_new_credentials_reach_those_servers_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
