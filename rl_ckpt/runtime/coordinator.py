@@ -239,8 +239,8 @@ class Coordinator:
     def _follow(self, user: str) -> None:
         """Takes over the rules and options of the Checkpointer that saves (a coordinator may be found, not made)."""
         spec = self._owners.spec_of(user)
-        if user == self._user or spec is None:
-            return
+        if spec is None or (user == self._user and spec.storage_options == self._opened_with):
+            return  # all is as it wants it; credentials that came while a save was under way are taken up later
         self._user = user
         self._saves.configure(spec.options)
         self._restores.options = spec.options

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -333,6 +336,27 @@ def test_who_may_not_save_brings_no_options_of_its_own() -> None:
     assert followed == []
     assert coordinator._refused(msgspec.structs.replace(join(0, 1), user=mine.user)) is None
     assert followed == [mine.user]
+
+
+def test_credentials_that_come_during_a_save_are_taken_up_after_it() -> None:
+    told: list[Mapping[str, object]] = []
+    busy = [True]
+    spec = RunSpec("/run", {"key": "new"}, (), Options(), "get_state", "set_state", user="01-a")
+    coordinator: Any = object.__new__(Coordinator)
+    coordinator._owners, coordinator._user, coordinator._opened_with = Owners("/run"), "", {"key": "old"}
+    assert coordinator._owners.begin(User(spec, 1.0), False, set()) is None
+    coordinator._saves = SimpleNamespace(configure=lambda _: None, busy=lambda: busy[0])
+    coordinator._servers = SimpleNamespace(configure=lambda spec: told.append(spec.storage_options))
+    coordinator._restores = SimpleNamespace()
+    coordinator._tier_work = coordinator._restore_work = coordinator._save_work = SimpleNamespace(
+        configure=lambda *_: None
+    )
+    coordinator._follow(spec.user)
+    assert told == []
+    busy[0] = False
+    coordinator._follow(spec.user)
+    coordinator._follow(spec.user)
+    assert told == [{"key": "new"}]
 
 
 def test_a_head_that_did_not_answer_is_asked_again_what_servers_hold(monkeypatch: pytest.MonkeyPatch) -> None:
