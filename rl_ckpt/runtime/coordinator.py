@@ -198,8 +198,8 @@ class Coordinator(CoordinatorWork):
     def _follow(self, user: str) -> None:
         """Takes over the rules and options of the Checkpointer that saves (a coordinator may be found, not made)."""
         spec = self._owners.spec_of(user)
-        if user == self._user or spec is None:
-            return
+        if spec is None or (user == self._user and spec.storage_options == self._spec.storage_options):
+            return  # all is as it wants it; credentials that came while a save was under way are taken up later
         self._user = user
         self._saves.configure(spec.options)
         self._restores.options = spec.options
@@ -213,9 +213,11 @@ class Coordinator(CoordinatorWork):
 
     def _refused(self, message: JoinSave | RepeatSave) -> bytes | None:
         """The answer to a rank of a job that does not own the run; None where it may save."""
-        self._follow(message.user)
         refused = self._owners.refused(message.user)
-        if refused is None or message.key in self._saves.states():  # what has begun goes on
+        if refused is None:
+            self._follow(message.user)
+            return None
+        if message.key in self._saves.states():  # what has begun goes on, by the rules of who saves now
             return None
         return self._reply(Failure.of(refused))
 

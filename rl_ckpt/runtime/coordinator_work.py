@@ -127,9 +127,10 @@ class CoordinatorWork:
             case sm.Name(key, request):
                 self._spawn(self._name(key, request), key, self._saves.failed)
             case sm.LookUp(key, checkpoint):
-                self._spawn(self._look_up(key, checkpoint), key, self._saves.failed)
+                self._spawn(self._look_up(key, checkpoint), key, self._saves.not_looked_up)
             case sm.ReserveMemory(key, server, generation, size):
-                self._spawn(self._reserve(key, server, generation, size), key, partial(self._server_failed, server))
+                failed = partial(self._server_failed, server, generation=generation)
+                self._spawn(self._reserve(key, server, generation, size), key, failed)
             case sm.ReserveAnnex(key, lane, server, generation, size):
                 work = self._reserve_annex(key, lane, server, generation, size)
                 self._spawn(work, key, partial(self._server_failed, server))
@@ -240,13 +241,15 @@ class CoordinatorWork:
         done = await self._servers.call(server, "write", order, WriteDone)
         return self._saves.written(key, lane, done.written)
 
-    def _server_failed(self, server: str, key: str, error: CheckpointError) -> Iterable[Any]:
+    def _server_failed(
+        self, server: str, key: str, error: CheckpointError, generation: int | None = None
+    ) -> Iterable[Any]:
         """A call of a server failed. Where its node is dead, others may do what it was to do."""
         if node_is_dead(server):
             self._tier_work.watch.now()
             lost = self._saves.server_lost(server, self._tier.copies(server))
-            return [*lost, *self._saves.failed(key, error, server)]
-        return self._saves.failed(key, error, server)
+            return [*lost, *self._saves.failed(key, error, server, generation)]
+        return self._saves.failed(key, error, server, generation)
 
     def _run_is_gone(self) -> None:
         """From a thread: the run was removed, and another comes in its place."""

@@ -40,9 +40,13 @@ class Generations:
     _files: dict[tuple[str, int], StagingFile] = field(default_factory=dict)
     """By shard server and generation."""
 
+    _all: set[int] = field(default_factory=set)
+    """That there are: free, promised or held; one too many may be held yet."""
+
     def __post_init__(self) -> None:
         """All are free."""
         self._free = list(range(self.number))
+        self._all = set(self._free)
 
     def any(self) -> bool:
         """Whether `take` would give one."""
@@ -73,14 +77,26 @@ class Generations:
 
     def resize(self, number: int) -> None:
         """There are to be so many from now on; one too many that is not free goes when it is given back."""
-        self._free += range(self.number, number)
-        self._free = [generation for generation in self._free if generation < number]
+        self._all -= {generation for generation in self._free if generation >= number}
+        new = [generation for generation in range(number) if generation not in self._all]
+        self._free = [generation for generation in self._free if generation < number] + new
+        self._all.update(new)
         self.number = number
+        for generation in [one for one in self._promised if one >= number]:
+            self._end(generation)
+
+    def _end(self, generation: int) -> None:
+        """There is no such one any more."""
+        self._promised.pop(generation, None)
+        self.drop(generation)
+        self._all.discard(generation)
 
     def give_back(self, generation: int) -> None:
         """A save is done with it."""
         if generation < self.number:
             self._free.append(generation)
+        else:
+            self._end(generation)
 
     def promise(self, plan: str, sizes: Mapping[str, int]) -> dict[str, str]:
         """Promises a free generation to the next save of `plan`.
@@ -104,7 +120,10 @@ class Generations:
 
     def promise_again(self, generation: int, plan: str) -> None:
         """A save that took what was promised to it gives it up while its ranks may be writing there."""
-        self._promised[generation] = plan
+        if generation < self.number:
+            self._promised[generation] = plan
+        else:
+            self._end(generation)
 
     def revoke(self, holds: Mapping[str, str] | None = None) -> None:
         """Takes all promises back.

@@ -87,6 +87,8 @@ class SaveDeaths:
             return []  # of an attempt that is over
         if message.unheard and (save is None or rank not in save.here):
             return []  # of a save that the coordinator before this one had
+        if save is None and message.dead and message.key in self._ended:
+            return []  # it was decided before the death was known: what this rank had is staged, or was given up
         if save is None:
             save = self._begin(message.key, SaveRequest(0), message.world_size)
         if save.state == FAILED:

@@ -116,6 +116,8 @@ class SaveMachine(SaveMemory):
         if problem:
             return [*out, *self._fail(save, InvalidInputError(problem), also=message.rank)]
         save.joined[message.rank] = message
+        if message.server in self._gone:
+            save.dead.add(message.rank)  # it said so before its node was lost
         save.prepare = message.prepare
         again = self._ask_again(save)
         if save.state == FAILED or len(save.joined) < save.world_size:
@@ -263,6 +265,11 @@ class SaveMachine(SaveMemory):
         save.stored = stored
         return self._settle(save) if save.state == SETTLING else []
 
+    def not_looked_up(self, token: str, error: CheckpointError) -> list[Instruction]:
+        """The committer can't say what is stored; of no interest to a save that ends in memory by now."""
+        save = self._current(token)
+        return [] if save is not None and save.state == COMMITTING else self.failed(token, error)
+
     def staged(self, message: Staged | StagedObjects) -> list[Instruction]:
         """A rank has staged its chunks, or its server those that lie in objects."""
         save = self._saves.get(message.key)
@@ -285,8 +292,10 @@ class SaveMachine(SaveMemory):
     def _try_settle(self, save: Save) -> list[Instruction]:
         if not save.complete():
             return []
-        # What ranks took over from dead ones lies apart: such a save is held by the store alone.
-        save.found, save.held = save.digests(), self.options.memory_tier and not save.annexes
+        # What ranks took over from dead ones lies apart: such a save is held by the store alone; and so is one of plain
+        # leaves alone, as no server has anything of it.
+        save.found = save.digests()
+        save.held = self.options.memory_tier and not save.annexes and bool(save.memory)
         hold: list[Instruction] = [Hold(save.token, save)] if save.held else []
         if save.held and (not save.to_store or save.request.deadline_s is not None):
             save.state = LANDING
@@ -314,7 +323,7 @@ class SaveMachine(SaveMemory):
     def _settle(self, save: Save) -> list[Instruction]:
         assert save.plan is not None
         assert save.stored is not None
-        save.plan = settle(save.plan, save.checkpoint, save.found, save.stored)
+        save.dealt, save.plan = save.plan, settle(save.plan, save.checkpoint, save.found, save.stored)
         save.state = WRITING
         out: list[Instruction] = [
             Write(save.token, lane, WriteOrder(save.memory[lane], tuple(files)), save.server(lane))
@@ -346,7 +355,7 @@ class SaveMachine(SaveMemory):
         return [Commit(save.token, save)]
 
     def _land(self, save: Save) -> list[Instruction]:
-        save.state = COMMITTING
+        save.state, save.plan = COMMITTING, save.dealt or save.plan  # memory has also what the store has already
         return [Land(save.token, save)]
 
     def committed(self, token: str, done: SaveDone) -> list[Instruction]:
@@ -388,13 +397,17 @@ class SaveMachine(SaveMemory):
         save.to_store = False  # nobody has asked what is stored
         return self._to_store(save)
 
-    def failed(self, token: str, error: CheckpointError, server: str = "") -> list[Instruction]:
-        """The committer or a server failed."""
+    def failed(
+        self, token: str, error: CheckpointError, server: str = "", generation: int | None = None
+    ) -> list[Instruction]:
+        """The committer or a server failed; to make memory for a generation, where one is named."""
         if server in self._gone:
             return []  # `server_lost` has seen to it
         if token in self._making:  # a spare generation: the save that needs it will say so, if it is still so then
             return self._made_spare(token)
         save = self._current(token)
+        if save is not None and generation is not None and (save.asked_for_room or generation not in save.generations):
+            return []  # room is made for all servers at once: it gets another generation, or has it by now
         if save is not None and save.wants_room() and self.options.memory_tier:
             save.asked_for_room = save.roomed = True
             return [MakeRoom(token, error)]

@@ -99,9 +99,9 @@ class SaveMemory(SaveDeaths):
             # It failed meanwhile. If the name were not given up, the step would stay taken.
             return [Finish(token, (save and save.failure) or _over(), checkpoint)]
         save.checkpoint = checkpoint
-        return self._reserve(save, save.token, save.generations[0]) or self._stage(save)
+        return [*self._reserve(save, save.token, save.generations[0])] or self._stage(save)
 
-    def _reserve(self, save: Save, token: str, generation: int) -> list[Instruction]:
+    def _reserve(self, save: Save, token: str, generation: int) -> list[ReserveMemory]:
         assert save.plan is not None
         sizes = save.plan.staged_bytes
         return [
@@ -118,6 +118,8 @@ class SaveMemory(SaveDeaths):
         save = self._current(token)
         if save is None or save.plan is None or save.state != RESERVING:
             return []
+        if generation not in save.generations:
+            return []  # it has another by now, and somebody else may have had this one's file made anew
         self._generations.made(server, generation, file)
         if save.prepare:
             return self._try_prepared(save)
@@ -148,16 +150,16 @@ class SaveMemory(SaveDeaths):
         starved.asked_for_room = False  # it takes this one instead, whose memory is there
         self._generations.give_back(starved.generations[0])
         starved.generations = [generation]
-        return self._reserve(starved, starved.token, generation) or self._stage(starved)
+        return [*self._reserve(starved, starved.token, generation)] or self._stage(starved)
 
     def _make_spares(self, save: Save) -> list[Instruction]:
         """Has the other generation made while a save is written, so that the next save need not wait for it."""
         out: list[Instruction] = []
         for generation in self._generations.take_free():
             token = f"{save.token}+{generation}"
-            asks = self._reserve(save, token, generation)
+            asks = [ask for ask in self._reserve(save, token, generation) if ask.server not in self._gone]
             if asks:
-                self._making[token] = (generation, {ask.server for ask in asks if isinstance(ask, ReserveMemory)})
+                self._making[token] = (generation, {ask.server for ask in asks})
                 out += asks
             else:
                 self._generations.give_back(generation)

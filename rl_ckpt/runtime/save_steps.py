@@ -198,6 +198,8 @@ class Save:
     """Whether it waits for a generation that the memory tier gives up."""
     roomed: bool = False
     """Whether it has asked for that before."""
+    dealt: SavePlan | None = None
+    """The plan as it was before it was settled."""
     stored: Stored | None = None
     found: Mapping[tuple[str, int], bytes] = field(default_factory=dict)
     """`digests`, once all is staged."""

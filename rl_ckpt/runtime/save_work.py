@@ -49,9 +49,7 @@ class SaveWork:
         self._naming = ThreadPoolExecutor(1, "rl_ckpt-name")
         self._committer: Committer | None = None
         self._notice = ""
-        self._landed: dict[
-            str, tuple[Remembered, str | None]
-        ] = {}  # with the parent: what an earlier coordinator had in memory alone
+        self._landed: dict[str, tuple[Remembered, str | None]] = {}  # with the parent: what is in memory alone
 
     def configure(self, spec: RunSpec, anew: bool) -> None:
         """Takes a driver's rules and options; `anew` where everything is to be opened with them."""
@@ -97,6 +95,7 @@ class SaveWork:
     def _opened(self) -> Committer:
         if self._committer is not None and self._committer.is_gone():
             self._let_go()  # its folder was removed: this is a new run
+            self._landed = {}
             self._gone()
         if self._committer is None:
             spec = self._spec
@@ -190,11 +189,9 @@ class SaveWork:
         return committer.attempt_landed(manifest, landed.after)
 
     def take_landed(self, found: Iterable[Remembered]) -> None:
-        """Learns of checkpoints that only memory has, from before this coordinator."""
-        for one in found:
-            if one.record is None:
-                manifest = msgspec.json.decode(one.manifest, type=Manifest)
-                self._landed[one.id] = one, manifest.parent
+        """Learns which checkpoints only memory has, the newest first: whoever opens the run anew is told of them."""
+        alone = [one for one in found if one.record is None][::-1]  # the oldest first, as they landed
+        self._landed = {one.id: self._landed.get(one.id) or _landed(one) for one in alone}
 
     def finish(self, outcome: SaveOutcome, checkpoint: str) -> None:
         """A save is decided: a failed one's files are orphans from now on; then retention and sweep, later."""
@@ -221,6 +218,10 @@ class SaveWork:
 
     def _in_thread(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> asyncio.Future[T]:
         return asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+def _landed(one: Remembered) -> tuple[Remembered, str | None]:
+    return one, msgspec.json.decode(one.manifest, type=Manifest).parent
 
 
 def _check_visible(run: Run, save: Save) -> None:

@@ -119,7 +119,8 @@ class Servers:
     def configure(self, spec: RunSpec) -> None:
         """Tells all of them of a driver's options and credentials."""
         for name in self._handles:
-            self.get(name).configure.remote(spec)
+            with contextlib.suppress(StorageError):  # it is gone
+                self.get(name).configure.remote(spec)
 
 
 def node_is_dead(name: str) -> bool:

@@ -214,7 +214,8 @@ class TierWork:
 
     async def adopted(self) -> None:
         """Returns once it is known what servers of the run hold: at the first call, they are asked."""
-        if self._adoption is None:
+        failed = self._adoption is not None and self._adoption.done() and self._adoption.exception() is not None
+        if self._adoption is None or failed:  # Ray's head did not answer: it is asked again
             self._adoption = asyncio.get_running_loop().create_task(self._adopt())
         await asyncio.shield(self._adoption)
 

@@ -348,7 +348,8 @@ class Committer:
             return False
         with self._lock:
             self._sweeper.protect(manifest.id, set())
-            self._open[manifest.id] = _Attempt(manifest.step, self._line(manifest.parent), manifest.parent)
+            request = SaveRequest(manifest.step, manifest.metrics, manifest.tag, manifest.parent)
+            self._open[manifest.id] = _Attempt(manifest.step, self._line(request, ()), request)
         return True
 
     def _settle(self) -> None:
