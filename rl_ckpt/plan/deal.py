@@ -201,20 +201,15 @@ def lay_out(
         write_streams: As for `deal`.
         file_bytes: As for `deal`.
     """
-    total = sum(write.chunk.size_bytes for _, write in dealt)
-    target = max(min(-(-total // write_streams), file_bytes), 1 << 20)
-    rows, columns = _small(dealt)
-    groups = [(group, False) for group in _groups(columns, target)] + [(group, True) for group in _groups(rows, target)]
     files: list[FilePlan] = []
     offset = 0
-    for group, packed in groups:
+    for group, packed in into_files(dealt, write_streams, file_bytes):
         names: set[str] = set()
         planned: list[ColumnPlan] = []
         for rank, write in group:
             chunk, array, size = write.chunk, write.array, write.chunk.size_bytes
             plan.sources[write.place] = Source(server, len(files), len(planned))
-            name, owner = ("", array.rank) if packed else (_column_name(array, chunk, names), None)
-            planned.append(ColumnPlan(name, array.path, array.spec.dtype, chunk.box, offset, size, owner))
+            planned.append(column(write, offset, packed, names))
             plan.stage[rank].append(StageItem(array.path, chunk.box, offset, size, chunk.digest))
             offset += size if packed else _aligned(size)
         # The next file begins at a page, as its values do in it: they are written without a copy (file_writer.py).
@@ -222,6 +217,23 @@ def lay_out(
         files.append(FilePlan("", tuple(planned), packed))
     plan.files[server] = files
     plan.staged_bytes[server] = offset
+
+
+def into_files(
+    dealt: list[tuple[int, Write]], write_streams: int, file_bytes: int
+) -> list[tuple[list[tuple[int, Write]], bool]]:
+    """Which chunks of one shard server go into one file each, and whether it is packed; packed ones last."""
+    total = sum(write.chunk.size_bytes for _, write in dealt)
+    target = max(min(-(-total // write_streams), file_bytes), 1 << 20)
+    rows, columns = _small(dealt)
+    return [(group, False) for group in _groups(columns, target)] + [(group, True) for group in _groups(rows, target)]
+
+
+def column(write: Write, offset: int, packed: bool, names: set[str]) -> ColumnPlan:
+    """A chunk as a column of a file, or a row; `names` are those of the columns before it, and take its own up."""
+    array, chunk = write.array, write.chunk
+    name, owner = ("", array.rank) if packed else (_column_name(array, chunk, names), None)
+    return ColumnPlan(name, array.path, array.spec.dtype, chunk.box, offset, chunk.size_bytes, owner)
 
 
 def _aligned(size: int) -> int:

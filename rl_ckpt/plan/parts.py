@@ -12,9 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
-from rl_ckpt.format.manifest import ArrayEntry, Chunk, ShardFileEntry
+from rl_ckpt.format.manifest import ArrayEntry, ArrayRef, Chunk, Manifest, ShardFileEntry
 from rl_ckpt.format.records import CommitRecord
-from rl_ckpt.plan.deal import SavePlan
+from rl_ckpt.plan.deal import FilePlan, SavePlan, Source, Write, column, into_files
+from rl_ckpt.plan.merge import Merged, MergedArray, MergedChunk
+
+_MEMORY = "memory/"
 
 PART = "part-"
 """How the names of parts begin."""
@@ -48,7 +51,7 @@ def part_name(checkpoint: str, origin: str) -> str:
     return f"{PART}{checkpoint}-{origin}"
 
 
-class Held(msgspec.Struct, frozen=True):
+class Held(msgspec.Struct, frozen=True, gc=False):
     """A chunk in a holder's memory."""
 
     server: str
@@ -71,19 +74,24 @@ class Holdings:
         """
         self._parts = tuple(parts)
         self._holders = {name: tuple(files.items()) for name, files in holders.items()}
-        self._found: dict[tuple[bytes, int], list[tuple[str, int]]] | None = None
+        self._found: dict[tuple[bytes, int], list[tuple[str, int, tuple[tuple[str, str], ...]]]] | None = None
 
     def find(self, digest: bytes, size_bytes: int) -> Sequence[Held]:
         """All copies of a chunk; none where memory has it not."""
         if self._found is None:  # when it is first asked for: most checkpoints are never restored
             self._found = {}
             for part in self._parts:
+                name, holders = part.name, self._holders.get(part.name, ())
                 for chunk in part.chunks:
-                    self._found.setdefault((chunk.digest, chunk.size_bytes), []).append((part.name, chunk.offset))
+                    key, place = (chunk.digest, chunk.size_bytes), (name, chunk.offset, holders)
+                    if key in self._found:
+                        self._found[key].append(place)
+                    else:
+                        self._found[key] = [place]
         return [
             Held(server, name, path, offset)
-            for name, offset in self._found.get((digest, size_bytes), ())
-            for server, path in self._holders.get(name, ())
+            for name, offset, holders in self._found.get((digest, size_bytes), ())
+            for server, path in holders
         ]
 
     def servers(self) -> list[str]:
@@ -110,6 +118,15 @@ class Remembered(msgspec.Struct, frozen=True):
     """Whether every chunk has a holder that is alive."""
     time: float = 0.0
     """When it was complete, in Unix seconds: tells the order of those that name the same record."""
+
+    @property
+    def run(self) -> str:
+        """Id of the run that it is of."""
+        return self.record.run if self.record is not None else msgspec.json.decode(self.manifest, type=_OfRun).run
+
+
+class _OfRun(msgspec.Struct):
+    run: str
 
 
 def parts_of(
@@ -161,4 +178,50 @@ def memory_entries(
             found = digests[source.server, column.offset].hex()
             chunks.append(Chunk(chunk.box, index, column.offset, chunk.size_bytes, found))
         arrays.append(ArrayEntry(array.spec, tuple(chunks)))
-    return tuple(ShardFileEntry(f"memory/{server}", plan.staged_bytes[server]) for server in files), tuple(arrays)
+    return tuple(ShardFileEntry(_MEMORY + server, plan.staged_bytes[server]) for server in files), tuple(arrays)
+
+
+def plan_of_memory(
+    manifest: Manifest, write_streams: int, file_bytes: int, ending: str = ""
+) -> tuple[SavePlan, dict[tuple[str, int], bytes]]:
+    """The way back from `memory_entries`: a plan that writes what is only in memory, whoever staged it.
+
+    Args:
+        manifest: Of a checkpoint that is only in memory.
+        write_streams: As for `deal`.
+        file_bytes: As for `deal`.
+        ending: Of the names of its lanes, and so of its files: an earlier try's, which it may still write, are others.
+
+    Returns:
+        A plan to be settled, with the files that `deal` would have made, and nothing to stage: a lane for each server
+        that staged something, named after it; and the digests of what was staged, by lane and offset.
+    """
+    owners = {
+        variant.node.index: (path, variant.ranks[0] if len(variants) > 1 and variant.ranks else None)
+        for path, variants in manifest.nodes.items()
+        for variant in variants
+        if isinstance(variant.node, ArrayRef)
+    }
+    plan = SavePlan({}, {}, {}, Merged(manifest.world_size, dict(manifest.nodes)))
+    digests: dict[tuple[str, int], bytes] = {}
+    staged: dict[str, list[tuple[int, Write]]] = {}
+    for a, entry in enumerate(manifest.arrays):
+        path, rank = owners[a]
+        array = MergedArray(path, entry.spec, [MergedChunk(c.box, c.bytes, b"", ()) for c in entry.chunks], rank)
+        plan.merged.arrays.append(array)
+        for c, chunk in enumerate(entry.chunks):
+            server = manifest.files[chunk.file].name.removeprefix(_MEMORY) + ending
+            digests[server, chunk.offset] = bytes.fromhex(chunk.digest)
+            staged.setdefault(server, []).append((chunk.offset, Write(array, array.chunks[c], (a, c))))
+    for server, found in sorted(staged.items()):
+        files = plan.files[server] = list[FilePlan]()
+        for group, packed in into_files(sorted(found, key=_place), write_streams, file_bytes):
+            names: set[str] = set()
+            for n, (_, write) in enumerate(group):
+                plan.sources[write.place] = Source(server, len(files), n)
+            files.append(FilePlan("", tuple(column(write, offset, packed, names) for offset, write in group), packed))
+    return plan, digests
+
+
+def _place(item: tuple[int, Write]) -> tuple[int, int]:
+    return item[0], item[1].chunk.size_bytes  # what is empty lies where the next chunk begins

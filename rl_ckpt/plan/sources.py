@@ -22,7 +22,7 @@ _TAKERS_A_HOLDER = 4  # with more, they pass it on among themselves: a holder's 
 _LEVEL_BYTES = 8 << 20  # holders' loads may differ by so much: neighbours then come from one of them, and together
 
 
-class InStore(msgspec.Struct, frozen=True):
+class InStore(msgspec.Struct, frozen=True, gc=False):
     """A chunk in an object of the store."""
 
     file: str
@@ -47,14 +47,17 @@ class Known:
         """The manifest's word on a chunk."""
         return self.manifest.arrays[chunk[0]].chunks[chunk[1]]
 
-    def held(self, chunk: ChunkId) -> list[Held]:
+    def held(self, chunk: ChunkId) -> Sequence[Held]:
         """Its copies in memory that are not known to be bad."""
         if self.holdings is None:
             return []
         saved = self.saved(chunk)
+        found = self.holdings.find(bytes.fromhex(saved.digest), saved.bytes)
+        if not self._dead and not self._bad_held:
+            return found
         return [
             copy
-            for copy in self.holdings.find(bytes.fromhex(saved.digest), saved.bytes)
+            for copy in found
             if copy.server not in self._dead and (copy.server, copy.part, copy.offset) not in self._bad_held
         ]
 
@@ -174,16 +177,16 @@ def _one_by_one(
         for chunk in needs[server]:
             takers.setdefault(chunk, []).append(server)
     for chunk, servers in takers.items():
-        here: dict[str, Held] = {}
         copies = known.held(chunk)
-        for copy in copies:
-            here.setdefault(copy.server, copy)
+        here = {copy.server: copy for copy in reversed(copies)}
         far = []
         for server in servers:
             if server in here:
                 out.nodes[server].here[chunk] = here[server]
             else:
                 far.append(server)
+        if not far:
+            continue
         if copies:
             if len(far) > _TAKERS_A_HOLDER * len(here):
                 for server in far:

@@ -17,6 +17,7 @@ import ray
 from rl_ckpt.errors import CheckpointNotFoundError, SaveTimeoutError
 from rl_ckpt.runtime import save_steps as sm
 from rl_ckpt.runtime.coordinator_work import CoordinatorWork
+from rl_ckpt.runtime.flushing import Flushing
 from rl_ckpt.runtime.messages import (
     Failure,
     JoinSave,
@@ -51,10 +52,11 @@ class Coordinator(CoordinatorWork):
             service: Random id, the same when Ray starts it again in another process.
         """
         super().__init__(spec, service)
-        self._opened_with = spec.storage_options
+        self._spec = spec
         self._kept = KeptOwners(spec.coordinator, service)
         self._owners = self._kept.load() or Owners(spec.url)  # as they were where this is a new start of the same
         self._user = ""  # whose rules and options are in use
+        self._flushing = Flushing(self._saves, self._tier, self._save_work, self._do, self._idle)
         context = ray.get_runtime_context()
         if context.was_current_actor_reconstructed:  # the one before was lost; where with its node, copies are missing
             context.current_actor.take_up.remote()
@@ -188,6 +190,7 @@ class Coordinator(CoordinatorWork):
         if refused is not None:
             return encode(Failure.of(refused))
         self._kept.keep(self._owners)
+        self._orphaned()
         self._save_work.begin(user.text, take_over, not self._saves.busy())
         self._follow(spec.user)
         return encode(Ok())
@@ -200,9 +203,9 @@ class Coordinator(CoordinatorWork):
         self._user = user
         self._saves.configure(spec.options)
         self._restores.options = spec.options
-        anew = spec.storage_options != self._opened_with and not self._saves.busy()  # rotated keys, say
+        anew = spec.storage_options != self._spec.storage_options and not self._saves.busy()  # rotated keys, say
         if anew:
-            self._opened_with = spec.storage_options
+            self._spec = spec
             self._servers.configure(spec)
         self._tier_work.configure(spec)
         self._save_work.configure(spec, anew)
@@ -224,6 +227,10 @@ class Coordinator(CoordinatorWork):
         """Control messages so far, in number and bytes, ranks that repeated a plan, and what is held in memory."""
         return {**self._counts, **self._tier.counts()}
 
+    async def spec(self) -> RunSpec:
+        """What shard servers are to work with: a driver's credentials may be others than those they were made with."""
+        return self._spec
+
     async def servers(self) -> list[str]:
         """Names of the shard servers that took part so far."""
         return self._servers.names()
@@ -238,6 +245,18 @@ class Coordinator(CoordinatorWork):
             left = ", ".join(f"{key}: {state}" for key, state in self._saves.states().items()) or "the sweep"
             return encode(Failure.of(SaveTimeoutError(f"not done within {seconds} s: {left}")))
         return encode(Ok())
+
+    async def flush(self, user: str, seconds: float) -> bytes:
+        """Before a Checkpointer ends the actors: what is only in memory goes to the store (see `flushing`).
+
+        Args:
+            user: Its id; nothing is to be done where it is not the last.
+            seconds: How long to wait; what is not done then goes on.
+        """
+        if not self._owners.alone(user, dead_jobs()):
+            return encode(Ok())
+        await self._adopt()
+        return encode(await self._flushing.flush(seconds))
 
     # Bytes.
 

@@ -21,6 +21,7 @@ from rl_ckpt.errors import CheckpointError, StorageError
 from rl_ckpt.runtime import restore_steps as rm
 from rl_ckpt.runtime import save_steps as sm
 from rl_ckpt.runtime import tier
+from rl_ckpt.runtime.flushing import FLUSH
 from rl_ckpt.runtime.generations import StagingFile
 from rl_ckpt.runtime.messages import (
     Failure,
@@ -36,6 +37,7 @@ from rl_ckpt.runtime.messages import (
     WriteOrder,
     encode,
 )
+from rl_ckpt.runtime.owners_kept import dead_jobs
 from rl_ckpt.runtime.restore_machine import RestoreMachine
 from rl_ckpt.runtime.restore_work import RestoreWork
 from rl_ckpt.runtime.save_machine import SaveMachine
@@ -46,6 +48,7 @@ from rl_ckpt.runtime.tier_work import TierWork
 from rl_ckpt.store.committer import SaveRequest
 
 _OUTCOMES_KEPT = 256
+_STAGED_S = 30.0  # how long a restore waits for what a driver that is gone has staged
 _AGAIN_S = 1.0  # until a server is told again that could not be reached
 
 
@@ -272,7 +275,8 @@ class CoordinatorWork:
         remembered = self._tier_work.remembered(save, done.record, manifest, done.in_store)
         notice = "; ".join(filter(None, [done.notice, self._tier_work.take_notice()]))
         decided = list(self._saves.committed(key, msgspec.structs.replace(done, notice=notice)))
-        return [*decided, *self._tier.committed(remembered)] if save.held else decided
+        held = save.held or key.startswith(FLUSH)
+        return [*decided, *self._tier.committed(remembered)] if held else decided
 
     def _finish(self, outcome: SaveOutcome, checkpoint: str) -> None:
         if checkpoint:
@@ -288,10 +292,25 @@ class CoordinatorWork:
     async def _load(self, key: str, step: int | None, tried: tuple[str, ...]) -> Iterable[Any]:
         await self._adopt()
         self._tier_work.watch.start()
+        if not tried:
+            await self._decided()
         found = await self._restore_work.load(key, step, tried)
         return self._restores.loaded(
             key, found.manifest, found.data, found.mappable, found.damaged, found.holdings, found.notice
         )
+
+    def _orphaned(self) -> set[str]:
+        """Ends what drivers that are gone can't go on with; the Ray jobs that are over."""
+        dead = dead_jobs() if self._saves.busy() else set()
+        self._do(self._saves.orphaned(dead))
+        return dead
+
+    async def _decided(self) -> None:
+        """What a driver that is gone has staged is the newest checkpoint in a moment: it is waited for, for a while."""
+        staged = self._saves.undecided(self._orphaned())
+        outcomes = [self._outcomes[checkpoint] for checkpoint in staged if checkpoint in self._outcomes]
+        if outcomes:
+            await asyncio.wait(outcomes, timeout=_STAGED_S)
 
     async def _fetch(self, key: str, server: str, order: FetchOrder) -> Iterable[Any]:
         await self._servers.forgotten(server)  # what was given up is free before something new takes its place

@@ -437,7 +437,10 @@ class FoundParts(msgspec.Struct, frozen=True, tag="found"):
 
 
 class Ok(msgspec.Struct, frozen=True, tag="ok"):
-    """Done, nothing to add."""
+    """Done."""
+
+    notice: str = ""
+    """What the user should know; mostly nothing."""
 
 
 SaveOutcome = SaveDone | Failure

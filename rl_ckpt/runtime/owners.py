@@ -65,6 +65,15 @@ class Owners:
             self._owner = None
         return all(other in dead for other in self._jobs.values())
 
+    def alone(self, user: str, dead: Collection[str]) -> bool:
+        """Whether no other Checkpointer of a live job uses the actors.
+
+        Args:
+            user: Its id.
+            dead: Ray jobs that are over.
+        """
+        return all(other == user or job in dead for other, job in self._jobs.items())
+
     def _of(self, job: str) -> list[User]:
         return [user for user in self._users.values() if user.spec.job == job]
 

@@ -53,6 +53,7 @@ from rl_ckpt.runtime.restore_steps import (
     Restore,
     Search,
 )
+from rl_ckpt.state.collector import paused
 
 _FAILED_KEPT = 64  # failed restores that some ranks have not heard of yet
 _ROUNDS = 32  # of sources: each leaves out at least one; more is a store that answers something else every time
@@ -164,7 +165,7 @@ class RestoreMachine:
         """A rank says what it needs, or what doesn't fit."""
         restore = self._restores.get(message.key)
         if restore is None or restore.token != message.token:
-            return [Answer(message.key, message.rank, _gone())]
+            return [Answer(message.key, message.rank, _gone(message.rank))]
         if restore.failure is not None:
             return [self._tell(restore, message.rank, restore.failure)]
         restore.matched[message.rank] = message
@@ -182,10 +183,11 @@ class RestoreMachine:
                 + "\nuse `select`, `rename`, or `strict=False` to restore what fits"
             )
             return self._fail(restore, InvalidInputError(text))
-        restore.twins = canonical_chunks(restore.manifest)
-        if restore.mappable and restore.known.holdings is None:
-            return self._tell_sources(restore)
-        return self._find_sources(restore, restore.needs())
+        with paused():  # 100,000 chunks are as many records, and none of them is garbage
+            restore.twins = canonical_chunks(restore.manifest)
+            if restore.mappable and restore.known.holdings is None:
+                return self._tell_sources(restore)
+            return self._find_sources(restore, restore.needs())
 
     def _find_sources(self, restore: Restore, missing: dict[str, set[ChunkId]]) -> list[Instruction]:
         """Chooses sources of chunks, by server, and has brought in what ranks can't read in place."""
@@ -263,7 +265,7 @@ class RestoreMachine:
             ranks = [rank for rank, name in sorted(restore.servers.items()) if name == server]
             if ranks:
                 text = f"ranks {ranks} are lost with their node (of shard server {server}); start them anew and restore"
-                out += self._fail(restore, WorkerFailuresError(text, dict.fromkeys(ranks, text)))
+                out += self._fail(restore, WorkerFailuresError(text, dict.fromkeys(ranks, text), ranks))
         return out
 
     def _tell_sources(self, restore: Restore) -> list[Instruction]:
@@ -280,7 +282,7 @@ class RestoreMachine:
         """A rank has looked at its chunks."""
         restore = self._restores.get(message.key)
         if restore is None or restore.token != message.token:
-            return [Answer(message.key, message.rank, _gone())]
+            return [Answer(message.key, message.rank, _gone(message.rank))]
         if restore.failure is not None:
             return [self._tell(restore, message.rank, restore.failure)]
         restore.verified[message.rank] = message.bad
@@ -411,5 +413,7 @@ class RestoreMachine:
         return self._forget(restore)
 
 
-def _gone() -> Failure:
-    return Failure.of(WorkerFailuresError("this restore is over already; start it again on all workers"))
+def _gone(rank: int) -> Failure:
+    """The answer about a restore that is not known (any more): as a rule, of a coordinator that was lost."""
+    text = "this restore is over already; start it again on all workers"
+    return Failure.of(WorkerFailuresError(text, {rank: text}, [rank]))

@@ -12,7 +12,7 @@ from itertools import chain
 from rl_ckpt.format.manifest import Chunk
 from rl_ckpt.format.shard_file import ALIGNMENT
 from rl_ckpt.plan.parts import Held
-from rl_ckpt.plan.sources import Known, SourcePlan
+from rl_ckpt.plan.sources import InStore, Known, SourcePlan
 from rl_ckpt.plan.spread import ChunkId, share
 from rl_ckpt.runtime.messages import (
     FETCHED,
@@ -190,9 +190,18 @@ def _mixed(
     twins = restore.twins
     places: dict[ChunkId, tuple[int, int]] = {}
     in_place: set[ChunkId] = set()
+    moved, paths = restore.moved.get(server, {}), dict[str, int]()
     for m in matched:
         for chunk in map(twins.__getitem__, m.needs):
             if chunk not in places and (only is None or chunk in only):
+                held = moved.get(chunk)
+                if isinstance(held, Held):  # most are: not a call and a record for each
+                    at = paths.get(held.path)
+                    if at is None:
+                        at = paths[held.path] = files.setdefault(Source(HELD, held.path), len(files))
+                    places[chunk] = at, held.offset
+                    in_place.add(chunk)
+                    continue
                 places[chunk], read_here = _place(restore, server, chunk, restore.at(server, chunk), files)
                 if read_here:
                     in_place.add(chunk)
@@ -218,8 +227,7 @@ def _place(
     if isinstance(at, Round):
         source = Source(FETCHED, at.memory[server])
         return (files.setdefault(source, len(files)), at.laid[server][chunk]), False
-    if isinstance(at, Held):
-        return (files.setdefault(Source(HELD, at.path), len(files)), at.offset), True
+    assert isinstance(at, InStore)
     assert restore.known is not None
     if at == restore.known.named(chunk):
         return (-1, at.offset), True
@@ -251,8 +259,10 @@ def read_in_place(restore: Restore) -> dict[str, int]:
             counts = found.get((m.server, id(part)))
             if counts is None:
                 counts = found[m.server, id(part)] = {}
+                moved = restore.moved.get(m.server, {})
                 for chunk in part.chunks:
-                    at = restore.at(m.server, restore.twins[chunk])
+                    twin = restore.twins[chunk]
+                    at = moved.get(twin) or restore.at(m.server, twin)
                     if not isinstance(at, Round):
                         name = "memory" if isinstance(at, Held) else "files"
                         counts[name] = counts.get(name, 0) + restore.known.saved(chunk).bytes

@@ -2,7 +2,8 @@
 
 Owns: which checkpoint is tried next, and where its manifest comes from; memory is held for a restore from the moment
 that it is chosen until the restore is done with it. Reads the store in threads of its own; the tier is asked on the
-coordinator's loop. Promises: what a newer commit in the log has overtaken is not preferred because memory has it.
+coordinator's loop. Promises: what a newer commit in the log has overtaken is not preferred because memory has it; nor
+is what memory has of a run that was removed, where another stands at its url by now.
 """
 
 from __future__ import annotations
@@ -180,6 +181,14 @@ class RestoreWork:
             self._reader = Run.open(self._spec.url, self._spec.storage_options)
         return self._reader
 
+    def _opened_now(self) -> Run:
+        """The run that is there now: it may have been removed and created anew; then all that is known is of old."""
+        known, run = self._reader, Run.open(self._spec.url, self._spec.storage_options)
+        if known is not None and known.record.run == run.record.run:
+            return known  # with the records that it has read
+        self._reader = run
+        return run
+
     def _load(self, step: int | None, tried: tuple[str, ...], remembered: Sequence[Remembered]) -> Loaded:
         choice = self._choose(step, remembered)
         damaged = choice.damaged
@@ -201,8 +210,9 @@ class RestoreWork:
 
     def _choose(self, step: int | None, remembered: Sequence[Remembered]) -> _Choice:
         try:
-            run = self._open()
+            run = self._opened_now()
             log = run.log.read()
+            remembered = [memory for memory in remembered if memory.run == run.record.run]
             lost = [memory for memory in remembered if memory.after > log.head and memory.whole]
             if lost:  # the newest record is never removed
                 url, there = self._spec.url, lost[0].after

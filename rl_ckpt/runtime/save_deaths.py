@@ -10,7 +10,7 @@ writes, another node that has a copy of its staging memory writes in its place. 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from rl_ckpt.errors import CheckpointError, InvalidInputError, StorageError, WorkerFailuresError
 from rl_ckpt.options import Options
@@ -22,6 +22,7 @@ from rl_ckpt.runtime.save_steps import (
     COMMITTING,
     DONE,
     FAILED,
+    JOINING,
     LANDING,
     RESERVING,
     SETTLING,
@@ -158,6 +159,28 @@ class SaveDeaths:
             save.to_store = False
             return self._land(save)  # before earlier saves that are still written: there is no time to wait for them
         return self._fail(save, error)
+
+    def orphaned(self, dead: Collection[str]) -> list[Instruction]:
+        """Drivers are gone, and their workers with them: what these have not staged ends, and is not waited for.
+
+        Args:
+            dead: Ray jobs that are over.
+        """
+        out: list[Instruction] = []
+        for save in self._of_jobs(dead):
+            if save.state in (JOINING, WAITING, RESERVING, STAGING):
+                text = f"step {save.request.step}: the driver of this save was lost before all was staged"
+                out += self._fail(save, WorkerFailuresError(text))
+        return out
+
+    def undecided(self, dead: Collection[str]) -> list[str]:
+        """Checkpoints that jobs that are over have staged, and that are not committed yet."""
+        staged = (LANDING, SETTLING, WRITING, COMMITTING)
+        return [save.checkpoint for save in self._of_jobs(dead) if save.state in staged]
+
+    def _of_jobs(self, jobs: Collection[str]) -> list[Save]:
+        """Saves that drivers of these jobs began (their workers may live on, and save by themselves)."""
+        return [save for save in self._saves.values() if save.key.startswith(CALL) and save.job in jobs]
 
     def forget(self, key: str) -> None:
         """Nobody is left who could ask why a save failed."""

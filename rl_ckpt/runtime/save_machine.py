@@ -10,7 +10,7 @@ plan of that one again (plan/standing.py); its ranks stage while they join.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -21,7 +21,7 @@ from rl_ckpt.errors import (
     WorkerFailuresError,
 )
 from rl_ckpt.options import Options
-from rl_ckpt.plan.deal import Stored, Written, settle
+from rl_ckpt.plan.deal import SavePlan, Stored, Written, settle
 from rl_ckpt.plan.merge import merge
 from rl_ckpt.plan.standing import Standing, standing
 from rl_ckpt.runtime.generations import GENERATIONS, generations
@@ -362,6 +362,31 @@ class SaveMachine(SaveMemory):
         return [Finish(token, done, save.checkpoint), *self._give_up_generations(save)]
 
     # Failing.
+
+    def flush(
+        self,
+        key: str,
+        checkpoint: str,
+        request: SaveRequest,
+        plan: tuple[SavePlan, Mapping[tuple[str, int], bytes]],
+        held: Mapping[str, tuple[str, str]],
+    ) -> list[Instruction]:
+        """Writes to the store what landed in memory alone; how that ends, `restages` tells.
+
+        Args:
+            key: Of this try.
+            checkpoint: Its id, of which the committer has an attempt again.
+            request: As it was saved.
+            plan: From `plan_of_memory`.
+            held: By lane of the plan: a shard server, and the file in which that has what was staged.
+        """
+        save = self._begin(key, request, plan[0].merged.world_size)
+        save.checkpoint, (save.plan, save.found) = checkpoint, plan
+        for lane, (server, path) in held.items():
+            save.at[lane], save.memory[lane] = server, path
+        self._line.append(key)
+        save.to_store = False  # nobody has asked what is stored
+        return self._to_store(save)
 
     def failed(self, token: str, error: CheckpointError, server: str = "") -> list[Instruction]:
         """The committer or a server failed."""

@@ -21,6 +21,7 @@ class SaveMemory(SaveDeaths):
     def __init__(self, options: Options) -> None:
         """Nothing waits, all generations are free."""
         super().__init__(options)
+        self._admitted = 0
         self._queue: list[str] = []  # waiting for a generation, in the order in which they were complete
         self._line: list[str] = []  # hold a generation, in the order in which they must commit
         self._since_store: int | None = None  # saves since the last that went to the store; None: the next one does
@@ -80,7 +81,8 @@ class SaveMemory(SaveDeaths):
         assert save.plan is not None
         save.generations = [self._generations.take(save.plan_id, save.plan.staged_bytes)]
         self._line.append(save.key)
-        save.state = RESERVING
+        self._admitted += 1
+        save.place, save.state = self._admitted, RESERVING
         return [Name(save.token, save.request), Arm(save.token, RESERVING, self.options.write_timeout_s)]
 
     def _goes_to_store(self, save: Save) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from rl_ckpt.errors import CheckpointError
 from rl_ckpt.plan.deal import SavePlan, StageItem, Stored, Written
 from rl_ckpt.runtime.messages import Failure, JoinSave, RepeatSave, SaveDone, SaveReply, WriteOrder
+from rl_ckpt.runtime.spec import job_of
 from rl_ckpt.store.committer import SaveRequest, WrittenSave
 
 JOINING, WAITING, RESERVING, STAGING, LANDING, SETTLING, WRITING, COMMITTING, DONE, FAILED = (
@@ -181,6 +182,8 @@ class Save:
     """Shard server of each rank's node."""
     checkpoint: str = ""
     opened: bool = False
+    place: int = 0
+    """In the order of the saves: the later, the higher."""
     generations: list[int] = field(default_factory=list)
     """That it holds; one, where it is no preparation."""
     memory: dict[str, str] = field(default_factory=dict)
@@ -217,6 +220,12 @@ class Save:
     def here(self) -> set[int]:
         """Ranks that take part so far."""
         return self.joined.keys() | self.repeats.keys()
+
+    @property
+    def job(self) -> str:
+        """Ray job of those who take part; empty where nobody does yet."""
+        users = [*(m.user for m in self.joined.values()), *(m.user for m in self.repeats.values())]
+        return job_of(users[0]) if users else ""
 
     def wants_room(self) -> bool:
         """Whether an error now means that a server had no memory to stage into, and nothing was tried against it."""

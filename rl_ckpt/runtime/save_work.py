@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import msgspec
 
-from rl_ckpt.errors import CheckpointError, StorageError
+from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, StorageError
 from rl_ckpt.format import records
 from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.format.records import CommitRecord
@@ -49,7 +49,9 @@ class SaveWork:
         self._naming = ThreadPoolExecutor(1, "rl_ckpt-name")
         self._committer: Committer | None = None
         self._notice = ""
-        self._landed: dict[str, tuple[int, str | None]] = {}  # what an earlier coordinator had in memory alone
+        self._landed: dict[
+            str, tuple[Remembered, str | None]
+        ] = {}  # with the parent: what an earlier coordinator had in memory alone
 
     def configure(self, spec: RunSpec, anew: bool) -> None:
         """Takes a driver's rules and options; `anew` where everything is to be opened with them."""
@@ -68,9 +70,10 @@ class SaveWork:
             idle: Whether no save is under way.
         """
         self._job = job
-        self._take_over = self._take_over or take_over
         if self._committer is not None and (self._committer.fenced() or (take_over and idle)):
             self._let_go()  # whether this one may have the run is asked again
+        if self._committer is None:  # else it has the run, and what was asked for must not count at some later time
+            self._take_over = self._take_over or take_over
 
     def _let_go(self) -> None:
         committer, self._committer = self._committer, None
@@ -107,8 +110,9 @@ class SaveWork:
                 service=self._service,
             )
             self._take_over = False  # asked for once: a coordinator that is fenced later stays so
-            for checkpoint, (step, parent) in self._landed.items():
-                self._committer.take_landed(checkpoint, step, parent)
+            for landed, parent in self._landed.values():
+                if landed.run == run.record.run:  # else that run was removed, and this is another one
+                    self._committer.take_landed(landed.id, landed.step, parent)
         return self._committer
 
     async def name(self, request: SaveRequest) -> str:
@@ -161,12 +165,36 @@ class SaveWork:
         notice, self._notice = self._notice, ""
         return SaveDone(record, url, lineage(record, committer.commits), save.stall_s, notice, in_store=bool(url))
 
+    async def attempt_landed(self, landed: Remembered, manifest: Manifest) -> bool:
+        """Opens the run to store what is in memory alone; whether it may be stored, see `Committer.attempt_landed`.
+
+        Raises:
+            RunOwnedError, FencedError: The run is another job's by now.
+            CheckpointError: The store failed.
+        """
+        return await self._in_thread(self._committing, partial(self._attempt_landed, landed, manifest))
+
+    def _attempt_landed(self, landed: Remembered, manifest: Manifest) -> bool:
+        if self._committer is None:  # looked at first: nothing is claimed, or made anew, for what is out of date
+            try:
+                run = Run.open(self._spec.url, self._spec.storage_options)
+            except CheckpointNotFoundError:
+                return False  # it was removed, and is not to come back by this
+            newest = run.log.read().commits[-1:]
+            if run.record.run != manifest.run or any(commit.number > landed.after for commit in newest):
+                return False
+        elif self._committer.is_gone():
+            return False
+        committer = self._opened()
+        committer.run.log.check_owner()
+        return committer.attempt_landed(manifest, landed.after)
+
     def take_landed(self, found: Iterable[Remembered]) -> None:
         """Learns of checkpoints that only memory has, from before this coordinator."""
         for one in found:
             if one.record is None:
                 manifest = msgspec.json.decode(one.manifest, type=Manifest)
-                self._landed[one.id] = (one.step, manifest.parent)
+                self._landed[one.id] = one, manifest.parent
 
     def finish(self, outcome: SaveOutcome, checkpoint: str) -> None:
         """A save is decided: a failed one's files are orphans from now on; then retention and sweep, later."""

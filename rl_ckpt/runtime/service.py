@@ -280,11 +280,16 @@ def _close(spec: RunSpec, patience: _Patience) -> None:
     if not ray.is_initialized():
         return
     # Past an urgent save's deadline, the actors are left as by a driver that is killed: what is committed stands.
-    limit_s = patience.left_s(spec.options.write_timeout_s)
+    limit_s, begun = patience.left_s(spec.options.write_timeout_s), time.monotonic()
     with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.RaySystemError, ValueError):  # ended already
         link = coordinator(spec)
         try:
             drained = decode(ray.get(link.drain.remote(limit_s), timeout=limit_s + _ANSWER_S), Ok | Failure)
+            if isinstance(drained, Ok):
+                left_s = max(_LAST_WORD_S, begun + limit_s - time.monotonic())
+                drained = decode(
+                    ray.get(link.flush.remote(spec.user, left_s), timeout=left_s + _ANSWER_S), Ok | Failure
+                )
             last = isinstance(drained, Ok) and ray.get(link.detach.remote(spec.user), timeout=_ANSWER_S)
         except ray.exceptions.GetTimeoutError:
             drained = Failure("save_timeout", "the coordinator did not answer")
@@ -292,8 +297,10 @@ def _close(spec: RunSpec, patience: _Patience) -> None:
             link.detach.remote(spec.user, False)
             raise SaveTimeoutError(
                 f"{spec.url} was not closed: {drained.message}. Its actors stay and go on with what is staged; a new "
-                "Checkpointer of this url finds them, and its close ends them"
+                "Checkpointer of this url finds them, and its close tries again"
             )
+        if drained.notice:
+            warnings.warn(drained.notice, stacklevel=2)
         if not last:
             return  # another job uses these actors
         for name in _server_names(spec):

@@ -59,6 +59,8 @@ class ShardServer:
 
     def __init__(self, spec: RunSpec, name: str) -> None:
         """Opens the store and takes over this node's staging memory."""
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            spec = _as_of_now(spec)
         self._spec = spec
         self._name = name
         self._store = open_store(spec.url, spec.storage_options)
@@ -230,6 +232,16 @@ class ShardServer:
 
 def _restore_name(key: str) -> str:
     return f"{memory.RESTORE}{key.replace('/', '_')}"
+
+
+def _as_of_now(spec: RunSpec) -> RunSpec:
+    """What the servers were told since this one was made: its process was killed, and what it knew is lost."""
+    try:
+        link: Any = ray.get_actor(spec.coordinator, namespace=NAMESPACE)
+        now: RunSpec = ray.get(link.spec.remote(), timeout=_CALL_S)
+    except (ray.exceptions.RayError, ValueError):  # the coordinator is away too; it tells all servers when it is back
+        return spec
+    return now
 
 
 def _listen(name: str, shelf: Shelf) -> Listener | None:

@@ -126,6 +126,10 @@ class _Kept:
     settled: bool = False
     """Whether it has landed, or can't."""
     users: set[str] = field(default_factory=set)
+    place: int = 0
+    """In the order of the saves; 0 for what was there before."""
+    bad: list[Release] = field(default_factory=list)
+    """Damaged copies, to be given up once nobody restores from the checkpoint."""
 
 
 class Tier:
@@ -175,6 +179,16 @@ class Tier:
                 out[kept.id] = other
         return out
 
+    def holders(self, checkpoint: str) -> dict[str, tuple[str, str]]:
+        """By server that has staged a part of a checkpoint: one that has it now, itself if it can be, and the file."""
+        kept = self._kept.get(checkpoint)
+        out: dict[str, tuple[str, str]] = {}
+        for piece in kept.pieces.values() if kept is not None else ():
+            for server, path in piece.holders.items():
+                if server == piece.origin or piece.origin not in out:
+                    out[piece.origin] = server, path
+        return out
+
     def counts(self) -> dict[str, int]:
         """Parts and bytes that are held, all copies counted, and copies that are missing."""
         pieces = [piece for kept in self._kept.values() for piece in kept.pieces.values()]
@@ -210,6 +224,7 @@ class Tier:
         out: list[Instruction] = []
         for kept in self._kept.values():
             kept.told -= set(lost)
+            kept.bad = [one for one in kept.bad if one.server not in lost]
             for piece in kept.pieces.values():
                 for server in lost:
                     piece.holders.pop(server, None)
@@ -219,16 +234,19 @@ class Tier:
 
     # A save.
 
-    def begin(self, checkpoint: str, generation: int | None, staged: Mapping[str, tuple[int, str]]) -> None:
+    def begin(
+        self, checkpoint: str, generation: int | None, staged: Mapping[str, tuple[int, str]], place: int = 0
+    ) -> None:
         """All of a save is staged: from here on its memory is held.
 
         Args:
             checkpoint: Its id.
             generation: That it is staged in.
             staged: Bytes and file, by server.
+            place: In the order of the saves: the later, the higher.
         """
         pieces = {part_name(checkpoint, server): _Piece(server, *found) for server, found in staged.items()}
-        self._kept[checkpoint] = _Kept(checkpoint, generation, pieces)
+        self._kept[checkpoint] = _Kept(checkpoint, generation, pieces, place=place)
         for server in staged:
             self._servers.setdefault(server, False)
             self._started.add(server)
@@ -277,8 +295,22 @@ class Tier:
         if kept is None:
             return []
         kept.done = done
-        self._kept[done.id] = self._kept.pop(done.id)  # in the order of the commits
-        return [*self._remember(kept), *self._spread(kept)]
+        kept.told.clear()
+        # In the order of the commits, but for urgent saves: they don't wait for earlier ones.
+        self._kept[done.id] = self._kept.pop(done.id)
+        self._kept = dict(sorted(self._kept.items(), key=lambda item: item[1].place))
+        later = [other for other in self._kept.values() if other.place > kept.place] if done.record else []
+        return [*self._overtaken(later, done.after), *self._remember(kept), *self._spread(kept)]
+
+    def _overtaken(self, later: Iterable[_Kept], number: int) -> list[Instruction]:
+        """An earlier save has committed: later ones that are only in memory are newer than that commit all the same."""
+        out: list[Instruction] = []
+        for kept in later:
+            if kept.done is not None and kept.done.record is None and kept.done.after < number:
+                kept.done = msgspec.structs.replace(kept.done, after=number)
+                kept.told.clear()
+                out += self._remember(kept)
+        return out
 
     def aborted(self, checkpoint: str) -> list[Instruction]:
         """A save has failed; who gave it its generation has taken that back."""
@@ -297,9 +329,13 @@ class Tier:
 
     def done(self, token: str) -> list[Instruction]:
         """A restore is over."""
+        out: list[Instruction] = []
         for kept in self._kept.values():
             kept.users.discard(token)
-        return self._retire()
+            if not kept.users:
+                out += kept.bad
+                kept.bad = []
+        return [*out, *self._retire()]
 
     def bad(self, server: str, part: str, digest: bytes) -> list[Instruction]:
         """A chunk of a copy is damaged: that copy is given up, and made anew on another node where there is one."""
@@ -307,7 +343,11 @@ class Tier:
             piece = kept.pieces.get(part)
             if piece is not None and piece.holders.pop(server, None) is not None:
                 piece.refused[server] = f"chunk {digest.hex()} was damaged in the memory of {server}"
-                return [Release(server, part), *self._spread(kept)]
+                kept.bad.append(Release(server, part))
+                if kept.users:  # other restores read it, and find out for themselves what is damaged
+                    return self._spread(kept)
+                gone, kept.bad = kept.bad, []
+                return [*gone, *self._spread(kept)]
         return []
 
     # Giving up, and taking up.
@@ -449,9 +489,8 @@ class Tier:
     def _release(self, kept: _Kept) -> list[Instruction]:
         del self._kept[kept.id]
         out: list[Instruction] = [
-            Release(server, name)
-            for name, piece in kept.pieces.items()
-            for server in sorted(piece.holders)
+            *kept.bad,
+            *(Release(server, name) for name, piece in kept.pieces.items() for server in sorted(piece.holders)),
             # Of those that were asked, `held` comes later, and is answered in the same way.
         ]
         return out if kept.generation is None else [*out, GenerationFree(kept.generation)]

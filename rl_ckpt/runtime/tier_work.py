@@ -90,7 +90,7 @@ class TierWork:
         assert save.plan is not None
         sizes = save.plan.staged_bytes
         staged = {server: (sizes[server], path) for server, path in save.memory.items()}
-        self.brain.begin(save.checkpoint, save.generations[0], staged)
+        self.brain.begin(save.checkpoint, save.generations[0], staged, save.place)
         self._spawn(
             self._table(save.checkpoint, partial(parts_of, save.plan, save.servers, save.checkpoint, save.found))
         )
@@ -136,7 +136,7 @@ class TierWork:
                 make = partial(encode, CopyOrder(part, holder))
                 self._spawn(self._have(part, server, "copy", make, holder))
             case t.Remember(server, done, parts):
-                self._spawn(self._ask(server, "remember", partial(encode, RememberOrder(done, parts)), Ok))
+                self._spawn(self._remember(server, partial(encode, RememberOrder(done, parts))))
             case t.Release(server, name):
                 self._spawn(self._release(server, name))
             case _:
@@ -167,6 +167,15 @@ class TierWork:
             except ray.exceptions.RayError as error:
                 raise StorageError(f"no shard server can be started on {server}: {error}") from error
             self._servers.note(server)
+
+    async def _remember(self, server: str, make: Callable[[], bytes]) -> None:
+        try:
+            await self._ask(server, "remember", make, Ok)
+        except CheckpointError:
+            await self.watch.look()
+            if server in self._nodes:
+                raise
+            # Else gone with its node, and nobody's loss: the brain has told others.
 
     async def _release(self, server: str, name: str) -> None:
         try:

@@ -291,6 +291,7 @@ class Committer:
             self._commits.append(record)
             self._sweeper.committed(manifest)
             self._open.pop(manifest.id, None)
+            self._landed.pop(manifest.id, None)
         self._stored = stored_chunks(manifest)
         return record
 
@@ -331,6 +332,24 @@ class Committer:
             self._landed[checkpoint] = (step, parent)
             while len(self._landed) > _LANDED_KEPT:
                 del self._landed[next(iter(self._landed))]
+
+    def attempt_landed(self, manifest: Manifest, after: int) -> bool:
+        """What is in memory alone is to be stored after all: it is an attempt again, of the same id.
+
+        Args:
+            manifest: As it landed.
+            after: Number of the newest commit that it is newer than.
+
+        Returns:
+            Whether it may be; not where it is of another run, or where there is a newer commit.
+        """
+        newest = self._commits[-1].number if self._commits else 0
+        if manifest.run != self.run.record.run or newest > after:
+            return False
+        with self._lock:
+            self._sweeper.protect(manifest.id, set())
+            self._open[manifest.id] = _Attempt(manifest.step, self._line(manifest.parent), manifest.parent)
+        return True
 
     def _settle(self) -> None:
         """Takes up commits that landed although they had seemed to fail; the others can't land any more."""

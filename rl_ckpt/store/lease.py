@@ -13,6 +13,7 @@ has let the run go, and not that it has only just come; and a lease that no epoc
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import threading
@@ -28,6 +29,8 @@ from rl_ckpt.errors import CheckpointError, CorruptionError, RunOwnedError
 from rl_ckpt.format import records
 from rl_ckpt.format.records import EpochRecord, LeaseRecord
 from rl_ckpt.store.base import ObjectMissingError, Store
+
+_log = logging.getLogger("rl_ckpt")
 
 LEASE_S = 30.0
 _BEATS = 3  # in which a lease is renewed within its time: one or two may be lost
@@ -186,6 +189,10 @@ class Lease:
             return
         if held.alive_here == "alive":
             raise self._owned(theirs)
+        _log.warning(
+            "%s was last written to by %s, whose lease is renewed no more or not yet: waiting up to %.0f s for it to "
+            "run out (take_over=True does not wait)", self._store.url, theirs.owner, theirs.lease_s - age_s,
+        )  # fmt: skip
         over = clock() + theirs.lease_s - age_s
         while (left := over - clock()) > 0:
             wait(min(left, theirs.lease_s / _LOOKS))

@@ -31,6 +31,7 @@ More = Callable[[bytes, int], bytes | None]
 
 _ONE_BIT_BYTES = 16 << 10
 _PIECE_BYTES = 1 << 20
+_PAGE_BYTES = 4096  # what a disk can't read, it can't read by so many bytes
 _OWN_BYTES = "its own bytes, with one bit turned back"
 
 
@@ -92,6 +93,8 @@ def file(run: Run, damaged: DamagedFile, places: Mapping[Spot, Place], more: Mor
                 segments, made = list(composed.segments), "made anew by its manifest"
     if not sources and made is None:
         return  # nothing would be better for it
+    if not all(_is_good(area, spot) for spot in damaged.spots - damaged.bad.keys()):
+        return  # it was good a moment ago, and is not now: a failing disk; what may yet be read there must not go
     run.store.put(damaged.name, segments)
     still = bad_spots(run.store, {damaged.name: damaged.spots})
     damaged.mended = {spot: source for spot, source in sources.items() if (damaged.name, spot) not in still}
@@ -99,9 +102,16 @@ def file(run: Run, damaged: DamagedFile, places: Mapping[Spot, Place], more: Mor
 
 
 def _read_all(store: Store, name: str, area: memoryview) -> None:
-    """Reads what can be read of a file; where a piece can't be, zeros stay."""
+    """Reads what can be read of a file; where a page can't be, zeros stay."""
     for start in range(0, len(area), _PIECE_BYTES):
-        read_ranges(store, name, [(start, area[start : start + _PIECE_BYTES])])
+        piece = area[start : start + _PIECE_BYTES]
+        if read_ranges(store, name, [(start, piece)]) is not None:  # what comes after the bad page may be good
+            for at in range(0, len(piece), _PAGE_BYTES):
+                read_ranges(store, name, [(start + at, piece[at : at + _PAGE_BYTES])])
+
+
+def _is_good(area: memoryview, spot: Spot) -> bool:
+    return digest(area[spot.offset : spot.offset + spot.bytes]).hex() == spot.digest
 
 
 def _good_bytes(run: Run, spot: Spot, here: bytes, place: Place | None, more: More | None) -> tuple[bytes, str] | None:

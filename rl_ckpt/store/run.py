@@ -55,6 +55,8 @@ class Run:
         try:
             data = store.get(records.RUN_FILE)
         except ObjectMissingError as error:
+            if store.list(records.COMMITS) and not store.exists(records.RUN_FILE):
+                raise CorruptionError(_headless(store)) from error
             found = [item.name for item in store.list()[:4]]
             what = f"it holds {found} but no run.json: it is not a run" if found else "nothing is there yet"
             raise CheckpointNotFoundError(
@@ -81,6 +83,8 @@ class Run:
             return Run(store, records.decode_run(store.url, store.get(records.RUN_FILE)))
         except ObjectMissingError:
             pass
+        if store.list(records.COMMITS) and not store.exists(records.RUN_FILE):  # a new run would take its place
+            raise CorruptionError(_headless(store))
         if not weak_commits:
             try:
                 probe_create_only(store)
@@ -101,10 +105,15 @@ class Run:
 
         Raises:
             CheckpointNotFoundError: There is none; the message lists what there is.
+            CorruptionError: No record can be read, so that it is not known whether there is one.
         """
+        if log.damaged and not log.commits:  # not the same as none: whoever finds none begins from nothing
+            raise CorruptionError(
+                f"{self.store.url} has no record of a checkpoint that can be read: {log.damaged}. "
+                "`verify(repair=True)` may mend them; delete the run if it is to begin anew"
+            )
         if not log.commits:
-            broken = f"; damaged records: {log.damaged}" if log.damaged else ""
-            raise CheckpointNotFoundError(f"{self.store.url} has no checkpoint yet{broken}")
+            raise CheckpointNotFoundError(f"{self.store.url} has no checkpoint yet")
         if step is None:
             return log.commits[-1]
         found = [commit for commit in log.commits if commit.step == step]
@@ -171,6 +180,13 @@ def lineage(commit: CommitRecord, commits: Sequence[CommitRecord]) -> tuple[str,
         known = by_id.get(parent)
         parent = known.parent if known else None
     return tuple(out)
+
+
+def _headless(store: Store) -> str:
+    return (
+        f"{store.url}/{records.RUN_FILE} is missing, though there is a commit log: `verify(repair=True)` makes it anew "
+        "from that. If the run is to go, delete all of it"
+    )
 
 
 def _steps(log: Log) -> str:

@@ -120,9 +120,13 @@ class S3Connection:
             old = self._filesystem()
             if old is not era:
                 return True  # another request has found them meanwhile
-            new = S3FileSystem(**_tuned(self._options))
-            await new.set_session()
-            if await _keys(new) == await _keys(old):
+            try:
+                new = S3FileSystem(**_tuned(self._options))
+                await new.set_session()
+                found = await _keys(new)
+            except (boto.BotoCoreError, OSError, ValueError, TypeError, KeyError):
+                return False  # their file is just being written, say: what the server said is told
+            if found == await _keys(old):
                 await new._s3creator.__aexit__(None, None, None)
                 return False
             with self._lock:

@@ -56,6 +56,8 @@ def verify(
     with _held(run, chosen if repair or step is not None else [], repair):
         known = {commit.id for commit in run.log.read().commits}
         chosen = [commit for commit in chosen if commit.id in known]  # the others were swept before they were held
+        if step is not None and not chosen:
+            run.find(run.log.read(), step)  # says what there is
         verifier = _Verifier(run, chosen, repair, more)
         damage += verifier.manifests()
         damage += verifier.files()
@@ -117,6 +119,8 @@ def _held(run: Run, commits: Sequence[CommitRecord], must: bool) -> Iterator[Non
         for commit in commits:
             try:
                 stack.enter_context(pin(run, commit.id, _PIN_S))
+            except CheckpointNotFoundError:
+                continue  # dropped by a job that goes on beside this one
             except (StorageError, InvalidInputError):
                 if must:
                     raise

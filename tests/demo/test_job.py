@@ -19,7 +19,7 @@ def run_demo(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
 
 
-@pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 4)])
+@pytest.mark.parametrize(("before", "after"), [(3, 2), pytest.param(2, 4, marks=pytest.mark.soak)])
 def test_the_job_loses_a_node_and_goes_on_with_another_number_of_workers(
     before: int, after: int, tmp_path: Path
 ) -> None:

@@ -231,7 +231,7 @@ def try_everything(folder: Path, state: dict[str, Any]) -> bool:
     return loaded
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.soak] if n >= 1 else []) for n in range(3)])
 def test_absurd_content_with_good_digests_is_an_error_of_ours(
     seed: int, forger: Forger, runs: tuple[SavedRun, SavedRun, SavedRun]
 ) -> None:

@@ -137,6 +137,12 @@ class TestRuns:
         ):
             Checkpointer(str(tmp_path)).load_state()
 
+    def test_records_that_cannot_be_read_are_not_taken_for_no_checkpoint(self, folder: Path) -> None:
+        for path in (folder / "commits").iterdir():
+            path.write_bytes(b"nonsense")
+        with pytest.raises(CorruptionError, match=r"no record of a checkpoint that can be read.*00000002.json"):
+            Checkpointer(str(folder)).load_state()
+
     def test_a_damaged_run_file(self, folder: Path, ckpt: Checkpointer) -> None:
         path = folder / "run.json"
         path.write_bytes(path.read_bytes().replace(b'"version":1', b'"version":2'))

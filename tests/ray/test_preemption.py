@@ -42,7 +42,9 @@ def gate(moto_server: S3Server) -> Iterator[Gate]:
 
 
 def gated_run(gate: Gate, server: S3Server) -> Checkpointer:
-    return Checkpointer(f"s3://{server.new_bucket()}/run", storage_options=gate.storage_options(), join_timeout_s=20)
+    """Without the memory tier, which would have the save though the store does not (test_tier.py)."""
+    url = f"s3://{server.new_bucket()}/run"
+    return Checkpointer(url, storage_options=gate.storage_options(), join_timeout_s=20, memory_tier=False)
 
 
 # Urgent saves.
@@ -58,7 +60,7 @@ def test_a_store_that_does_not_answer_leaves_nothing_of_an_urgent_save(
         give(team, [state(rank, 1) for rank in range(2)])
         with gate.closed():
             pending = ckpt.save(1, team, deadline_s=2.0)
-            with pytest.raises(SaveTimeoutError, match=r"step 1 was not committed before its deadline of 2\.0 s"):
+            with pytest.raises(SaveTimeoutError, match=r"step 1( was not committed before its deadline of|:) 2\.0 s"):
                 pending.result(WAIT_S)
         assert ckpt.save(2, team).result(WAIT_S).step == 2  # and the store answers again: nothing came of step 1
         assert [info.step for info in ckpt.checkpoints()] == [0, 2]
@@ -103,6 +105,11 @@ def _until_there(_holder: Any, flag: Path) -> None:
     until(flag.exists, str(flag))
 
 
+def late(text: str) -> bool:
+    """The caller's clock or the coordinator's was first."""
+    return "before its deadline" in text or "s were over before" in text
+
+
 def save_alone(holder: Any, handle: Any, deadline_s: float) -> str:
     try:
         handle.save(1, holder.state, deadline_s=deadline_s).result(WAIT_S)
@@ -117,10 +124,10 @@ def test_workers_that_save_by_themselves_have_deadlines_too(cluster: Any, gate: 
         handles = [ckpt.worker(rank, 2) for rank in range(2)]
         give(team, [state(rank, 1) for rank in range(2)])
         alone = ray.get(team[0].look.remote(save_alone, handles[0], 1.0), timeout=WAIT_S)  # the other never joins
-        assert "before its deadline" in alone
+        assert late(alone)
         with gate.closed():
             calls = [w.look.remote(save_alone, handle, 2.0) for w, handle in zip(team, handles, strict=True)]
-            assert ["before its deadline" in text for text in ray.get(calls, timeout=WAIT_S)] == [True, True]
+            assert [late(text) for text in ray.get(calls, timeout=WAIT_S)] == [True, True]
         assert ckpt.checkpoints() == []
         calls = [w.look.remote(save_alone, handle, WAIT_S) for w, handle in zip(team, handles, strict=True)]
         assert ray.get(calls, timeout=WAIT_S) == ["committed"] * 2
@@ -149,7 +156,7 @@ from tests.ray.test_preemption import state
 url, options, deadline_s = sys.argv[1], json.loads(sys.argv[2]), float(sys.argv[3])
 ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=150 << 20, log_to_driver=False)
 team = [Holder.remote() for _ in range(2)]
-ckpt = Checkpointer(url, storage_options=options)
+ckpt = Checkpointer(url, storage_options=options, memory_tier=False)
 step = 0
 give(team, [state(rank, step) for rank in range(2)])
 ckpt.save(step, team).result(60)

@@ -158,7 +158,7 @@ class Learner:
         return fingerprint(self.get_state())
 
 
-@pytest.mark.parametrize(("many", "then"), [(1, 3), (3, 2)])
+@pytest.mark.parametrize(("many", "then"), [pytest.param(1, 3, marks=pytest.mark.soak), (3, 2)])
 def test_fresh_learners_take_over_module_and_adam_and_share_no_memory(
     tmp_path: Path, ray_node: None, many: int, then: int
 ) -> None:
@@ -240,7 +240,15 @@ def meshes(ray_node: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         ray.kill(actor)
 
 
-@pytest.mark.parametrize(("source", "target"), [("2", "4"), ("4", "2"), ("2", "2x2"), ("2x2", "4")])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("2", "4"),
+        pytest.param("4", "2", marks=pytest.mark.soak),
+        ("2", "2x2"),
+        pytest.param("2x2", "4", marks=pytest.mark.soak),
+    ],
+)
 def test_dtensors_are_cut_anew_for_another_mesh(
     tmp_path: Path, meshes: dict[str, list[Any]], source: str, target: str
 ) -> None:

@@ -70,7 +70,7 @@ def test_each_chunk_leaves_the_store_once_and_peers_pass_it_on(s3_server: S3Serv
         until(lambda: not any(memory_files(name, "restore-*") for name in stats), "the restore's memory is given back")
 
 
-@pytest.mark.parametrize("many", [1, 2, 5])
+@pytest.mark.parametrize("many", [1, pytest.param(2, marks=pytest.mark.soak), 5])
 def test_onto_another_number_of_workers_on_other_nodes(s3_server: S3Server, workers: list[Any], many: int) -> None:
     first = open_run(s3_server)
     three = workers[:3]

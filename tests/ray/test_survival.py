@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import ray
 
 from rl_ckpt import Checkpointer
 from rl_ckpt.errors import CheckpointError
+from rl_ckpt.runtime.owners_kept import dead_jobs
 from rl_ckpt.runtime.spec import NAMESPACE
 from tests.ray.gated_s3 import Gate, run_gated
 from tests.ray.holders import (
@@ -140,7 +142,7 @@ sys.stdin.read()
 def test_a_driver_killed_after_save_returned_loses_nothing(
     cluster: Any, workers: list[Any], gate: Gate, moto_server: S3Server
 ) -> None:
-    url = f"s3://{moto_server.new_bucket()}/run"
+    url, before = f"s3://{moto_server.new_bucket()}/run", dead_jobs()
     gate.close()
     command = [sys.executable, "-c", DRIVER, url, gate.server.endpoint_url, cluster.address]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -151,13 +153,19 @@ def test_a_driver_killed_after_save_returned_loses_nothing(
         assert driver.stdout.readline().split() == ["staged", "False"]
         driver.send_signal(signal.SIGKILL)
         driver.wait(WAIT_S)
-    with Checkpointer(url, storage_options=gate.storage_options()) as ckpt:
+    until(lambda: dead_jobs() - before, "Ray knows that the driver is dead")
+    with Checkpointer(url, storage_options=gate.storage_options()) as ckpt, ThreadPoolExecutor(1) as aside:
         assert ckpt.checkpoints() == []
-        gate.open()
-        found = until(ckpt.checkpoints, "the dead driver's save is committed")
-        assert [info.step for info in found] == [5]
         give(workers, [state(9, 9)] * 3)
-        assert ckpt.restore(workers).step == 5
+        heard = ray.get(link(ckpt).stats.remote())["messages"]
+        restoring = aside.submit(ckpt.restore, workers)
+        try:
+            until(lambda: ray.get(link(ckpt).stats.remote())["messages"] >= heard + 3, "all ranks want to restore")
+        finally:
+            gate.open()
+        assert restoring.result(WAIT_S).step == 5, "it waits for what is staged"
+        found = ckpt.checkpoints()
+        assert [info.step for info in found] == [5]
         for rank, one in enumerate(states_of(workers)):
             same(one, state(rank, 5))
         assert ckpt.save(6, workers).result(WAIT_S).lineage[0] == found[0].id
@@ -200,6 +208,7 @@ def test_a_shard_server_killed_between_saves_comes_back(tmp_path: Path, workers:
             same(found, state(rank, 1))
 
 
+@pytest.mark.soak  # on local disk: test_deaths.py
 def test_a_shard_server_killed_while_writing_comes_back_and_writes_again(
     workers: list[Any], gate: Gate, moto_server: S3Server
 ) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tests.ray.holders import several_nodes
 from tests.s3_servers import run_moto
@@ -22,37 +25,45 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600.0, help="for both storms together (default 600)")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 31), help="replays a storm")
     parser.add_argument("--store", choices=("local", "s3", "both"), default="both")
+    parser.add_argument("--persist-every", type=int, help="default: storms of 1 and of 3")
+    parser.add_argument("--no-leaks", action="store_true", help="the storms alone")
     asked = parser.parse_args()
     stores = ("local", "s3") if asked.store == "both" else (asked.store,)
-    tallies = [_storm(store, asked.seconds / len(stores), asked.seed) for store in stores]
-    more = _flat()
+    every = (1, 3) if asked.persist_every is None else (asked.persist_every,)
+    storms = [(store, k) for store in stores for k in every]
+    tallies = [_storm(store, k, asked.seconds / len(storms), asked.seed) for store, k in storms]
+    more = [] if asked.no_leaks else [line for store in stores for line in _flat(store)]
     return 1 if more or any(tally.lost for tally in tallies) else 0
 
 
-def _storm(store: str, seconds: float, seed: int) -> Tally:
-    _say(f"storm over {store}, {seconds:.0f} s, seed {seed}")
-    with tempfile.TemporaryDirectory(prefix="rl_ckpt-soak-") as folder:
-        if store == "local":
-            tally = storm(seconds, seed, str(Path(folder) / "run"), {}, _say)
-        else:
-            with run_moto() as server:
-                tally = storm(seconds, seed, f"s3://{server.new_bucket()}/run", server.storage_options(), _say)
-    _say("\n".join(["", f"{store}:", *tally.lines(), ""]))
+def _storm(store: str, persist_every: int, seconds: float, seed: int) -> Tally:
+    title = f"storm over {store}, every {persist_every}. save to the store"
+    _say(f"{title}: {seconds:.0f} s, seed {seed}")
+    with _place(store) as (url, storage_options):
+        tally = storm(seconds, seed, url, storage_options, _say, options={"persist_every": persist_every})
+    _say("\n".join(["", f"{title}:", *tally.lines(), ""]))
     return tally
 
 
-def _flat() -> list[str]:
+def _flat(store: str) -> list[str]:
     """What many saves leave behind, and must not."""
-    _say(f"{_SAVES} saves on 3 nodes:")
-    with (
-        tempfile.TemporaryDirectory(prefix="rl_ckpt-soak-") as folder,
-        several_nodes(3),
-        checkpointer(str(Path(folder) / "run")) as ckpt,
-    ):
+    _say(f"{_SAVES} saves on 3 nodes over {store}:")
+    with _place(store) as (url, options), several_nodes(3), checkpointer(url, storage_options=options) as ckpt:
         looks = many_saves(ckpt, _SAVES, _LOOK_EVERY, _say)
     more = grown(next(look for look in looks if look.saves >= _WARM_UP), looks[-1])
     _say("\n".join(more) or "nothing grew")
     return more
+
+
+@contextlib.contextmanager
+def _place(store: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Url and storage options of a new run."""
+    if store == "local":
+        with tempfile.TemporaryDirectory(prefix="rl_ckpt-soak-") as folder:
+            yield str(Path(folder) / "run"), {}
+    else:
+        with run_moto() as server:
+            yield f"s3://{server.new_bucket()}/run", server.storage_options()
 
 
 def _say(text: str) -> None:

@@ -1,7 +1,7 @@
 """The driver of the storm's job, a process of its own: it may be killed like everything else.
 
-Trains, saves after every step, and recovers; says on stdout, a JSON line each, what it begins and what came of it. It
-is told nothing of the storm.
+A supervised job that saves after every step; says on stdout, a JSON line each, what it begins and what came of it. It
+is told nothing of the storm, and leaves recovery to `Checkpointer.supervise`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 import ray
 
-from rl_ckpt import Checkpointer, LatestN, PendingSave
-from rl_ckpt.errors import CheckpointError, SaveTimeoutError, WorkerFailuresError
+from rl_ckpt import Checkpointer, LatestN, PendingSave, RestoreReport
+from rl_ckpt.errors import CheckpointError, WorkerFailuresError
 from tests.soak.job import team
 
-LOST = (ray.exceptions.RayError, WorkerFailuresError, SaveTimeoutError)
 _PATIENCE_S = 15.0
+_ENDLESS = 1 << 20
 
 
 def say(event: str, **more: Any) -> None:
@@ -43,69 +43,71 @@ class Driver:
 
     def run(self) -> None:
         """Until it is killed."""
-        while True:
-            workers: list[Any] = []
-            try:
-                workers = self._build()
-                self._train(workers, self._restore(workers))
-            except LOST as error:
-                say("lost", error=type(error).__name__, text=str(error)[:500])
-                for worker in workers:
-                    ray.kill(worker)
+        self._ckpt.supervise(
+            self._make_workers, self._train, max_failures=_ENDLESS, retry_on=[ray.exceptions.GetTimeoutError]
+        )
 
-    def _build(self) -> list[Any]:
+    def _make_workers(self) -> list[Any]:
         nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"] and "worker" in node["Resources"])
         if not nodes:
-            time.sleep(0.2)
-            raise WorkerFailuresError("no node is there", {})
+            raise WorkerFailuresError("no node is there", lost=[0])
         workers = team(self._seed, nodes)
-        ray.get([worker.wrong.remote(0) for worker in workers], timeout=_PATIENCE_S)
+        say("restoring", pids=_pids(workers))
         return workers
 
-    def _restore(self, workers: list[Any]) -> int:
-        say("restoring", pids=self._pids(workers))
-        if self._ckpt.latest() is None:
-            return 0
-        report = self._ckpt.restore(workers)
-        found = ray.get([worker.wrong.remote(report.step) for worker in workers], timeout=_PATIENCE_S)
+    def _train(self, workers: list[Any], restored: RestoreReport | None) -> None:
+        try:
+            self._check(workers, restored)
+            self._steps(workers, 0 if restored is None else restored.step)
+        except (ray.exceptions.RayError, CheckpointError) as error:
+            say("lost", error=type(error).__name__, text=str(error)[:500])
+            raise
+
+    def _check(self, workers: list[Any], restored: RestoreReport | None) -> None:
+        """Every bit of every worker's state."""
+        if restored is None:
+            say("anew")
+            return
+        found = ray.get([worker.wrong.remote(restored.step) for worker in workers], timeout=_PATIENCE_S)
         say(
             "restored",
-            step=report.step,
-            seconds=report.seconds,
-            bytes_from=dict(report.bytes_from),
-            fell_back=dict(report.fell_back),
+            step=restored.step,
+            seconds=restored.seconds,
+            bytes_from=dict(restored.bytes_from),
+            fell_back=dict(restored.fell_back),
             wrong=[f"rank {rank}: {paths}" for rank, paths in enumerate(found) if paths],
         )
-        return int(report.step)
 
-    def _train(self, workers: list[Any], step: int) -> None:
-        pending: list[PendingSave] = []
-        say("training", pids=self._pids(workers))
+    def _steps(self, workers: list[Any], step: int) -> None:
         while True:
             step += 1
             ray.get([worker.train.remote(step) for worker in workers], timeout=_PATIENCE_S)
             say("begun", step=step)
             try:
-                pending.append(self._ckpt.save(step, workers))
+                pending = self._ckpt.save(step, workers)
             except CheckpointError as error:
-                say("aborted", step=step, error=type(error).__name__, text=str(error)[:500])
-                if isinstance(error, LOST):
-                    raise
-                continue
-            threading.Thread(target=_watch, args=(pending[-1],), daemon=True).start()
+                _say_aborted(step, error)
+                raise
+            threading.Thread(target=_watch, args=(pending,), daemon=True).start()
             time.sleep(self._pause_s)
 
-    def _pids(self, workers: list[Any]) -> list[int]:
-        return list(ray.get([worker.__ray_call__.remote(lambda _: os.getpid()) for worker in workers], timeout=15))
+
+def _pids(workers: list[Any]) -> list[int]:
+    asked = [worker.__ray_call__.remote(lambda _: os.getpid()) for worker in workers]
+    return list(ray.get(asked, timeout=_PATIENCE_S))
 
 
 def _watch(pending: PendingSave) -> None:
     try:
         info = pending.result(60)
     except CheckpointError as error:
-        say("aborted", step=pending.step, error=type(error).__name__, text=str(error)[:500])
+        _say_aborted(pending.step, error)
     else:
-        say("committed", step=info.step, durable_s=info.durable_s)
+        say("committed", step=info.step, durable_s=info.durable_s, in_store=info.in_store)
+
+
+def _say_aborted(step: int, error: CheckpointError) -> None:
+    say("aborted", step=step, error=type(error).__name__, text=str(error)[:500])
 
 
 def main() -> None:
@@ -122,7 +124,11 @@ def main() -> None:
         **asked["options"],
     )
     say("up", pid=os.getpid())
-    Driver(ckpt, asked["seed"], asked["pause_s"]).run()
+    try:
+        Driver(ckpt, asked["seed"], asked["pause_s"]).run()
+    except Exception as error:
+        say("ended", error=type(error).__name__, text=str(error)[:500])
+        raise
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ class TestWrongSettings:
             assert "no credentials found. Set AWS_ACCESS_KEY_ID" in str(error)
 
     def test_unreachable_endpoint(self):
-        options = {"endpoint_url": f"http://127.0.0.1:{free_port()}", "key": "k", "secret": "s", "first_contact_s": 0.5}
+        options = {"endpoint_url": f"http://127.0.0.1:{free_port()}", "key": "k", "secret": "s", "first_contact_s": 2.0}
         store = open_store("s3://bucket/x", options)
         with pytest.raises(StorageError, match=r"cannot reach the server after \d+ tries .*Check AWS_ENDPOINT_URL"):
             store.put("a", [b"x"])

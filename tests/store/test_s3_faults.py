@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from aiobotocore.httpsession import AIOHTTPSession
+from botocore.exceptions import ProfileNotFound
 
 from rl_ckpt.errors import StorageError
+from rl_ckpt.store import s3_client
 from rl_ckpt.store.base import ObjectExistsError, Store
 from rl_ckpt.store.s3_bulk import BulkSession
 from rl_ckpt.store.urls import open_store
@@ -165,6 +167,20 @@ def test_credentials_that_expire_during_an_upload_or_a_read(store: Store, proxy:
     with pytest.raises(StorageError, match=r"GetObject .*after 1 try.*ExpiredToken .*renew the credentials"):
         store.read_into("a", [(0, memoryview(bytearray(LARGE_BYTES)))])
     assert store.clean_partial(-2) == 0
+
+
+def test_newer_credentials_that_cannot_be_read_hide_nothing(
+    store: Store, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+):
+    store.put("a", [b"x"])
+
+    def half_written(**options: object) -> None:
+        raise ProfileNotFound(profile="prod")  # its file is just being written anew
+
+    monkeypatch.setattr(s3_client, "S3FileSystem", half_written)
+    proxy.faults = [Fault(is_("GET"), status=403, code="ExpiredToken")]
+    with pytest.raises(StorageError, match=r"GetObject .*after 1 try.*ExpiredToken .*renew the credentials"):
+        store.get("a")
 
 
 def test_a_part_or_range_that_is_never_answered_is_tried_again(open_through: Callable[..., Store], proxy: Proxy):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
-from rl_ckpt.errors import StorageError
+from rl_ckpt.errors import StorageError, WorkerFailuresError
 from rl_ckpt.options import Options
+from rl_ckpt.plan.parts import memory_entries, plan_of_memory
 from rl_ckpt.runtime import save_steps as sm
-from rl_ckpt.runtime.messages import Failure, SaveDone
+from rl_ckpt.runtime.messages import Failure, Restages, SaveDone
+from rl_ckpt.store.committer import SaveRequest
+from tests.unit.plan.model import manifest_of
 from tests.unit.runtime.save_bench import Bench, join
 
 NO_MEMORY = StorageError("1000 bytes of staging memory don't fit")
@@ -160,6 +165,71 @@ def test_a_rank_lost_while_it_lands_loses_nothing() -> None:
     bench.copied(1)
     bench.land()
     assert bench.landed == [1]
+
+
+class TestFlush:
+    """What is only in memory goes to the store, under its id."""
+
+    def flush(self, bench: Bench, key: str = "flush-1") -> str:
+        """Of step 1, whose second part is with another server by now."""
+        save = self.save
+        manifest = manifest_of(save.plan.merged, *memory_entries(save.plan, save.found))
+        held = {"server-0.x": ("server-0", "/shm/0"), "server-1.x": ("server-7", "/shm/copy")}
+        plan = plan_of_memory(manifest, 4, 1 << 20, ".x")
+        assert bench.finished.pop(save.checkpoint)
+        bench.do(bench.machine.flush(key, save.checkpoint, SaveRequest(1), plan, held))
+        return save.checkpoint
+
+    @pytest.fixture
+    def bench(self) -> Bench:
+        bench = tiered(persist_every=3)
+        bench.save(0)
+        to_landing(bench, 1)
+        bench.copied(1)
+        self.save: Any = bench.lands[0].save
+        bench.land()
+        assert not bench.machine.busy()
+        return bench
+
+    def test_it_is_written_from_where_its_parts_are_and_committed(self, bench: Bench) -> None:
+        checkpoint = self.flush(bench)
+        assert bench.writes == []
+        bench.look_up()
+        assert [(w.lane, w.server, w.order.memory) for w in bench.writes] == [
+            ("server-0.x", "server-0", "/shm/0"),
+            ("server-1.x", "server-7", "/shm/copy"),
+        ]
+        assert bench.reserves == [], "nothing is staged any more"
+        bench.write_all()
+        asked = bench.commits[0].save.done()
+        assert asked.checkpoint == checkpoint
+        assert asked.digests == {(f"{server}.x", at): found for (server, at), found in self.save.found.items()}
+        bench.commit()
+        assert bench.committed == [0, 1]
+        assert not bench.machine.busy()
+        assert bench.machine.restages("flush-1") == Restages(checkpoint, False)
+
+    def test_a_node_lost_meanwhile_ends_it(self, bench: Bench) -> None:
+        checkpoint = self.flush(bench)
+        bench.look_up()
+        bench.do(bench.machine.server_lost("server-7", {checkpoint: ("server-0", "/shm/other")}))
+        end = bench.machine.restages("flush-1")
+        assert isinstance(end, Failure)
+        assert isinstance(end.error(), WorkerFailuresError), "it is tried again then"
+
+    def test_where_it_fails_it_says_so_and_may_be_tried_again(self, bench: Bench) -> None:
+        self.flush(bench)
+        bench.look_up()
+        bench.fail(bench.writes[0], StorageError("the store is away"))
+        end = bench.machine.restages("flush-1")
+        assert isinstance(end, Failure)
+        assert "the store is away" in end.message
+        bench.writes.clear()
+        self.flush(bench)
+        bench.look_up()
+        bench.write_all()
+        bench.commit()
+        assert bench.committed == [0, 1]
 
 
 class TestUrgent:

@@ -432,6 +432,7 @@ def test_a_question_about_a_restore_that_is_over_is_answered() -> None:
     assert "over already" in bench.failure(0).message
     bench.verify(1)
     assert "over already" in bench.failure(1).message
+    assert bench.failure(1).lost == (1,)  # what it needed was lost: `supervise` tries again
 
 
 def test_failed_restores_that_nobody_asks_about_are_forgotten_after_a_while() -> None:

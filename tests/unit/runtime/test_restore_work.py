@@ -157,3 +157,32 @@ def test_what_was_tried_is_not_given_again(run: Run) -> None:
     assert load(run, Tier(), tried=(newest,)).manifest.step == 1
     with pytest.raises(CorruptionError, match="no good checkpoint"):
         load(run, Tier(), tried=(newest, load(run, Tier(), tried=(newest,)).id))
+
+
+class TestAnotherRunAtTheUrl:
+    """The run was removed and created anew: what memory has is of a run that is no more."""
+
+    @pytest.fixture
+    def old(self, run: Run) -> list[Remembered]:
+        """Of the run that was removed: a commit, and a step that was only in memory."""
+        kept = memory(run, 2)
+        alone = memory(run, 2, id="9-alone", step=9, record=None, after=99)
+        shutil.rmtree(folder(run))
+        return [alone, kept]
+
+    @pytest.mark.parametrize("again", [False, True], ids=["first", "opened before"])
+    def test_what_the_new_one_has_is_restored(self, run: Run, old: list[Remembered], again: bool) -> None:
+        tier = Tier(*old)
+        work = RestoreWork(RunSpec(run.store.url, {}, (), Options(), "get", "set"), tier, lambda _: None)
+        if again:
+            work._reader = run
+            assert run.log.read().commits == ()
+        with Checkpointer(run.store.url) as ckpt:
+            ckpt.save_state(1, {"w": np.full(10, 7)}).result()
+        found = asyncio.run(work.load("token", None, ()))
+        assert (found.manifest.step, found.memory, found.notice) == (1, None, "")
+
+    def test_where_it_has_nothing_yet_nothing_is_restored(self, run: Run, old: list[Remembered]) -> None:
+        Run.create(run.store.url)
+        with pytest.raises(CheckpointNotFoundError, match="no checkpoint yet"):
+            load(run, Tier(*old))

@@ -10,7 +10,7 @@ from rl_ckpt import Replicated
 from rl_ckpt.errors import StorageError, WorkerFailuresError
 from rl_ckpt.runtime import save_steps as sm
 from rl_ckpt.runtime.generations import Generations, StagingFile
-from rl_ckpt.runtime.messages import Failure, Lost, Restages, SaveDone, SaveOrders, Staged, StagedObjects
+from rl_ckpt.runtime.messages import Failure, JoinSave, Lost, Restages, SaveDone, SaveOrders, Staged, StagedObjects
 from rl_ckpt.runtime.spec import CALL
 from tests.unit.runtime.save_bench import CHUNK_BYTES, Bench, State, join, repeat, shared_and_own
 from tests.unit.runtime.save_deaths_bench import SHARED, finish, joined, paths_staged, repeating, to_staging
@@ -349,3 +349,59 @@ def test_free_generations_are_forgotten_and_those_in_use_are_not() -> None:
     generations.drop_free()
     assert generations.missing(held, sizes) == []
     assert generations.missing(1 - held, sizes) == ["server"]
+
+
+def of_job(job: str, key: str, step: int, ranks: tuple[int, ...] = (0, 1)) -> list[JoinSave]:
+    """Two ranks of a driver's save."""
+    return [msgspec.structs.replace(join(rank, step, 2, key=key), user=f"{job}-1") for rank in ranks]
+
+
+@pytest.mark.parametrize("when", [sm.JOINING, sm.RESERVING, sm.STAGING])
+def test_what_a_dead_driver_can_not_go_on_with_ends_at_once_and_nobody_waits_behind_it(when: str) -> None:
+    bench, key = Bench(), f"{CALL}1"
+    for message in of_job("old", key, 5, (0,) if when == sm.JOINING else (0, 1)):
+        bench.do(bench.machine.join(message))
+    if when == sm.STAGING:
+        bench.name()
+        bench.reserve()
+        bench.look_up()
+    assert bench.machine.states() == {key: when}
+    bench.do(bench.machine.orphaned({"other"}))
+    assert bench.machine.states() == {key: when}, "its driver lives"
+    assert bench.machine.undecided({"old"}) == [], "not all is staged: nothing to wait for"
+    bench.do(bench.machine.orphaned({"old"}))
+    assert not bench.machine.busy()
+    if when == sm.RESERVING:
+        bench.name()  # the committer's answer comes late, and the name is given up
+    for message in of_job("new", f"{CALL}2", 5):
+        bench.do(bench.machine.join(message))
+    bench.name()
+    assert bench.machine.states()[f"{CALL}2"] == sm.RESERVING, "the same step, and no word of it being saved already"
+
+
+def test_what_a_dead_driver_has_staged_goes_on_and_is_to_be_waited_for() -> None:
+    bench, key = Bench(), f"{CALL}1"
+    for message in of_job("old", key, 5):
+        bench.do(bench.machine.join(message))
+    bench.name()
+    bench.reserve()
+    bench.look_up()
+    for rank in (0, 1):
+        orders = bench.replies[key, rank][-1]
+        assert isinstance(orders, SaveOrders)
+        digests = tuple(bytes([i, rank]) * 8 for i in range(len(orders.items)))
+        bench.do(bench.machine.staged(Staged(key, rank, orders.checkpoint, digests, 0.1)))
+    bench.do(bench.machine.orphaned({"old"}))
+    assert bench.machine.states() == {key: sm.WRITING}
+    assert bench.machine.undecided({"old"}) == list(bench.open)
+    assert bench.machine.undecided({"other"}) == []
+    finish(bench)
+    assert bench.committed == [5]
+    assert bench.machine.undecided({"old"}) == []
+
+
+def test_workers_that_save_by_themselves_outlive_a_driver() -> None:
+    bench = Bench()
+    bench.do(bench.machine.join(of_job("old", "save-5", 5)[0]))
+    bench.do(bench.machine.orphaned({"old"}))
+    assert bench.machine.states() == {"save-5": sm.JOINING}

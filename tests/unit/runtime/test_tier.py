@@ -195,6 +195,60 @@ def test_a_damaged_copy_is_given_up_and_made_on_another_node() -> None:
     assert bench.brain.bad("s1", name, b"d") == [], "told twice"
 
 
+def test_a_damaged_copy_stays_for_as_long_as_somebody_reads_it() -> None:
+    bench = Bench()
+    bench.save("1", 0)
+    name = part("1", "s0").name
+    for token in ("one", "other"):
+        bench.brain.use("1", token)
+    bench.do(bench.brain.bad("s1", name, b"d"))
+    holdings = bench.brain.holdings("1")
+    assert holdings is not None
+    assert [held.server for held in holdings.find(b"as0-1", 50)] == ["s0"], "nobody else begins to read it"
+    bench.answer_all()
+    assert bench.holders("1", "s0") == ["s0", "s1", "s2"], "made anew beside it"
+    bench.do(bench.brain.done("one"))
+    assert name in bench.servers["s1"].has
+    bench.do(bench.brain.done("other"))
+    assert bench.holders("1", "s0") == ["s0", "s2"]
+    bench.do(bench.brain.done("other"))
+    assert bench.brain.counts()["copies_missing"] == 0
+
+
+def test_a_damaged_copy_goes_with_its_checkpoint() -> None:
+    bench = Bench()
+    bench.save("1", 0)
+    bench.brain.use("1", "reads")
+    bench.do(bench.brain.bad("s1", part("1", "s0").name, b"d"))
+    bench.save("2", 1)
+    bench.do(bench.brain.done("reads"))
+    assert {name for server in bench.servers.values() for name in server.has} == {
+        part("2", origin).name for origin in bench.servers
+    }
+
+
+def test_what_an_urgent_save_left_in_memory_is_newer_than_the_commit_of_the_save_before_it() -> None:
+    bench = Bench()
+    for checkpoint, generation in (("1", 0), ("2", 1)):
+        bench.stage(checkpoint, generation, place=int(checkpoint))
+        bench.answer_all()
+    bench.commit("2", number=0, in_store=False)
+    bench.commit("1", number=1)
+    assert [(one.id, one.after, one.record is None) for one in bench.brain.remembered()] == [("2", 1, True)]
+    assert {done.after for server in bench.servers.values() for done, _ in server.memos.values() if done.id == "2"} == {
+        1
+    }
+    assert bench.freed == [0], "the older one's"
+
+
+def test_of_each_part_one_holder_is_named_the_origin_if_it_can_be() -> None:
+    bench = Bench()
+    bench.save("1", 0)
+    assert bench.brain.holders("1") == {name: (name, f"/shm/{name}/g") for name in ("s0", "s1", "s2")}
+    bench.do(bench.brain.bad("s1", part("1", "s1").name, b"d"))
+    assert bench.brain.holders("1")["s1"] == ("s2", f"/shm/s2/{part('1', 's1').name}")
+
+
 def test_copies_of_what_a_lost_server_staged_are_known() -> None:
     bench = Bench()
     bench.stage("1", 0)

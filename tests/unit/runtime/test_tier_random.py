@@ -31,13 +31,17 @@ class Walks(RuleBasedStateMachine):
         self.seen_freed = 0
         self.may_go = False
         self.users: dict[str, str] = {}
+        self.nowhere: set[str] = set()
+        """Of which the last part was lost with its node."""
 
     def collect(self) -> None:
         for generation in self.bench.freed[self.seen_freed :]:
             assert generation in self.held.values(), "given back twice, or not the tier's"
             over = next(name for name, g in self.held.items() if g == generation)
             newer = [name for name in (*self.bench.landed, *self.bench.stuck) if int(name) > int(over)]
-            assert newer or self.may_go or over in self.bench.stuck, "given up before a newer one was complete"
+            assert newer or self.may_go or over in {*self.bench.stuck, *self.nowhere}, (
+                "given up before a newer one was complete"
+            )
             self.held = {name: g for name, g in self.held.items() if g != generation}
             self.generations.append(generation)
         self.seen_freed = len(self.bench.freed)
@@ -77,6 +81,11 @@ class Walks(RuleBasedStateMachine):
     @rule(pick=PICK)
     def kill(self, pick: int) -> None:
         names = sorted(self.bench.servers)
+        gone = self.bench.servers[names[pick % len(names)]]
+        rest = {name for server in self.bench.servers.values() if server is not gone for name in server.has}
+        self.nowhere |= {
+            one for one in self.held if not any(part(one, origin).name in rest for origin in self.origins[one])
+        }
         self.bench.kill(names[pick % len(names)])
         self.collect()
 

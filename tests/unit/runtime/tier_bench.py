@@ -72,10 +72,11 @@ class Bench:
         """The brain hears which nodes are there."""
         self.do(self.brain.servers_are({name: name in self.draining for name in self.servers}))
 
-    def stage(self, checkpoint: str, generation: int, origins: dict[str, int] | None = None) -> None:
+    def stage(self, checkpoint: str, generation: int, origins: dict[str, int] | None = None, place: int = 0) -> None:
         """A save is staged; on all servers, 192 bytes each, unless it is said where."""
         sizes = origins or dict.fromkeys(self.servers, 192)
-        self.brain.begin(checkpoint, generation, {name: (size, f"/shm/{name}/g") for name, size in sizes.items()})
+        staged = {name: (size, f"/shm/{name}/g") for name, size in sizes.items()}
+        self.brain.begin(checkpoint, generation, staged, place)
         self.do(self.brain.tabled(checkpoint, [part(checkpoint, name, size) for name, size in sizes.items()]))
 
     def answer(self, ask: tier.Hold | tier.Copy, why: str = "") -> None:

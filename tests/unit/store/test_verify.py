@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from rl_ckpt.format import records
 from rl_ckpt.store.base import Buffer
 from rl_ckpt.store.layout import compose_anew, leaves_in, writer_of
 from rl_ckpt.store.local import LocalStore
+from rl_ckpt.store.pins import pin
 from rl_ckpt.store.repair import spots
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.verify import verify
@@ -172,8 +175,10 @@ def one_bit(path: Path) -> None:
 def test_run_json_is_had_back_from_the_commit_log(twice: Twice, how: Callable[[Path], None]) -> None:
     url, ids = twice
     how(Path(url) / "run.json")
-    with pytest.raises((CorruptionError, CheckpointNotFoundError)):
-        Checkpointer(url).load_state()
+    ckpt = Checkpointer(url)
+    for call in (ckpt.load_state, ckpt.latest, lambda: ckpt.save_state(9, {})):  # none may take it for a new run
+        with pytest.raises(CorruptionError, match=r"run.json"):
+            call()
     assert set(Checkpointer(url).verify().checkpoints.values()) == {"damaged"}
     assert Checkpointer(url).verify(repair=True).checkpoints == dict.fromkeys(ids, "repaired")
     assert Checkpointer(url).load_state()["n"][0] == 3
@@ -270,6 +275,66 @@ def test_a_checkpoint_is_held_against_the_sweep_while_it_is_verified(
     assert Checkpointer(url).verify(1, repair=True).checkpoints == {ids[1]: "good"}
     assert {info.step for info in Checkpointer(url).checkpoints()} == {1, 7}
     assert not list(Path(url).glob("pins/*"))
+
+
+def test_a_repair_beside_a_job_leaves_out_what_that_job_drops(twice: Twice, monkeypatch: pytest.MonkeyPatch) -> None:
+    url, ids = twice
+    steps = [7]
+
+    def drop_the_oldest(run: Run, checkpoint: str, seconds: float) -> AbstractContextManager[None]:
+        if steps:
+            with Checkpointer(url, keep=[LatestN(2)], grace_s=0) as other:
+                other.save_state(steps.pop(), {"n": np.ones(3)}).result(60)
+        return pin(run, checkpoint, seconds)
+
+    monkeypatch.setattr("rl_ckpt.store.verify.pin", drop_the_oldest)
+    assert Checkpointer(url).verify(repair=True).checkpoints == {ids[2]: "good"}
+    steps.append(8)
+    with pytest.raises(CheckpointNotFoundError, match="has no checkpoint of step 3; its steps are 7, 8"):
+        Checkpointer(url).verify(3, repair=True)
+
+
+def test_a_page_that_the_disk_cannot_read_costs_no_good_chunk_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = str(tmp_path)
+    state = {f"a{i}": np.random.default_rng(i).random(5000) for i in range(6)}
+    with Checkpointer(url, write_streams=1) as ckpt:
+        first = ckpt.save_state(0, state).result(60).id
+    path = shard(url, first)
+    away = path.rename(tmp_path / "away")
+    with Checkpointer(url, write_streams=1) as ckpt:  # a copy of one chunk, and of no other
+        ckpt.save_state(1, {"a2": state["a2"]}).result(60)
+    away.rename(path)
+    broken, inode = path.read_bytes().index(state["a2"].tobytes()) + 9000, path.stat().st_ino
+    preadv = os.preadv
+
+    def fail_there(fd: int, views: list[memoryview], offset: int) -> int:
+        size = sum(len(view) for view in views)
+        if os.fstat(fd).st_ino != inode or not offset <= broken < offset + size:
+            return preadv(fd, views, offset)
+        if offset // 4096 == broken // 4096:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(fd, [views[0][: broken // 4096 * 4096 - offset]], offset)
+
+    monkeypatch.setattr(os, "preadv", fail_there)
+    assert Checkpointer(url).verify(0, repair=True).checkpoints == {first: "repaired"}
+    assert Checkpointer(url).verify().ok
+    found = Checkpointer(url).load_state(0)
+    assert all(found[name].tobytes() == values.tobytes() for name, values in state.items())
+
+
+def test_what_is_good_at_first_and_not_when_it_is_copied_stays_where_it_is(
+    twice: Twice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, ids = twice
+    path = shard(url, ids[2])
+    flip(path, FROZEN.tobytes())
+    before = path.read_bytes()
+    monkeypatch.setattr("rl_ckpt.store.mend._read_all", lambda store, name, area: None)
+    report = Checkpointer(url).verify(3, repair=True)
+    assert report.checkpoints == {ids[2]: "damaged"}
+    assert path.read_bytes() == before
 
 
 def test_where_nothing_may_be_written_it_still_reads(twice: Twice, monkeypatch: pytest.MonkeyPatch) -> None:

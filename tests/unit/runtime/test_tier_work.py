@@ -1,0 +1,150 @@
+"""The memory tier in the coordinator, with servers that answer as a test says: what fails there, and who is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from rl_ckpt.errors import StorageError
+from rl_ckpt.options import Options
+from rl_ckpt.plan.parts import ChunkAt, Part, Remembered
+from rl_ckpt.runtime import tier, watch
+from rl_ckpt.runtime.messages import HoldDone, Ok, encode
+from rl_ckpt.runtime.spec import RunSpec
+from rl_ckpt.runtime.tier_work import TierWork
+
+NODES = ("a" * 16, "b" * 16)
+SPEC = RunSpec("file:///nowhere", {}, (), Options(), "get_state", "set_state")
+SERVERS = tuple(SPEC.server(node) for node in NODES)
+DONE = Remembered("c", 1, b"{}", None, 0, True)
+
+
+class Server:
+    """A shard server's handle: answers everything, but is gone where the test says so."""
+
+    def __init__(self, name: str, calls: list[tuple[str, str]]) -> None:
+        self.name, self.calls = name, calls
+
+    def __getattr__(self, method: str) -> Any:
+        return Method(self, method)
+
+
+class Method:
+    def __init__(self, server: Server, name: str) -> None:
+        self.server, self.name = server, name
+
+    async def remote(self, _: Any) -> bytes:
+        self.server.calls.append((self.name, self.server.name))
+        return encode(HoldDone("/there") if self.name in ("hold", "copy") else Ok())
+
+
+class Servers:
+    """Stands in for `server_calls.Servers`."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str]] = []
+        self.gone: set[str] = set()
+
+    def get(self, name: str) -> Any:
+        if name in self.gone:
+            raise StorageError(f"shard server {name} is gone")
+        return Server(name, self.calls)
+
+    def names(self) -> list[str]:
+        return sorted(SERVERS)
+
+
+class Bench:
+    """A tier at work."""
+
+    def __init__(self, options: Options) -> None:
+        self.servers, self.others = Servers(), []
+        self.work = TierWork(SPEC, self.servers, self.tell, lambda: False, lambda *_: None)  # type: ignore[arg-type]
+        self.work.brain.options = options
+
+    def tell(self, instructions: Iterable[Any]) -> None:
+        for one in instructions:
+            if isinstance(one, tier.Hold | tier.Copy | tier.Remember | tier.Release):
+                self.work.carry_out(one)
+            else:
+                self.others.append(one)
+
+    async def quiet(self) -> None:
+        """Everything that was begun is over."""
+        while self.work._tasks:
+            await asyncio.gather(*self.work._tasks)
+
+    async def hold(self) -> None:
+        """A checkpoint is in memory on both nodes."""
+        await self.work.watch.look()
+        self.work.brain.begin("c", 0, {SERVERS[0]: (8, "/here")})
+        part = Part("c", SERVERS[0], 8, (ChunkAt(b"d" * 16, 0, 8),))
+        self.tell(self.work.brain.tabled("c", [part]))
+        await self.quiet()
+
+    async def landed(self) -> None:
+        await self.hold()
+        self.tell(self.work.brain.committed(DONE))
+        await self.quiet()
+
+
+@pytest.fixture
+def alive(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """Nodes as the watch sees them."""
+    nodes = dict.fromkeys(NODES, False)
+    monkeypatch.setattr(watch, "nodes", lambda: dict(nodes))
+    return nodes
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench(Options())
+
+
+def test_who_holds_a_checkpoint_is_told_to_remember_it(alive: dict[str, bool], bench: Bench) -> None:
+    asyncio.run(bench.landed())
+    assert {call for call in bench.servers.calls if call[0] == "remember"} == {("remember", name) for name in SERVERS}
+    assert (bench.work.take_notice(), bench.others) == ("", [tier.Landed("c")])
+
+
+@pytest.mark.parametrize("node_too", [True, False], ids=["with its node", "alone"])
+def test_a_server_that_is_gone_is_said_only_where_its_node_lives(
+    alive: dict[str, bool], bench: Bench, node_too: bool
+) -> None:
+    """What was on a lost node is copied again elsewhere: the next save has nothing to warn of."""
+
+    async def story() -> None:
+        await bench.hold()
+        bench.servers.gone.add(SERVERS[1])
+        if node_too:
+            del alive[NODES[1]]
+        bench.tell(bench.work.brain.committed(DONE))
+        await bench.quiet()
+
+    asyncio.run(story())
+    assert ("is gone" in bench.work.take_notice()) == (not node_too)
+    assert bench.work.take_notice() == "", "once"
+
+
+def test_what_is_forgotten_is_released_everywhere(alive: dict[str, bool], bench: Bench) -> None:
+    """As where somebody removed the run's folder: nothing of it is restored any more, and its memory is free."""
+
+    async def story() -> None:
+        await bench.landed()
+        assert [one.id for one in bench.work.brain.remembered()] == ["c"]
+        bench.work.forget()
+        await bench.quiet()
+
+    asyncio.run(story())
+    assert bench.work.brain.remembered() == []
+    assert [call for call in bench.servers.calls if call[0] == "release"] == [("release", name) for name in SERVERS]
+    assert bench.others[-1] == tier.GenerationFree(0)
+
+
+def test_nothing_is_copied_to_a_node_that_is_going_away(alive: dict[str, bool], bench: Bench) -> None:
+    alive[NODES[1]] = True
+    asyncio.run(bench.landed())
+    assert {name for call, name in bench.servers.calls if call in ("hold", "copy")} == {SERVERS[0]}
