@@ -19,7 +19,7 @@ from rl_ckpt.errors import (
     WorkerFailuresError,
 )
 from tests.ray.holders import WAIT_S, AsyncHolder, Holder, HolderBase, copied, give, link, same, states_of
-from tests.ray.stops import fail
+from tests.ray.stops import fail, hold, stop
 
 pytestmark = pytest.mark.usefixtures("ray_node")
 
@@ -97,6 +97,26 @@ def test_a_job_that_went_back_stays_there_though_its_first_save_fails(
                 ckpt.save(6, workers).result(WAIT_S)
             found = [ckpt.save(7, workers).result(WAIT_S).lineage]
         assert set(found) == {(infos[0].id,)}
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_save_continues_one_of_its_branch_that_is_still_being_written(
+    tmp_path: Path, workers: list[Any], alike: bool
+) -> None:
+    """Whether its state has the shape of the last one, and so comes by another message, or not."""
+    with Checkpointer(str(tmp_path / "run")) as ckpt:
+        for step in (5, 6):
+            give(workers, [state(rank, step) for rank in range(2)])
+            ckpt.save(step, workers).result(WAIT_S)
+        ckpt.restore(workers, step=5)
+        at = stop(tmp_path, "commit")
+        hold(link(ckpt), at, "rl_ckpt.store.committer", "entries")
+        first = ckpt.save(7, workers)
+        give(workers, [state(rank, 8) | ({} if alike else {"more": np.ones(3)}) for rank in range(2)])
+        second = ckpt.save(8, workers)
+        assert not first.done()
+        at.passed.touch()
+        assert second.result(WAIT_S).lineage[0] == first.result(WAIT_S).id
 
 
 def test_every_rank_saves_and_restores_its_own_state(tmp_path: Path, workers: list[Any]) -> None:
