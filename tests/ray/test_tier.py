@@ -313,13 +313,34 @@ def urgently(ckpt: Checkpointer, workers: list[Any], step: int, deadline_s: floa
     return ckpt._running_service().save(SaveRequest(step, deadline_s=deadline_s), workers).result(WAIT_S)
 
 
-def test_what_a_lost_node_had_is_on_two_others_again(tmp_path: Path, cluster: Any) -> None:
+def home(actor: Any) -> str:
+    """Node of an actor."""
+    return str(ray.get(actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()), timeout=WAIT_S))
+
+
+def coordinated(folder: Path, cluster: Any, with_coordinator: bool) -> tuple[Checkpointer, Any]:
+    """A run, and a node that can be killed, on which its coordinator is, or is not. Ray places it at random."""
+    for number in range(30):
+        ckpt = Checkpointer(str(folder / f"run{number}"))
+        place = home(link(ckpt))
+        for node in cluster.worker_nodes:
+            if (node.node_id == place) == with_coordinator:
+                return ckpt, node
+        ckpt.close()
+    raise AssertionError("Ray places all coordinators on the head node")
+
+
+@pytest.mark.parametrize("with_coordinator", [False, True], ids=["another node", "the coordinator's"])
+def test_what_a_lost_node_had_is_on_two_others_again(tmp_path: Path, cluster: Any, with_coordinator: bool) -> None:
     """Last, as it takes a node away."""
-    with Checkpointer(str(tmp_path / "run")) as ckpt:
+    while len(cluster.worker_nodes) < 2:
+        cluster.add_node(num_cpus=2, object_store_memory=80 << 20)
+    cluster.wait_for_nodes()
+    ckpt, node = coordinated(tmp_path, cluster, with_coordinator)
+    with ckpt:
         team = on_nodes(3)
         info = save(ckpt, team, 0)
         complete(ckpt, 6)
-        node = cluster.worker_nodes.copy().pop()
         gone = spec_of(ckpt).server(node.node_id)
         raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
         for process in [raylet, *raylet.children(recursive=True)]:
