@@ -23,7 +23,7 @@ from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.options import Options
 from rl_ckpt.plan.parts import Holdings
 from rl_ckpt.plan.sources import InStore, Known, plan_sources
-from rl_ckpt.plan.spread import ChunkId, canonical_chunks
+from rl_ckpt.plan.spread import ChunkId
 from rl_ckpt.runtime import restore_finding, restore_orders
 from rl_ckpt.runtime.messages import (
     Apply,
@@ -184,7 +184,6 @@ class RestoreMachine:
             )
             return self._fail(restore, InvalidInputError(text))
         with paused():  # 100,000 chunks are as many records, and none of them is garbage
-            restore.twins = canonical_chunks(restore.manifest)
             if restore.mappable and restore.known.holdings is None:
                 return self._tell_sources(restore)
             return self._find_sources(restore, restore.needs())

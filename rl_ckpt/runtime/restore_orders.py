@@ -148,13 +148,16 @@ def _small(restore: Restore) -> bool:
 
 def needed_bytes(restore: Restore) -> tuple[int, int]:
     """Bytes and number of the chunks that ranks need, each rank's."""
+    if restore.needed is not None:
+        return restore.needed
     assert restore.known is not None
     sizes: dict[int, int] = {}  # by part: many ranks need the same
     parts = [part for m in restore.matched.values() for part in m.needs.parts]
     for part in parts:
         if id(part) not in sizes:
             sizes[id(part)] = sum([restore.known.saved(chunk).bytes for chunk in part.chunks])
-    return sum([sizes[id(part)] for part in parts]), sum([len(part.chunks) for part in parts])
+    restore.needed = sum([sizes[id(part)] for part in parts]), sum([len(part.chunks) for part in parts])
+    return restore.needed
 
 
 def _brought(restore: Restore, matched: Matched, known: dict[tuple[str, int], tuple[int, ...]]) -> Sources:
@@ -254,6 +257,7 @@ def read_in_place(restore: Restore) -> dict[str, int]:
         return {"files": needed_bytes(restore)[0]}
     found: dict[tuple[str, int], dict[str, int]] = {}
     out: dict[str, int] = {}
+    twins = restore.twins
     for m in restore.matched.values():
         for part in m.needs.parts:
             counts = found.get((m.server, id(part)))
@@ -261,7 +265,7 @@ def read_in_place(restore: Restore) -> dict[str, int]:
                 counts = found[m.server, id(part)] = {}
                 moved = restore.moved.get(m.server, {})
                 for chunk in part.chunks:
-                    twin = restore.twins[chunk]
+                    twin = twins[chunk]
                     at = moved.get(twin) or restore.at(m.server, twin)
                     if not isinstance(at, Round):
                         name = "memory" if isinstance(at, Held) else "files"

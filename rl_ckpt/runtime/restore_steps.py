@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.plan.parts import Held
 from rl_ckpt.plan.sources import InStore, Known, NodePlan
-from rl_ckpt.plan.spread import ChunkId
+from rl_ckpt.plan.spread import ChunkId, canonical_chunks
 from rl_ckpt.runtime.messages import Failure, FetchOrder, Flaw, Matched, MatchReply, OpenReply, VerifyReply
 
 OPENING, MATCHING, FETCHING, SEARCHING, VERIFYING, OVER, FAILED = (
@@ -129,7 +129,9 @@ class Restore:
     told_sources: bool = False
     """Whether the ranks know where their chunks are; what changes since, they are told when they have verified."""
     verified: dict[int, dict[int, Flaw]] = field(default_factory=dict)
-    twins: dict[ChunkId, ChunkId] = field(default_factory=dict)
+    needed: tuple[int, int] | None = None
+    """Bytes and number of the chunks that ranks need, once they were counted."""
+    _twins: dict[ChunkId, ChunkId] | None = None
     rounds: list[Round] = field(default_factory=list)
     moved: dict[str, dict[ChunkId, At]] = field(default_factory=dict)
     """By server: chunks that are elsewhere than in the store's files (where ranks read those) or in the first round."""
@@ -153,6 +155,14 @@ class Restore:
     told: set[int] = field(default_factory=set)
     failure: Failure | None = None
 
+    @property
+    def twins(self) -> dict[ChunkId, ChunkId]:
+        """By chunk: the first with the same bytes. Found when it is asked for: small files are read without."""
+        if self._twins is None:
+            assert self.manifest is not None
+            self._twins = canonical_chunks(self.manifest)
+        return self._twins
+
     def at(self, server: str, chunk: ChunkId) -> At:
         """Where a chunk (the first of its twins) is on a server's node."""
         place = self.moved.get(server, {}).get(chunk)
@@ -167,12 +177,13 @@ class Restore:
         """By server: the chunks (the first of twins) that its ranks need."""
         out: dict[str, set[ChunkId]] = {}
         seen: set[tuple[str, int]] = set()
+        twins = self.twins
         for m in self.matched.values():
             mine = out.setdefault(m.server, set())
             for part in m.needs.parts:
                 if (m.server, id(part)) not in seen:
                     seen.add((m.server, id(part)))
-                    mine.update([self.twins[chunk] for chunk in part.chunks])
+                    mine.update([twins[chunk] for chunk in part.chunks])
         return out
 
     def neighbours(self) -> dict[str, list[int]]:

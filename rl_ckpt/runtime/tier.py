@@ -489,8 +489,9 @@ class Tier:
     def _release(self, kept: _Kept) -> list[Instruction]:
         del self._kept[kept.id]
         out: list[Instruction] = [
-            *kept.bad,
-            *(Release(server, name) for name, piece in kept.pieces.items() for server in sorted(piece.holders)),
+            Release(server, name)
+            for name, piece in kept.pieces.items()
+            for server in sorted(piece.holders)
             # Of those that were asked, `held` comes later, and is answered in the same way.
         ]
         return out if kept.generation is None else [*out, GenerationFree(kept.generation)]
