@@ -222,7 +222,8 @@ class Save:
     @property
     def job(self) -> str:
         """Ray job of those who take part; empty where nobody does yet."""
-        return next((job_of(message.user) for message in (*self.joined.values(), *self.repeats.values())), "")
+        messages: list[JoinSave | RepeatSave] = [*self.joined.values(), *self.repeats.values()]
+        return job_of(messages[0].user) if messages else ""
 
     def wants_room(self) -> bool:
         """Whether an error now means that a server had no memory to stage into, and nothing was tried against it."""
