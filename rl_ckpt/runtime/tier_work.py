@@ -91,14 +91,14 @@ class TierWork:
         sizes = save.plan.staged_bytes
         staged = {server: (sizes[server], path) for server, path in save.memory.items()}
         self.brain.begin(save.checkpoint, save.generations[0], staged, save.place)
-        self._spawn(
-            self._table(save.checkpoint, partial(parts_of, save.plan, save.servers, save.checkpoint, save.found))
-        )
-        self.watch.start()
+        make = partial(parts_of, save.plan, save.servers, save.checkpoint, save.found)
+        # What was seen last may be old; and an urgent save may be because a node goes away, as of just now.
+        look = self.watch.start() or save.request.deadline_s is not None
+        self._spawn(self._table(save.checkpoint, make, look))
 
-    async def _table(self, checkpoint: str, make: Callable[[], list[Part]]) -> None:
+    async def _table(self, checkpoint: str, make: Callable[[], list[Part]], look: bool) -> None:
         parts = await asyncio.get_running_loop().run_in_executor(None, make)
-        if not self._nodes:  # the watch has only just begun
+        if look:
             await self.watch.look()
         self._tell(self.brain.tabled(checkpoint, parts))
 

@@ -39,10 +39,12 @@ class Watch:
         self._task: asyncio.Task[None] | None = None
         self._now = asyncio.Event()
 
-    def start(self) -> None:
-        """Looks from now on, as long as it is wanted."""
-        if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._look_on())
+    def start(self) -> bool:
+        """Looks from now on, as long as it is wanted; whether it did not so far: what was seen last may be old."""
+        if self._task is not None and not self._task.done():
+            return False
+        self._task = asyncio.get_running_loop().create_task(self._look_on())
+        return True
 
     def now(self) -> None:
         """Looks at once: something has failed."""

@@ -301,7 +301,7 @@ def test_a_close_that_would_wait_too_long_says_what_it_leaves(
         assert pending.result(WAIT_S).step == 2
 
 
-def test_a_checkpointer_takes_over_once(tmp_path: Path) -> None:
+def test_a_checkpointer_takes_over_once(tmp_path: Path, workers: list[Any]) -> None:
     """What took over and was taken over from does not take over again by itself."""
     url = str(tmp_path / "run")
     first = Checkpointer(url, take_over=True)
@@ -311,4 +311,6 @@ def test_a_checkpointer_takes_over_once(tmp_path: Path) -> None:
         for _ in range(2):
             with pytest.raises(FencedError):
                 first.save_state(3, {"n": 3}).result(WAIT_S)
+        with pytest.raises(RunOwnedError):  # now through a coordinator, which is told of no take-over
+            save(first, workers, 3)
     first.close()

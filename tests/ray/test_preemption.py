@@ -21,7 +21,19 @@ from ray.core.generated import autoscaler_pb2
 from rl_ckpt import Checkpointer, Preemption
 from rl_ckpt.errors import CommitUnknownError, InvalidInputError, SaveTimeoutError
 from tests.ray.gated_s3 import Gate, run_gated
-from tests.ray.holders import ROOT, WAIT_S, Holder, give, on_nodes, same, several_nodes, states_of, until
+from tests.ray.holders import (
+    ROOT,
+    WAIT_S,
+    Holder,
+    give,
+    memory_files,
+    on_nodes,
+    same,
+    several_nodes,
+    spec_of,
+    states_of,
+    until,
+)
 from tests.s3_servers import S3Server
 
 
@@ -328,6 +340,9 @@ def test_a_node_that_is_drained_is_told_with_its_deadline_and_its_workers(cluste
             assert (anywhere.nodes, anywhere.ranks) == ((away,), ())
             info = ckpt.save(1, team, deadline_s=notice.seconds_left / 4).result()
             assert (info.step, info.world_size) == (1, 4)
+            stays, goes = (spec_of(ckpt).server(node) for node in (home, away))
+            until(lambda: len(memory_files(stays, "held-*")) == 2, "memory of the node that stays has all")
+            assert len(memory_files(goes, "held-*")) == 1, "nothing is copied to a node that goes away"
         assert "rl_ckpt-preemption" not in [thread.name for thread in threading.enumerate()]
         # Ray places new actors elsewhere: those that have to move are replaced and restored alone.
         movers: list[Any] = [Holder.remote() for _ in there]

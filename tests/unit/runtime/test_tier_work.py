@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from rl_ckpt.errors import StorageError
 from rl_ckpt.options import Options
 from rl_ckpt.plan.parts import ChunkAt, Part, Remembered
-from rl_ckpt.runtime import tier, watch
+from rl_ckpt.runtime import tier, tier_work, watch
 from rl_ckpt.runtime.messages import HoldDone, Ok, encode
 from rl_ckpt.runtime.spec import RunSpec
 from rl_ckpt.runtime.tier_work import TierWork
@@ -144,7 +145,28 @@ def test_what_is_forgotten_is_released_everywhere(alive: dict[str, bool], bench:
     assert bench.others[-1] == tier.GenerationFree(0)
 
 
-def test_nothing_is_copied_to_a_node_that_is_going_away(alive: dict[str, bool], bench: Bench) -> None:
-    alive[NODES[1]] = True
-    asyncio.run(bench.landed())
+def test_nothing_is_copied_to_a_node_that_is_going_away(
+    alive: dict[str, bool], bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor to one that stayed when nodes were looked at last, which was before this urgent save."""
+    part = Part("c", SERVERS[0], 8, (ChunkAt(b"d" * 16, 0, 8),))
+    monkeypatch.setattr(tier_work, "parts_of", lambda *_: [part])
+    save: Any = SimpleNamespace(
+        checkpoint="c",
+        request=SimpleNamespace(deadline_s=5.0),
+        generations=[0],
+        memory={SERVERS[0]: "/here"},
+        plan=SimpleNamespace(staged_bytes={SERVERS[0]: 8}),
+        servers={},
+        found={},
+    )
+
+    async def story() -> None:
+        await bench.work.watch.look()
+        monkeypatch.setattr(bench.work.watch, "start", lambda: False)  # it has looked just now
+        alive[NODES[1]] = True
+        bench.work.hold(save)
+        await bench.quiet()
+
+    asyncio.run(story())
     assert {name for call, name in bench.servers.calls if call in ("hold", "copy")} == {SERVERS[0]}
