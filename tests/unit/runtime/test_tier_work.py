@@ -155,6 +155,7 @@ def test_nothing_is_copied_to_a_node_that_is_going_away(
         checkpoint="c",
         request=SimpleNamespace(deadline_s=5.0),
         generations=[0],
+        place=1,
         memory={SERVERS[0]: "/here"},
         plan=SimpleNamespace(staged_bytes={SERVERS[0]: 8}),
         servers={},
