@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -55,7 +56,7 @@ class Driver:
         say("restoring", pids=_pids(workers))
         return workers
 
-    def _train(self, workers: list[Any], restored: RestoreReport | None) -> None:
+    def _train(self, workers: Sequence[Any], restored: RestoreReport | None) -> None:
         try:
             self._check(workers, restored)
             self._steps(workers, 0 if restored is None else restored.step)
@@ -63,7 +64,7 @@ class Driver:
             say("lost", error=type(error).__name__, text=str(error)[:500])
             raise
 
-    def _check(self, workers: list[Any], restored: RestoreReport | None) -> None:
+    def _check(self, workers: Sequence[Any], restored: RestoreReport | None) -> None:
         """Every bit of every worker's state."""
         if restored is None:
             say("anew")
@@ -78,7 +79,7 @@ class Driver:
             wrong=[f"rank {rank}: {paths}" for rank, paths in enumerate(found) if paths],
         )
 
-    def _steps(self, workers: list[Any], step: int) -> None:
+    def _steps(self, workers: Sequence[Any], step: int) -> None:
         while True:
             step += 1
             ray.get([worker.train.remote(step) for worker in workers], timeout=_PATIENCE_S)
@@ -92,7 +93,7 @@ class Driver:
             time.sleep(self._pause_s)
 
 
-def _pids(workers: list[Any]) -> list[int]:
+def _pids(workers: Sequence[Any]) -> list[int]:
     asked = [worker.__ray_call__.remote(lambda _: os.getpid()) for worker in workers]
     return list(ray.get(asked, timeout=_PATIENCE_S))
 
