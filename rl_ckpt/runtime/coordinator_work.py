@@ -20,7 +20,7 @@ import ray
 from rl_ckpt.errors import CheckpointError, StorageError
 from rl_ckpt.runtime import restore_steps as rm
 from rl_ckpt.runtime import save_steps as sm
-from rl_ckpt.runtime import tier
+from rl_ckpt.runtime import tier_steps as tier
 from rl_ckpt.runtime.flushing import FLUSH
 from rl_ckpt.runtime.generations import StagingFile
 from rl_ckpt.runtime.messages import (

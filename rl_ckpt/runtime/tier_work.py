@@ -16,7 +16,7 @@ import ray
 
 from rl_ckpt.errors import CheckpointError, CorruptionError, StorageError
 from rl_ckpt.plan.parts import Part, Remembered, parts_of
-from rl_ckpt.runtime import tier as t
+from rl_ckpt.runtime import tier_steps as t
 from rl_ckpt.runtime.messages import (
     CopyOrder,
     Failure,
@@ -32,6 +32,7 @@ from rl_ckpt.runtime.save_steps import Save
 from rl_ckpt.runtime.server_actor import start_server
 from rl_ckpt.runtime.server_calls import Servers
 from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
+from rl_ckpt.runtime.tier import Tier
 from rl_ckpt.runtime.watch import Watch
 
 _TRIES = 5
@@ -59,7 +60,7 @@ class TierWork:
             saving: Whether a save or restore is under way.
             lost: Is told of a server whose node is dead, with copies of what it had staged (`Tier.copies`).
         """
-        self.brain = t.Tier(spec.options)
+        self.brain = Tier(spec.options)
         self.notice = ""
         """What did not fit, for the next save's caller; empty where all did, or it was said before."""
         self._spec = spec

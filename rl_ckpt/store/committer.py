@@ -160,7 +160,7 @@ class Committer:
             if request.parent is not None and not request.since:  # what came after it is another branch from here on
                 until = [*self._landed].index(request.parent) + 1 if request.parent in self._landed else 0
                 self._landed = dict([*self._landed.items()][:until])
-            before = [one for one in self._open if request.parent is None or one in request.since]
+            before = self._before(request)
             line = self._line(request, before)
             twice = next((c for c in self._commits if c.step == request.step and c.id in line), None)
             if twice is not None:
@@ -188,6 +188,10 @@ class Committer:
         """Lets the run go: no thread and no lease of this committer is left, and the next writer need not wait."""
         self._end.detach()
         self._lease.close()
+
+    def _before(self, request: SaveRequest) -> list[str]:
+        """Open attempts of the line that a save continues."""
+        return [one for one in self._open if request.parent is None or one in request.since]
 
     def _line(self, request: SaveRequest, before: Sequence[str]) -> set[str]:
         """Ids of the checkpoint that a save continues and its ancestors; where others of its line are open, theirs."""
@@ -349,7 +353,8 @@ class Committer:
         with self._lock:
             self._sweeper.protect(manifest.id, set())
             request = SaveRequest(manifest.step, manifest.metrics, manifest.tag, manifest.parent)
-            self._open[manifest.id] = _Attempt(manifest.step, self._line(request, ()), request)
+            line = self._line(request, self._before(request))
+            self._open[manifest.id] = _Attempt(manifest.step, line, request)
         return True
 
     def _settle(self) -> None:

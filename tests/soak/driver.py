@@ -93,7 +93,7 @@ class Driver:
             time.sleep(self._pause_s)
 
 
-def _pids(workers: list[Any]) -> list[int]:
+def _pids(workers: Sequence[Any]) -> list[int]:
     asked = [worker.__ray_call__.remote(lambda _: os.getpid()) for worker in workers]
     return list(ray.get(asked, timeout=_PATIENCE_S))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rl_ckpt.options import Options
-from rl_ckpt.runtime import tier
+from rl_ckpt.runtime import tier_steps as tier
 from tests.unit.runtime.tier_bench import Bench, part
 
 

@@ -12,7 +12,8 @@ import pytest
 from rl_ckpt.errors import StorageError
 from rl_ckpt.options import Options
 from rl_ckpt.plan.parts import ChunkAt, Part, Remembered
-from rl_ckpt.runtime import tier, tier_work, watch
+from rl_ckpt.runtime import tier_steps as tier
+from rl_ckpt.runtime import tier_work, watch
 from rl_ckpt.runtime.messages import HoldDone, Ok, encode
 from rl_ckpt.runtime.spec import RunSpec
 from rl_ckpt.runtime.tier_work import TierWork
@@ -62,7 +63,8 @@ class Bench:
     """A tier at work."""
 
     def __init__(self, options: Options) -> None:
-        self.servers, self.others = Servers(), []
+        self.servers = Servers()
+        self.others: list[Any] = []
         self.work = TierWork(SPEC, self.servers, self.tell, lambda: False, lambda *_: None)  # type: ignore[arg-type]
         self.work.brain.options = options
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.options import Options
 from rl_ckpt.plan.parts import ChunkAt, Part, Remembered
-from rl_ckpt.runtime import tier
+from rl_ckpt.runtime import tier_steps as tier
+from rl_ckpt.runtime.tier import Tier
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Bench:
     """Feeds events to the brain and keeps its instructions until a test answers them."""
 
     def __init__(self, servers: int = 3, options: Options | None = None) -> None:
-        self.brain = tier.Tier(options or Options())
+        self.brain = Tier(options or Options())
         self.servers = {f"s{i}": Server() for i in range(servers)}
         self.draining: set[str] = set()
         self.asked: list[tier.Hold | tier.Copy] = []
