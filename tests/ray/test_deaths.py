@@ -80,7 +80,10 @@ def run(tmp_path: Path, **options: Any) -> Checkpointer:
 
 def saving(ckpt: Checkpointer, step: int, team: Sequence[Any]) -> Future[PendingSave]:
     """A call of `save` that the test does not wait for."""
-    return in_thread(lambda: ckpt.save(step, team), f"save-{step}")
+    work: Any = lambda: ckpt.save(step, team)  # noqa: E731 - the helper is typed for results of saves
+    call: Any = in_thread(work, f"save-{step}")
+    found: Future[PendingSave] = call
+    return found
 
 
 def comes_back(ckpt: Checkpointer, workers: Sequence[Any], step: int) -> None:
