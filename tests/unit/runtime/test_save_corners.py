@@ -343,7 +343,8 @@ def test_credentials_that_come_during_a_save_are_taken_up_after_it() -> None:
     busy = [True]
     spec = RunSpec("/run", {"key": "new"}, (), Options(), "get_state", "set_state", user="01-a")
     coordinator: Any = object.__new__(Coordinator)
-    coordinator._owners, coordinator._user, coordinator._spec = Owners("/run"), "", {"key": "old"}
+    coordinator._owners, coordinator._user = Owners("/run"), ""
+    coordinator._spec = RunSpec("/run", {"key": "old"}, (), Options(), "get_state", "set_state")
     assert coordinator._owners.begin(User(spec, 1.0), False, set()) is None
     coordinator._saves = SimpleNamespace(configure=lambda _: None, busy=lambda: busy[0])
     coordinator._servers = SimpleNamespace(configure=lambda spec: told.append(spec.storage_options))
