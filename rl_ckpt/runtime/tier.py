@@ -171,6 +171,14 @@ class Tier:
                 out.append(Hold(piece.origin, part, piece.path))
         return [*out, *self._spread(kept)]
 
+    def not_tabled(self, checkpoint: str, why: str) -> list[Instruction]:
+        """They can't be made: nothing of the save is held, beside its generation until it is decided."""
+        kept = self._kept.get(checkpoint)
+        if kept is None or kept.settled:
+            return []
+        kept.settled = True
+        return [CannotLand(checkpoint, why), *self._retire()]
+
     def held(self, checkpoint: str, part: str, server: str, path: str) -> list[Instruction]:
         """A server has a part, whole and verified."""
         kept = self._kept.get(checkpoint)

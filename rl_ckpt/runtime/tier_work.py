@@ -37,6 +37,8 @@ from rl_ckpt.runtime.watch import Watch
 
 _TRIES = 5
 _RELEASE_TRIES = 120
+_ANSWER_S = 300.0  # within which a server makes a copy, or is not waited for any more
+_FOUND_S = 60.0  # within which it says what it holds
 _AGAIN_S = 1.0  # a server that was killed is back after about so long
 
 Tell = Callable[[Iterable[Any]], None]
@@ -98,7 +100,12 @@ class TierWork:
         self._spawn(self._table(save.checkpoint, make, look))
 
     async def _table(self, checkpoint: str, make: Callable[[], list[Part]], look: bool) -> None:
-        parts = await asyncio.get_running_loop().run_in_executor(None, make)
+        try:
+            parts = await asyncio.get_running_loop().run_in_executor(None, make)
+        except Exception as error:  # noqa: BLE001 - a bug of ours must not keep the checkpoint unsettled
+            text = f"internal error in the coordinator: {type(error).__name__}: {error}"
+            self._tell(self.brain.not_tabled(checkpoint, text))
+            return
         if look:
             await self.watch.look()
         self._tell(self.brain.tabled(checkpoint, parts))
@@ -144,16 +151,25 @@ class TierWork:
                 raise AssertionError(f"unknown instruction {instruction!r}")
 
     async def _have(self, part: Part, server: str, method: str, make: Callable[[], bytes], holder: str = "") -> None:
-        """Has a server hold a part, and tells the brain what came of it."""
+        """Has a server hold a part, and tells the brain what came of it: also where it never answers."""
+        limit_s = min(self._spec.options.write_timeout_s, _ANSWER_S)
         try:
-            if holder and server in self._nodes:
-                await self._ensure(server)
-            done = await self._ask(server, method, make, HoldDone)
+            async with asyncio.timeout(limit_s):
+                if holder and server in self._nodes:
+                    await self._ensure(server)
+                done = await self._ask(server, method, make, HoldDone)
+        except TimeoutError:
+            why = f"shard server {server} did not answer within {limit_s} s"
+            self._tell(self.brain.not_held(part.checkpoint, part.name, server, why))
+            self._tell([t.Release(server, part.name)])  # it may have it by now, or later, and nobody would know
         except CorruptionError as error:  # the holder's copy is, and not this server's
             self._tell(self.brain.not_held(part.checkpoint, part.name, server, str(error)))
             self._tell(self.brain.bad(holder, part.name, b""))
         except CheckpointError as error:
             self._tell(self.brain.not_held(part.checkpoint, part.name, server, str(error)))
+        except Exception as error:  # noqa: BLE001 - a bug of ours must not keep the checkpoint unsettled
+            text = f"internal error in the coordinator: {type(error).__name__}: {error}"
+            self._tell(self.brain.not_held(part.checkpoint, part.name, server, text))
         else:
             self._tell(self.brain.held(part.checkpoint, part.name, server, done.path))
 
@@ -237,11 +253,12 @@ class TierWork:
         self._tell(self.brain.adopt({name: one for name, one in found.items() if one is not None}))
         self.watch.start()
 
-    async def _found(self, server: str) -> t.Found | None:
+    async def _found(self, server: str, adopt: bool = True) -> t.Found | None:
         try:
-            found: FoundParts = await self._call(server, "held", True, FoundParts)
-        except CheckpointError:
-            return None  # gone, with its memory
+            async with asyncio.timeout(_FOUND_S):
+                found: FoundParts = await self._call(server, "held", adopt, FoundParts)
+        except (CheckpointError, TimeoutError):
+            return None  # gone, with its memory; or it hangs, and what it has is of no use now
         return t.Found(
             [(held.part, held.path) for held in found.parts], [(memo.done, memo.parts) for memo in found.remembered]
         )

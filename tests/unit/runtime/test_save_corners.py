@@ -249,7 +249,7 @@ def test_a_promise_of_a_generation_that_is_no_more_is_forgotten() -> None:
 def test_an_urgent_one_that_landed_first_outlives_the_one_before_it() -> None:
     bench = tier_bench.Bench(2)
     for generation, step in enumerate("12"):
-        bench.stage(step, generation)
+        bench.stage(step, generation, place=int(step))
     while bench.asked:
         one = bench.asked.pop(0)
         bench.servers[one.server].has[one.part.name] = one.part

@@ -27,8 +27,9 @@ DONE = Remembered("c", 1, b"{}", None, 0, True)
 class Server:
     """A shard server's handle: answers everything, but is gone where the test says so."""
 
-    def __init__(self, name: str, calls: list[tuple[str, str]]) -> None:
-        self.name, self.calls = name, calls
+    def __init__(self, name: str, servers: Servers) -> None:
+        self.name, self.calls = name, servers.calls
+        self.hang, self.broken = servers.hang, servers.broken
 
     def __getattr__(self, method: str) -> Any:
         return Method(self, method)
@@ -40,6 +41,10 @@ class Method:
 
     async def remote(self, _: Any) -> bytes:
         self.server.calls.append((self.name, self.server.name))
+        if (self.name, self.server.name) in self.server.hang:
+            await asyncio.Event().wait()
+        if (self.name, self.server.name) in self.server.broken:
+            raise ValueError("a bug")
         return encode(HoldDone("/there") if self.name in ("hold", "copy") else Ok())
 
 
@@ -49,11 +54,13 @@ class Servers:
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
         self.gone: set[str] = set()
+        self.hang: set[tuple[str, str]] = set()
+        self.broken: set[tuple[str, str]] = set()
 
     def get(self, name: str) -> Any:
         if name in self.gone:
             raise StorageError(f"shard server {name} is gone")
-        return Server(name, self.calls)
+        return Server(name, self)
 
     def names(self) -> list[str]:
         return sorted(SERVERS)
@@ -173,3 +180,39 @@ def test_nothing_is_copied_to_a_node_that_is_going_away(
 
     asyncio.run(story())
     assert {name for call, name in bench.servers.calls if call in ("hold", "copy")} == {SERVERS[0]}
+
+
+def test_a_server_that_never_answers_is_not_waited_for_and_what_it_may_have_is_released(
+    alive: dict[str, bool], bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tier_work, "_ANSWER_S", 0.05)
+    bench.servers.hang.add(("copy", SERVERS[1]))
+    asyncio.run(bench.landed())
+    assert [type(one) for one in bench.others] == [tier.CannotLand]
+    assert "did not answer" in bench.work.brain._kept["c"].pieces[f"part-c-{SERVERS[0]}"].refused[SERVERS[1]]
+    assert ("release", SERVERS[1]) in bench.servers.calls
+
+
+def test_a_bug_settles_what_it_hits(alive: dict[str, bool], bench: Bench) -> None:
+    bench.servers.broken.add(("copy", SERVERS[1]))
+    asyncio.run(bench.landed())
+    (told,) = bench.others
+    assert isinstance(told, tier.CannotLand)
+    assert "a bug" in told.why
+
+
+def test_a_table_that_cant_be_made_gives_the_generation_back_after_the_commit(
+    alive: dict[str, bool], bench: Bench
+) -> None:
+    def fails() -> list[Part]:
+        raise KeyError("no such chunk")
+
+    async def story() -> None:
+        bench.work.brain.begin("c", 0, {SERVERS[0]: (8, "/here")})
+        await bench.work._table("c", fails, False)
+        assert [type(one) for one in bench.others] == [tier.CannotLand]
+        bench.tell(bench.work.brain.committed(DONE))
+
+    asyncio.run(story())
+    assert bench.others[-1] == tier.GenerationFree(0)
+    assert not bench.work.brain.busy()
