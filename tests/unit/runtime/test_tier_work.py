@@ -61,7 +61,8 @@ class Bench:
     """A tier at work."""
 
     def __init__(self, options: Options) -> None:
-        self.servers, self.others = Servers(), []
+        self.servers = Servers()
+        self.others: list[Any] = []
         self.work = TierWork(SPEC, self.servers, self.tell, lambda: False, lambda *_: None)  # type: ignore[arg-type]
         self.work.brain.options = options
 
