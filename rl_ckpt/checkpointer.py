@@ -232,7 +232,7 @@ class Checkpointer:
     def supervise(
         self,
         make_workers: Callable[[], Sequence[Any]],
-        train: Callable[[Sequence[Any], RestoreReport | None], Any],
+        train: Callable[[list[Any], RestoreReport | None], Any],
         *,
         max_failures: int = 3,
         retry_on: Sequence[type[Exception]] = (),
@@ -262,6 +262,7 @@ class Checkpointer:
         Raises:
             WorkerFailuresError: Too many losses, or no new workers in time; says how often it was tried. The last error
                 is its `__cause__`.
+            StorageError: The store failed at the first start, or until the end of a recovery's time.
             CheckpointError: As `restore`.
         """
         from rl_ckpt.runtime.supervise import Limits, Supervisor

@@ -38,6 +38,7 @@ from rl_ckpt.runtime.spec import RunSpec
 
 _DEATH_KNOWN_S = 5.0  # within which Ray knows that a driver was killed
 _LOOK_AGAIN_S = 0.1
+_LOOK_FOR_JOBS_S = 5.0  # between looks whether the jobs of those who use the run live
 _NEWS_S = 1.0  # how long a driver's question waits for news of its save
 
 
@@ -57,13 +58,34 @@ class Coordinator(CoordinatorWork):
         self._owners = self._kept.load() or Owners(spec.url)  # as they were where this is a new start of the same
         self._user = ""  # whose rules and options are in use
         self._flushing = Flushing(self._saves, self._tier, self._save_work, self._do, self._idle)
+        self._caretaker: asyncio.Task[None] | None = None
         context = ray.get_runtime_context()
         if context.was_current_actor_reconstructed:  # the one before was lost; where with its node, copies are missing
             context.current_actor.take_up.remote()
 
     async def take_up(self) -> None:
         """Learns what servers hold, and has copied again what was lost."""
+        self._take_care()
         await self._adopt()
+
+    def _take_care(self) -> None:
+        """From now on, the run is let go where the drivers of all who use it are dead."""
+        if self._caretaker is None:
+            self._caretaker = asyncio.get_running_loop().create_task(self._let_go_for_the_dead())
+
+    async def _let_go_for_the_dead(self) -> None:
+        """Else the lease of a job whose driver was killed would be renewed for as long as its cluster lives.
+
+        What is committed stays, and so do these actors and what they hold: the next save opens the run again.
+        """
+        while True:
+            await asyncio.sleep(_LOOK_FOR_JOBS_S)
+            if not self._save_work.is_open() or self._saves.busy():
+                continue
+            with contextlib.suppress(ray.exceptions.RayError, ConnectionError, RuntimeError):  # Ray does not answer
+                dead = await asyncio.get_running_loop().run_in_executor(None, dead_jobs)
+                if self._owners.are_gone(dead) and not self._saves.busy():  # somebody may have come meanwhile
+                    await self._save_work.close()
 
     # What workers call. Every message in and every reply out is counted.
 
@@ -163,6 +185,7 @@ class Coordinator(CoordinatorWork):
 
     async def attach(self, user: str) -> None:
         """A Checkpointer uses the run's actors."""
+        self._take_care()
         self._owners.attach(user)
         self._kept.keep(self._owners)
 

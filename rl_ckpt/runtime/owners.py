@@ -63,7 +63,15 @@ class Owners:
         self._users.pop(user, None)
         if self._owner is not None and self._owner.spec.job == job and not any(self._of(job)):
             self._owner = None
-        return all(other in dead for other in self._jobs.values())
+        return self.are_gone(dead)
+
+    def are_gone(self, dead: Collection[str]) -> bool:
+        """Whether nobody who uses the actors is alive.
+
+        Args:
+            dead: Ray jobs that are over.
+        """
+        return all(job in dead for job in self._jobs.values())
 
     def alone(self, user: str, dead: Collection[str]) -> bool:
         """Whether no other Checkpointer of a live job uses the actors.

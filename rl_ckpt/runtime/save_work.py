@@ -73,6 +73,10 @@ class SaveWork:
         if self._committer is None:  # else it has the run, and what was asked for must not count at some later time
             self._take_over = self._take_over or take_over
 
+    def is_open(self) -> bool:
+        """Whether the run is open for writing: others are kept from it."""
+        return self._committer is not None
+
     def _let_go(self) -> None:
         committer, self._committer = self._committer, None
         if committer is not None:
@@ -203,8 +207,11 @@ class SaveWork:
             self._committing.submit(self._tidy)
 
     def _tidy(self) -> None:
+        committer = self._committer
+        if committer is None:  # let go meanwhile: whoever opens the run next looks for what is left
+            return
         try:
-            self._open_committer().tidy()
+            committer.tidy()
         except CheckpointError as error:  # the checkpoint is committed all the same; the next save's caller is told
             self._notice = f"old checkpoints could not be swept: {error}"
 

@@ -82,7 +82,7 @@ class Restorer(Protocol):
 class _Team:
     """Workers that are ready to train."""
 
-    workers: Workers
+    workers: list[Any]
     restored: RestoreReport | None
     attempts: int
     rebuilt_s: float
@@ -98,7 +98,7 @@ class Supervisor:
         decided: Callable[[float], tuple[Sequence[str], Sequence[str]]],
         settle: Callable[[float], None],
         make_workers: Callable[[], Workers],
-        train: Callable[[Workers, RestoreReport | None], Any],
+        train: Callable[[list[Any], RestoreReport | None], Any],
         limits: Limits,
     ) -> None:
         """Nothing is done yet.
@@ -126,7 +126,7 @@ class Supervisor:
 
     def run(self) -> SuperviseReport:
         """See `Checkpointer.supervise`."""
-        team = self._begin()
+        team = self._begin(recovers=False)
         first, recoveries = team.restored, list[Recovery]()
         while True:
             try:
@@ -155,7 +155,7 @@ class Supervisor:
         self._settle(max(0.0, begun + self._limits.settle_timeout_s - time.monotonic()))
         self._count(committed, error, lost)
         settled_s = time.monotonic() - begun
-        team = self._begin()
+        team = self._begin(recovers=True)
         times = (settled_s, team.rebuilt_s, team.restored_s)
         recovery = Recovery(_line(error), noticed, lost, tuple(failed), team.restored, team.attempts, *times)
         step = "nothing, as nothing was saved yet" if team.restored is None else f"step {team.restored.step}"
@@ -186,8 +186,13 @@ class Supervisor:
             return []
         return [] if info is None else [info.id]
 
-    def _begin(self) -> _Team:
-        """Makes workers and restores them, again and again until it works or the time is over."""
+    def _begin(self, recovers: bool) -> _Team:
+        """Makes workers and restores them, again and again until it works or the time is over.
+
+        Args:
+            recovers: Whether something was lost before, which may be why the store fails: it is asked again. At the
+                first start, a store that fails is most likely one that refuses (keys, policies): said at once.
+        """
         deadline, wait_s, attempts = time.monotonic() + self._limits.recover_timeout_s, _FIRST_WAIT_S, 0
         begun = time.monotonic()
         while True:
@@ -197,10 +202,13 @@ class Supervisor:
                 rebuilt = time.monotonic()
                 restored = self._restored(workers)
             except self._retried as error:
+                again = self._again(error, workers, recovers)  # asks the workers, so before they are ended
                 _end(workers)
-                if not self._again(error):
+                if not again:
                     raise
                 if time.monotonic() + wait_s > deadline:
+                    if isinstance(error, StorageError):  # the caller may tell a store that fails from lost workers
+                        raise
                     text = f"no workers could be made and restored within {self._limits.recover_timeout_s} s"
                     raise WorkerFailuresError(f"{text}, after {attempts} attempts: {_line(error)}") from error
                 _log.warning("workers could not be made and restored, trying again: %s", _line(error))
@@ -220,9 +228,11 @@ class Supervisor:
         self._seen.add(report.id)
         return report
 
-    def _again(self, error: Exception) -> bool:
+    def _again(self, error: Exception, workers: Workers, recovers: bool) -> bool:
         """Whether making and restoring workers may work the next time."""
-        return is_loss(error) or isinstance(error, (SaveTimeoutError, StorageError, *self._limits.retry_on))
+        if is_loss(error) or isinstance(error, (SaveTimeoutError, *self._limits.retry_on)):
+            return True
+        return isinstance(error, StorageError) and (recovers or bool(lost_ranks(workers, _SILENCE_S)))
 
 
 def _checked(workers: Workers) -> list[Any]:

@@ -250,6 +250,24 @@ def test_the_next_driver_goes_on_at_once_where_the_last_one_was_killed(
             assert save(ckpt, workers, 2) == 2
 
 
+def test_a_run_whose_driver_was_killed_is_let_go_though_its_cluster_lives(
+    tmp_path: Path, cluster: Any, workers: list[Any]
+) -> None:
+    url = str(tmp_path / "run")
+    store = open_store(url)
+    with other_job(cluster.address, url, {}) as first:
+        assert first("save 1") == "saved 1"
+        assert store.list(records.LEASES)
+        first.process.kill()
+    until(lambda: not store.list(records.LEASES), "the coordinator, which lives, lets go of the lease")
+    with Checkpointer(url) as other:
+        other.save_state(2, {"n": 2}).result(WAIT_S)
+    with Checkpointer(url) as ckpt:  # of the same cluster: the same coordinator opens the run again
+        assert save(ckpt, workers, 3) == 3
+        assert store.list(records.LEASES)
+        assert [c.step for c in Run.open(url).log.read().commits] == [1, 2, 3]
+
+
 def test_a_coordinator_that_is_killed_goes_on_at_once_and_remembers_whose_the_run_is(
     tmp_path: Path, cluster: Any, workers: list[Any]
 ) -> None:

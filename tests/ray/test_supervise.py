@@ -219,6 +219,35 @@ def test_no_new_workers_in_time(ckpt: Checkpointer) -> None:
     assert len(calls) >= 2
 
 
+def test_a_store_that_fails_at_the_first_start_is_said_at_once(
+    ckpt: Checkpointer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def restore(_workers: Sequence[Any]) -> RestoreReport:
+        raise StorageError("access denied")
+
+    monkeypatch.setattr(ckpt, "restore", restore)
+    job = Job(ckpt)
+    with pytest.raises(StorageError, match="access denied"):
+        ckpt.supervise(job.make, job.train)
+    assert len(job.teams) == 1
+
+
+def test_a_store_that_fails_until_the_end_of_a_recovery_is_what_is_raised(
+    ckpt: Checkpointer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def restore(_workers: Sequence[Any]) -> RestoreReport:
+        raise StorageError("no connection")
+
+    def lose(team: list[Any]) -> None:
+        monkeypatch.setattr(ckpt, "restore", restore)
+        kill_rank(1)(team)
+
+    job = Job(ckpt, {2: lose})
+    with pytest.raises(StorageError, match="no connection"):
+        ckpt.supervise(job.make, job.train, recover_timeout_s=0)
+    assert len(job.teams) == 2
+
+
 def test_losses_without_progress_are_limited(ckpt: Checkpointer) -> None:
     job = Job(ckpt)
     starts: list[int] = []
