@@ -100,8 +100,8 @@ class CoordinatorWork:
                     self._reply_to(key, rank, reply)
                 case sm.Arm(key, state, seconds):
                     self._later(seconds, partial(self._saves.timed_out, key, state))
-                case rm.Arm(key, state, seconds):
-                    self._later(seconds, partial(self._restores.timed_out, key, state))
+                case rm.Arm(key, state, seconds, number):
+                    self._later(seconds, partial(self._restores.timed_out, key, state, number))
                 case _ if isinstance(instruction, sm.Instruction):
                     self._do_save(instruction)
                 case _ if isinstance(instruction, rm.Instruction):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -18,6 +20,8 @@ from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
 _RANKS_AT_ONCE = 20_000  # calls that may wait in the coordinator: more than there are ranks
 
 _RETRIES = 3
+
+_ASK_AGAIN_S = 0.5
 
 _coordinators: dict[str, Any] = {}
 _servers: dict[str, str] = {}  # service id → this node's shard server, once it has answered
@@ -55,10 +59,7 @@ def coordinator(spec: RunSpec) -> Any:
         try:
             _coordinators[spec.service] = ray.get_actor(spec.coordinator, namespace=NAMESPACE)
         except ValueError as error:
-            raise InvalidInputError(
-                f"the service of {spec.url} was ended: its Checkpointer was closed, or its cluster is gone; "
-                "make a new one"
-            ) from error
+            raise InvalidInputError(_ended(spec)) from error
     return _coordinators[spec.service]
 
 
@@ -78,13 +79,76 @@ def server(spec: RunSpec) -> Any:
     return _handles[spec.service]
 
 
+def attached(spec: RunSpec) -> RunSpec:
+    """Finds or starts the run's coordinator, and tells it of the Checkpointer.
+
+    Returns:
+        The spec with the coordinator's id in it.
+
+    Raises:
+        CheckpointError: It could not be reached within `join_timeout_s`.
+    """
+    until = time.monotonic() + spec.options.join_timeout_s
+    while True:
+        found = start_coordinator(spec)
+        try:
+            _insist(found, lambda link: link.attach.remote(spec.user), until)
+        except InvalidInputError:  # another Checkpointer's close ended it just now: there is to be a new one
+            if time.monotonic() >= until:
+                raise
+            time.sleep(_ASK_AGAIN_S)
+        else:
+            return found
+
+
+def _insist(spec: RunSpec, call: Callable[[Any], Any], until: float) -> Any:
+    """Calls the coordinator, again while Ray starts it anew; for what may be called twice.
+
+    Args:
+        spec: With the coordinator's id.
+        call: Gives the reference of the answer; is given the handle.
+        until: By `time.monotonic`.
+
+    Raises:
+        InvalidInputError: It was ended, and does not come back.
+        CheckpointError: It could not be reached in time.
+    """
+    while True:
+        try:
+            return ray.get(call(coordinator(spec)))
+        except ray.exceptions.RayActorError as error:  # died, or can't be reached
+            why = str(error).strip().splitlines()[0]
+            if not _is_there(spec):
+                raise InvalidInputError(f"{_ended(spec)} ({why})") from error
+            if time.monotonic() >= until:
+                text = f"the coordinator of {spec.url} could not be reached within {spec.options.join_timeout_s} s"
+                raise CheckpointError(f"{text}: {why}") from error
+        time.sleep(_ASK_AGAIN_S)
+
+
+def _is_there(spec: RunSpec) -> bool:
+    """Whether Ray still has the coordinator, alive or being started anew."""
+    try:
+        found: str = ray.get_actor(spec.coordinator, namespace=NAMESPACE)._actor_id.hex()
+    except ValueError:
+        return False
+    return found == spec.service
+
+
+def _ended(spec: RunSpec) -> str:
+    return f"the service of {spec.url} was ended: its Checkpointer was closed, or its cluster is gone; make a new one"
+
+
 def begin(spec: RunSpec, take_over: bool) -> None:
     """Asks the coordinator, before the first save of a Checkpointer, whether its job may save.
 
     Raises:
         RunOwnedError, FencedError: Another live job of this cluster owns the run.
+        InvalidInputError: The coordinator was ended.
+        CheckpointError: It could not be reached within `join_timeout_s`.
     """
-    reply = decode(ray.get(coordinator(spec).begin.remote(spec, take_over)), Ok | Failure)
+    until = time.monotonic() + spec.options.join_timeout_s
+    reply = decode(_insist(spec, lambda link: link.begin.remote(spec, take_over), until), Ok | Failure)
     if isinstance(reply, Failure):
         raise reply.error()
 

@@ -200,7 +200,7 @@ class RestoreMachine:
             saved = [restore.known.saved(chunk) for chunk in sorted(fresh)]
             wanted = tuple({(bytes.fromhex(c.digest), c.bytes): None for c in saved})
             skip = tuple((place.file, place.offset) for place in restore.known.bad())
-            arm = Arm(restore.token, SEARCHING, self.options.write_timeout_s)
+            arm = self._arm(restore)
             return [Search(restore.token, wanted, skip), arm]
         if plan.lost or len(restore.rounds) == _ROUNDS:
             return self._give_up(restore, min(plan.lost or set().union(*missing.values())))
@@ -212,7 +212,11 @@ class RestoreMachine:
             return self._tell_sources(restore)
         restore.state, restore.awaited = FETCHING, set(orders)
         out: list[Instruction] = [Fetch(restore.token, server, order) for server, order in orders.items()]
-        return [*out, Arm(restore.token, FETCHING, self.options.write_timeout_s)]
+        return [*out, self._arm(restore)]
+
+    def _arm(self, restore: Restore) -> Arm:
+        """The timer of a state that comes again with every round."""
+        return Arm(restore.token, restore.state, self.options.write_timeout_s, len(restore.rounds))
 
     def searched(self, token: str, found: Mapping[tuple[bytes, int], Sequence[tuple[str, int]]]) -> list[Instruction]:
         """Places (file and offset) where other checkpoints say that the chunks sought are."""
@@ -275,7 +279,7 @@ class RestoreMachine:
         for rank in told:
             restore.verified.pop(rank, None)
         answers: list[Instruction] = [Answer(restore.key, rank, found) for rank, found in told.items()]
-        return [*answers, Arm(restore.token, VERIFYING, self.options.write_timeout_s)]
+        return [*answers, self._arm(restore)]
 
     def verify(self, message: Verified) -> list[Instruction]:
         """A rank has looked at its chunks."""
@@ -355,8 +359,8 @@ class RestoreMachine:
             error = WorkerFailuresError(f"rank {rank}: {failure.message}", {rank: failure.message})
         return self._fail(restore, error, also=rank)
 
-    def timed_out(self, token: str, state: str) -> list[Instruction]:
-        """The time for a state is over."""
+    def timed_out(self, token: str, state: str, round: int = 0) -> list[Instruction]:
+        """The time for a state is over; of an earlier round (see `Arm`) it says nothing."""
         if state == OVER:
             over = self._over.get(token)
             return self._end(over) if over is not None else []
@@ -366,7 +370,7 @@ class RestoreMachine:
                 del self._restores[failed.key]
             return []
         restore = self._current(token)
-        if restore is None or restore.state != state:
+        if restore is None or (restore.state, len(restore.rounds)) != (state, round):
             return []
         if state == FETCHING:
             text = f"restore: {sorted(restore.awaited)} did not bring their chunks in in time; raise `write_timeout_s`"

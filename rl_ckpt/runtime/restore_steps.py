@@ -76,11 +76,13 @@ class Forget:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """Call `timed_out(token, state)` after so many seconds."""
+    """Call `timed_out(token, state, round)` after so many seconds."""
 
     token: str
     state: str
     seconds: float
+    round: int = 0
+    """How many rounds of sources there were: states come again with each."""
 
 
 Instruction = Load | Answer | Fetch | Search | Damaged | Forget | Arm

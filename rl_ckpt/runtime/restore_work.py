@@ -147,7 +147,10 @@ class RestoreWork:
             skip: File and offset of places that are bad.
 
         Returns:
-            By chunk: file and offset of places; none where the store can't be read.
+            By chunk: file and offset of places; none where there is no run, or its log is damaged.
+
+        Raises:
+            StorageError: The store failed: whether they are in another checkpoint is not known.
         """
         return await asyncio.get_running_loop().run_in_executor(self._reading, self._search, wanted, skip)
 
@@ -156,7 +159,7 @@ class RestoreWork:
     ) -> dict[tuple[bytes, int], list[tuple[str, int]]]:
         try:
             found = find_elsewhere(self._open(), wanted, skip)
-        except (StorageError, CheckpointNotFoundError, CorruptionError):
+        except (CheckpointNotFoundError, CorruptionError):
             return {}  # the restore goes on without: what it lacks, it says itself
         return {chunk: [(place.file, place.offset) for place in places] for chunk, places in found.items()}
 

@@ -27,7 +27,7 @@ from rl_ckpt.plan.retention import KeepRule
 from rl_ckpt.runtime.calls import call_all, new_key
 from rl_ckpt.runtime.deadline import Deadline
 from rl_ckpt.runtime.inside import prepare_in_actor, restore_in_actor, save_in_actor
-from rl_ckpt.runtime.links import begin, coordinator, start_coordinator
+from rl_ckpt.runtime.links import attached, begin, coordinator
 from rl_ckpt.runtime.messages import Failure, Ok, SaveDone, decode
 from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest
 from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
@@ -76,10 +76,9 @@ class Service:
         spec = RunSpec(
             url, dict(storage_options), tuple(keep), options, *methods, user=user, by=who(), process=this_process()
         )
-        self.spec = start_coordinator(spec)
+        self.spec = attached(spec)
         self.owns_run = False
         self._begun = False
-        ray.get(coordinator(self.spec).attach.remote(user))
         # At a normal end of the driver, staged saves are waited for and no shared memory is left behind. A driver that
         # is killed leaves the actors: what is staged still commits, and a new driver finds them by name.
         self._patience = _Patience()

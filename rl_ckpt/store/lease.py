@@ -29,6 +29,7 @@ from rl_ckpt.errors import CheckpointError, CorruptionError, RunOwnedError
 from rl_ckpt.format import records
 from rl_ckpt.format.records import EpochRecord, LeaseRecord
 from rl_ckpt.store.base import ObjectMissingError, Store
+from rl_ckpt.store.pending import in_thread
 
 _log = logging.getLogger("rl_ckpt")
 
@@ -36,7 +37,7 @@ LEASE_S = 30.0
 _BEATS = 3  # in which a lease is renewed within its time: one or two may be lost
 _LOOKS = 10  # at a lease that may be over, within its time
 _GRANULARITY_S = 1.0  # of the times that a store gives
-_JOIN_S = 5.0  # how long a close waits for a renewal that hangs in the store
+_JOIN_S = 5.0  # how long a close waits for a renewal that hangs in the store, and then for the delete
 
 
 def moment(seconds: float, now: float | None = None) -> str:
@@ -275,7 +276,10 @@ class Lease:
         if self._thread is not None:
             self._thread.join(_JOIN_S)
             self._thread = None
-        self.withdraw()
+        with contextlib.suppress(
+            TimeoutError
+        ):  # the store hangs: the lease runs out by itself, unless it is deleted yet
+            in_thread(self.withdraw, "rl_ckpt-lease-end").result(_JOIN_S)
 
 
 @dataclass(slots=True)

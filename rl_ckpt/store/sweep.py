@@ -13,7 +13,9 @@ import time
 from collections.abc import Sequence
 
 from rl_ckpt.errors import CheckpointError, CorruptionError
+from rl_ckpt.format import manifest as manifests
 from rl_ckpt.format import records
+from rl_ckpt.format.digest import digest
 from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.format.records import CommitRecord, PinRecord
 from rl_ckpt.store.base import ObjectMissingError
@@ -120,8 +122,8 @@ class Sweeper:
         store.delete([records.commit_name(self._leaving[checkpoint].number) for checkpoint in sorted(self._recorded)])
         self._recorded.clear()
         due = {name for name, since in orphans.items() if now - since >= self.grace_s}
-        if due and self._leaving:  # pins that came before the records went: whoever set them has found the record there
-            due -= self._held()
+        if due:  # pins that came before the records went: whoever set them has found the record there
+            due -= self._held(due)
         store.delete(sorted(due, key=lambda name: (not name.startswith(records.MANIFESTS), name)))  # manifests first
         self._orphans = {name: since for name, since in orphans.items() if name not in due}
         left = {_checkpoint_of(name) for name in self._orphans} | pinned
@@ -131,12 +133,29 @@ class Sweeper:
         if looking or now >= self._clean_at:
             self._clean_partial(now, again_s=self.grace_s if looking else max(self.grace_s, _LOOK_EVERY_S))
 
-    def _held(self) -> set[str]:
-        """Files of checkpoints that were dropped and that a pin holds by now."""
-        names: set[str] = set()
-        for checkpoint in self._pinned() & self._leaving.keys():
-            names |= {records.manifest_name(checkpoint), *(self._named_by(self._leaving[checkpoint]) or ())}
-        return names
+    def _held(self, due: set[str]) -> set[str]:
+        """Those of some orphans that are of checkpoints which were dropped, by whomever, and which a pin holds by now.
+
+        A writer before this one may have dropped it: then no record is known any more, and only its files tell.
+        """
+        pinned = self._pinned()
+        names = {name for name in due if _checkpoint_of(name) in pinned}
+        for checkpoint in pinned:
+            if checkpoint in self._leaving:
+                names |= self._named_by(self._leaving[checkpoint]) or frozenset()
+            elif records.manifest_name(checkpoint) in due:
+                names |= self._named_in(records.manifest_name(checkpoint))
+        return names & due
+
+    def _named_in(self, manifest: str) -> set[str]:
+        """Files that a manifest names which no record vouches for; none where it can't be read."""
+        store = self._run.store
+        try:
+            data = store.get(manifest)
+            found = manifests.decode(store.object_url(manifest), data, digest(data))
+        except (ObjectMissingError, CorruptionError):
+            return set()
+        return {file.name for file in found.files}
 
     def _clean_partial(self, now: float, again_s: float) -> None:
         """Removes what killed writers left half-written; what is too young for that goes the next time.

@@ -225,8 +225,9 @@ class _Verifier:
 
     def _around(self, file: DamagedFile, manifest: Manifest | None) -> None:
         if manifest is not None:
-            file.leaves, file.all_known = leaves_in(manifest, file.name), True
-        else:
+            file.leaves = leaves_in(manifest, file.name)
+        file.all_known = bool(file.leaves)
+        if not file.leaves:  # its writer is gone, or does not name it: all that is known is what others read there
             file.leaves = {(spot.offset, spot.bytes): () for spot in sorted(file.spots)}
         file.around = around_problem(self._run, file)
 

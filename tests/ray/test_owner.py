@@ -18,9 +18,10 @@ import psutil
 import pytest
 import ray
 
-from rl_ckpt import Checkpointer, FencedError, RunOwnedError, SaveTimeoutError
+from rl_ckpt import Checkpointer, FencedError, InvalidInputError, RunOwnedError, SaveTimeoutError
 from rl_ckpt.format import records
 from rl_ckpt.format.records import CommitRecord, LeaseRecord
+from rl_ckpt.runtime.links import begin
 from rl_ckpt.runtime.service import _close, _Patience
 from rl_ckpt.runtime.spec import NAMESPACE
 from rl_ckpt.store.base import Store
@@ -285,6 +286,25 @@ def test_a_coordinator_that_is_killed_goes_on_at_once_and_remembers_whose_the_ru
         assert actors(ckpt) == mine, "the coordinator knows of this driver, which has not spoken since"
         assert save(ckpt, workers, 2) == 2
         assert Run.open(url).log.read().epoch == 2
+
+
+def is_ended(ckpt: Checkpointer) -> bool:
+    try:
+        begin(spec_of(ckpt), False)
+    except InvalidInputError as error:
+        return "was ended" in str(error)
+    return False
+
+
+def test_a_coordinator_that_is_being_started_anew_is_asked_again(tmp_path: Path, workers: list[Any]) -> None:
+    url = str(tmp_path / "run")
+    with Checkpointer(url) as ckpt:
+        kill_process(pid_of(link(ckpt)))
+        with Checkpointer(url) as again:  # attaches to it
+            kill_process(pid_of(link(again)))
+            assert save(ckpt, workers, 1) == 1  # asks it whether it may
+            ray.kill(link(again))
+            until(lambda: is_ended(again), "who asks a service that does not come back is told, and waits for nothing")
 
 
 def test_a_new_start_of_the_service_finds_no_users_of_the_last_one(tmp_path: Path, workers: list[Any]) -> None:

@@ -198,7 +198,7 @@ class Bench:
 
     def time_out(self, state: str) -> None:
         arm = [a for a in self.arms if a.state == state][-1]
-        self.do(self.machine.timed_out(arm.token, arm.state))
+        self.do(self.machine.timed_out(arm.token, arm.state, arm.round))
 
     def to_matching(self, step: int | None = None) -> None:
         for rank in (0, 1):

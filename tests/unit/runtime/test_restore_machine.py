@@ -381,7 +381,7 @@ def test_timers_of_an_earlier_restore_do_not_end_a_later_one() -> None:
     old = list(bench.arms)
     bench.open(0)
     for arm in old:
-        bench.do(bench.machine.timed_out(arm.token, arm.state))
+        bench.do(bench.machine.timed_out(arm.token, arm.state, arm.round))
     bench.open(1)
     bench.load()
     assert isinstance(bench.reply(0), Candidate)

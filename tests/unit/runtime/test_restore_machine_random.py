@@ -134,7 +134,7 @@ class Interleavings(RuleBasedStateMachine):
     @rule(pick=PICK)
     def time_out(self, pick: int) -> None:
         arm = self.bench.arms.pop(pick % len(self.bench.arms))
-        self.bench.do(self.bench.machine.timed_out(arm.token, arm.state))
+        self.bench.do(self.bench.machine.timed_out(arm.token, arm.state, arm.round))
         self.collect()
 
     def teardown(self) -> None:

@@ -80,6 +80,21 @@ def test_a_chunk_that_is_bad_in_a_mapped_file_is_taken_from_another_checkpoint_b
     assert reply.bytes_from == {"files": 2 * TOTAL}
 
 
+def test_timers_of_an_earlier_round_do_not_end_a_later_one() -> None:
+    bench = Bench(mappable=True)
+    chunk = manifest("x").arrays[0].chunks[0]
+    bench.elsewhere[bytes.fromhex(chunk.digest)] = [("shards/older", 4096)]
+    bench.to_fetching()
+    (early,) = [arm for arm in bench.arms if arm.state == rm.VERIFYING]
+    bench.verify(0, damaged="a flipped bit")
+    bench.verify(1)
+    bench.do(bench.machine.timed_out(early.token, early.state, early.round))
+    assert isinstance(bench.reply(0), Sources), "the second round has its own time"
+    bench.verify(0)
+    bench.time_out(rm.VERIFYING)
+    assert "in time" in bench.failure(0).message
+
+
 def test_only_ranks_whose_chunks_have_moved_verify_again() -> None:
     bench = Bench(holdings=held_by("server-0", "server-1"))
     bench.to_fetching()

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from rl_ckpt import Checkpointer
-from rl_ckpt.errors import CheckpointNotFoundError, CorruptionError
+from rl_ckpt.errors import CheckpointNotFoundError, CorruptionError, StorageError
 from rl_ckpt.options import Options
 from rl_ckpt.plan.parts import Holdings, Remembered
+from rl_ckpt.runtime import restore_work
 from rl_ckpt.runtime.restore_work import Loaded, RestoreWork
 from rl_ckpt.runtime.spec import RunSpec
 from rl_ckpt.store.run import Run
@@ -150,6 +151,22 @@ def test_without_memory_a_store_that_is_gone_is_an_error(run: Run) -> None:
     shutil.rmtree(folder(run))
     with pytest.raises(CheckpointNotFoundError):
         load(run, Tier())
+
+
+def test_a_search_that_the_store_does_not_answer_is_an_error_and_not_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = RestoreWork(RunSpec(run.store.url, {}, (), Options(), "get", "set"), Tier(), lambda _: None)
+    array = run.manifest(run.log.read().commits[0]).arrays[0].chunks[0]
+    wanted = ((bytes.fromhex(array.digest), array.bytes),)
+    assert list(asyncio.run(work.search(wanted, ()))) == list(wanted)
+
+    def fail(*_: Any) -> Any:
+        raise StorageError("no connection")
+
+    monkeypatch.setattr(restore_work, "find_elsewhere", fail)
+    with pytest.raises(StorageError, match="no connection"):
+        asyncio.run(work.search(wanted, ()))
 
 
 def test_what_was_tried_is_not_given_again(run: Run) -> None:

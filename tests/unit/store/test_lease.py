@@ -305,6 +305,23 @@ def lease_record(committer: Committer) -> LeaseRecord:
     return records.decode(name, committer.run.store.get(name), LeaseRecord)
 
 
+def test_a_close_does_not_wait_for_a_store_that_hangs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "_JOIN_S", 0.01)
+    lease = bench.own(ELSEWHERE)
+    answer, there = threading.Event(), lease.name
+    delete = bench.store.delete
+
+    def hang(names: Sequence[str]) -> None:
+        if not answer.wait(60):
+            raise StorageError("close waits for this delete")
+        delete(names)
+
+    monkeypatch.setattr(bench.store, "delete", hang)
+    lease.close()
+    assert bench.store.exists(there), "close waited for the delete"
+    answer.set()
+
+
 def test_a_committer_that_nobody_has_any_more_ends_its_thread(tmp_path: Path) -> None:
     before = set(lease_threads())
     committer = on_disk(tmp_path, lease_s=300.0)

@@ -90,6 +90,32 @@ def test_a_pinned_checkpoint_stays_until_it_is_let_go(url: str, store: Store) ->
     assert_no_orphans(url, store)
 
 
+def test_a_pin_holds_the_files_of_what_a_writer_before_had_dropped(
+    url: str, store: Store, clock: Callable[[float], None]
+) -> None:
+    frozen = {"frozen": np.random.default_rng(0).random(1000)}
+    with Checkpointer(url, grace_s=100) as ckpt:
+        for step in range(2):
+            ckpt.save_state(step, state(step) | frozen).result(60)
+    run = Run.open(url)
+    first, second = run.log.read().commits
+    files = {name for c in (first, second) for name in (f.name for f in run.manifest(c).files)}
+    held = {*(f.name for f in run.manifest(second).files), records.manifest_name(second.id)}
+    pin = PinRecord(checkpoint=second.id, by="x", expires=time.time() + 1000)
+    store.create(records.pin_name("one"), records.encode(pin))
+    # A committer that is gone by now was deleting both as the pin came.
+    store.delete([records.commit_name(first.number), records.commit_name(second.number)])
+    with Checkpointer(url, grace_s=100) as ckpt:
+        ckpt.save_state(5, state(5)).result(60)
+        ckpt._saver._writer.submit(int).result(60)  # type: ignore[union-attr]
+        clock(200)
+        ckpt.save_state(6, state(6)).result(60)
+    left = names(store, records.SHARDS) | names(store, records.MANIFESTS)
+    assert held <= left
+    assert records.manifest_name(first.id) not in left
+    assert not (files - held) & left
+
+
 def test_pins_that_expired_or_are_damaged_hold_nothing(url: str, store: Store) -> None:
     save_all(url, range(1), grace_s=0)
     held = Checkpointer(url).latest()

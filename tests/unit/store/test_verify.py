@@ -8,12 +8,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from rl_ckpt import Checkpointer, CheckpointNotFoundError, CorruptionError, LatestN, StorageError, VerifyReport
+from rl_ckpt.format import manifest as manifests
 from rl_ckpt.format import records
+from rl_ckpt.format.digest import digest
 from rl_ckpt.store.base import Buffer
 from rl_ckpt.store.layout import compose_anew, leaves_in, writer_of
 from rl_ckpt.store.local import LocalStore
@@ -140,6 +143,25 @@ def test_a_deleted_file_is_made_anew_byte_for_byte(tmp_path: Path, packed: bool)
     broken = [item for item in report.damage if item.repaired_from is None]
     assert not broken, broken
     assert contents(url) == before
+
+
+def test_a_file_that_its_writers_manifest_does_not_name_is_looked_at_all_the_same(tmp_path: Path) -> None:
+    url = str(tmp_path)
+    with Checkpointer(url, write_streams=1) as ckpt:
+        for step in (1, 2):
+            ckpt.save_state(step, {"frozen": FROZEN, "n": np.full(3, step)}).result(60)
+    run = Run.open(url)
+    first, second = run.log.read().commits
+    bare = msgspec.structs.replace(run.manifest(first), files=(), arrays=(), nodes={})
+    data = manifests.encode(bare)
+    (tmp_path / records.manifest_name(first.id)).write_bytes(data)
+    changed = msgspec.structs.replace(first, manifest_bytes=len(data), manifest_digest=digest(data).hex())
+    (tmp_path / records.commit_name(first.number)).write_bytes(records.encode(changed))
+    report = Checkpointer(url).verify()
+    assert report.checkpoints[second.id] == "good", report.damage
+    flip(shard(url, first.id), FROZEN.tobytes())
+    report = Checkpointer(url).verify(repair=True)
+    assert report.checkpoints[second.id] == "damaged", report
 
 
 def test_a_header_is_made_anew_and_the_values_stay(twice: Twice) -> None:
