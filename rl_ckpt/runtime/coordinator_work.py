@@ -21,7 +21,6 @@ from rl_ckpt.errors import CheckpointError, StorageError
 from rl_ckpt.runtime import restore_steps as rm
 from rl_ckpt.runtime import save_steps as sm
 from rl_ckpt.runtime import tier
-from rl_ckpt.runtime.flushing import FLUSH
 from rl_ckpt.runtime.generations import StagingFile
 from rl_ckpt.runtime.messages import (
     Failure,
@@ -278,8 +277,7 @@ class CoordinatorWork:
         remembered = self._tier_work.remembered(save, done.record, manifest, done.in_store)
         notice = "; ".join(filter(None, [done.notice, self._tier_work.take_notice()]))
         decided = list(self._saves.committed(key, msgspec.structs.replace(done, notice=notice)))
-        held = save.held or key.startswith(FLUSH)
-        return [*decided, *self._tier.committed(remembered)] if held else decided
+        return [*decided, *self._tier.committed(remembered)]
 
     def _finish(self, outcome: SaveOutcome, checkpoint: str) -> None:
         if checkpoint:

@@ -78,12 +78,12 @@ class TierWork:
         """Takes a driver's options."""
         self._spec = spec
         self.brain.options = spec.options
-        if not spec.options.memory_tier:
-            self.forget()
+        if not spec.options.memory_tier:  # what only memory has stays until the next commit
+            self._tell(self.brain.make_room())
 
     def forget(self) -> None:
         """What is held is given up: it is of no use any more."""
-        self._tell(self.brain.make_room())
+        self._tell(self.brain.forget())
 
     # Events.
 
