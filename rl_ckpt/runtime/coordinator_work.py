@@ -277,6 +277,7 @@ class CoordinatorWork:
         remembered = self._tier_work.remembered(save, done.record, manifest, done.in_store)
         notice = "; ".join(filter(None, [done.notice, self._tier_work.take_notice()]))
         decided = list(self._saves.committed(key, msgspec.structs.replace(done, notice=notice)))
+        self._tier_work.committed()
         return [*decided, *self._tier.committed(remembered)]
 
     def _finish(self, outcome: SaveOutcome, checkpoint: str) -> None:

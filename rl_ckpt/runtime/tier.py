@@ -399,6 +399,25 @@ class Tier:
                 piece.holders[server] = path
         return [*out, *self._spread_all()]
 
+    def unknown(self, found: Mapping[str, Found]) -> list[Instruction]:
+        """What servers have and nobody knows of here: it was made for a coordinator before this one, and is given up.
+
+        Args:
+            found: By server, as it is now.
+        """
+        return [
+            Release(server, part.name)
+            for server, one in found.items()
+            for part, _ in one.parts
+            if not self._knows(server, part)
+        ]
+
+    def _knows(self, server: str, part: Part) -> bool:
+        kept = self._kept.get(part.checkpoint)
+        piece = kept.pieces.get(part.name) if kept is not None else None
+        # The origin's own is known before it is asked to hold it: a table may be in the making.
+        return piece is not None and server in (piece.origin, *piece.holders, *piece.asked)
+
     # Where copies go.
 
     def _wanted(self) -> int:

@@ -341,3 +341,17 @@ def test_a_tier_that_is_switched_off_keeps_what_only_it_has_until_the_next_commi
     assert not any(server.has for server in bench.servers.values())
     bench.commit("3")  # which it does not hold
     assert not bench.brain.busy()
+
+
+def test_what_nobody_knows_of_is_given_up_and_nothing_else() -> None:
+    bench = Bench(3)
+    bench.stage("2", 0, {"s0": 192})
+    bench.answer(bench.asked[0])  # the origin has it; a copy is being made
+    (copying,) = bench.asked
+    third = ({"s0", "s1", "s2"} - {"s0", copying.server}).pop()
+    mine, old = part("2", "s0"), part("1", "s0")
+    found = {name: tier.Found([(old, "/shm/old"), (mine, "/shm/x")], []) for name in bench.servers}
+    told = bench.brain.unknown(found)
+    assert told == [
+        tier.Release(name, one) for name in sorted(bench.servers) for one in [old.name, *[mine.name] * (name == third)]
+    ]
