@@ -17,7 +17,6 @@ import ray
 from rl_ckpt.errors import CheckpointNotFoundError, SaveTimeoutError
 from rl_ckpt.runtime import save_steps as sm
 from rl_ckpt.runtime.coordinator_work import CoordinatorWork
-from rl_ckpt.runtime.flushing import Flushing
 from rl_ckpt.runtime.messages import (
     Failure,
     JoinSave,
@@ -57,7 +56,6 @@ class Coordinator(CoordinatorWork):
         self._spec = self._owners.owner_spec() or spec
         super().__init__(self._spec, service)
         self._user = ""  # whose rules and options are in use
-        self._flushing = Flushing(self._saves, self._tier, self._save_work, self._do, self._idle)
         context = ray.get_runtime_context()
         if context.was_current_actor_reconstructed:  # the one before was lost; where with its node, copies are missing
             context.current_actor.take_up.remote()

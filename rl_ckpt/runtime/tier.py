@@ -11,75 +11,39 @@ generation of staging memory is given back exactly once. Never makes a save fail
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
 from rl_ckpt.options import Options
 from rl_ckpt.plan.parts import Holdings, Part, Remembered, part_name
+from rl_ckpt.runtime.tier_steps import (
+    CannotLand,
+    Copy,
+    GenerationFree,
+    Hold,
+    Instruction,
+    Kept,
+    Landed,
+    Piece,
+    Release,
+    Remember,
+)
+
+__all__ = [
+    "CannotLand",
+    "Copy",
+    "Found",
+    "GenerationFree",
+    "Hold",
+    "Instruction",
+    "Landed",
+    "Release",
+    "Remember",
+    "Tier",
+]
 
 _TOLD = 2  # holders that remember a checkpoint, and one more for each replica
-
-
-@dataclass(frozen=True, slots=True)
-class Hold:
-    """Have a server keep what was staged in its memory; answer with `held` or `not_held`."""
-
-    server: str
-    part: Part
-    path: str
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """Have a server copy a part from a holder; answer with `held` or `not_held`. It may have to be started first."""
-
-    server: str
-    part: Part
-    holder: str
-
-
-@dataclass(frozen=True, slots=True)
-class Remember:
-    """Tell a holder what it holds parts of, for whoever comes after this coordinator."""
-
-    server: str
-    checkpoint: Remembered
-    parts: tuple[str, ...]
-    """Names of all its parts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """Have a server give a part up."""
-
-    server: str
-    part: str
-
-
-@dataclass(frozen=True, slots=True)
-class GenerationFree:
-    """Nobody holds this generation of staging memory any more."""
-
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Landed:
-    """All parts of a checkpoint have the copies that they are to have."""
-
-    checkpoint: str
-
-
-@dataclass(frozen=True, slots=True)
-class CannotLand:
-    """They will not have them, and this is why."""
-
-    checkpoint: str
-    why: str
-
-
-Instruction = Hold | Copy | Remember | Release | GenerationFree | Landed | CannotLand
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,46 +56,6 @@ class Found:
     """Checkpoints, and names of all parts of each."""
 
 
-@dataclass(slots=True)
-class _Piece:
-    """A part and its copies."""
-
-    origin: str
-    bytes: int
-    path: str
-    """Of the origin's file."""
-    part: Part | None = None
-    """Once its table is made."""
-    holders: dict[str, str] = field(default_factory=dict)
-    """Servers that have it, each with its file."""
-    asked: set[str] = field(default_factory=set)
-    """Servers that are to have it and have not answered."""
-    refused: dict[str, str] = field(default_factory=dict)
-    """Servers that can't have it, with the reason."""
-
-
-@dataclass(slots=True)
-class _Kept:
-    """One checkpoint in memory."""
-
-    id: str
-    generation: int | None
-    """That it was staged in; None: nothing is to be given back."""
-    pieces: dict[str, _Piece]
-    """By name of the part."""
-    done: Remembered | None = None
-    """Once it is a checkpoint."""
-    told: set[str] = field(default_factory=set)
-    """Servers that have been told to remember it."""
-    settled: bool = False
-    """Whether it has landed, or can't."""
-    users: set[str] = field(default_factory=set)
-    place: int = 0
-    """In the order of the saves; 0 for what was there before."""
-    bad: list[Release] = field(default_factory=list)
-    """Damaged copies, to be given up once nobody restores from the checkpoint."""
-
-
 class Tier:
     """See the module. Every method is an event and returns what is to be done about it, or a question."""
 
@@ -141,7 +65,7 @@ class Tier:
         self._servers: dict[str, bool] = {}
         """Of the nodes that are alive, in the order of the ring: whether the node is going away."""
         self._started: set[str] = set()
-        self._kept: dict[str, _Kept] = {}
+        self._kept: dict[str, Kept] = {}
 
     # Questions.
 
@@ -245,8 +169,8 @@ class Tier:
             staged: Bytes and file, by server.
             place: In the order of the saves: the later, the higher.
         """
-        pieces = {part_name(checkpoint, server): _Piece(server, *found) for server, found in staged.items()}
-        self._kept[checkpoint] = _Kept(checkpoint, generation, pieces, place=place)
+        pieces = {part_name(checkpoint, server): Piece(server, *found) for server, found in staged.items()}
+        self._kept[checkpoint] = Kept(checkpoint, generation, pieces, place=place)
         for server in staged:
             self._servers.setdefault(server, False)
             self._started.add(server)
@@ -313,7 +237,7 @@ class Tier:
         later = [other for other in self._kept.values() if other.place > kept.place] if done.record else []
         return [*self._overtaken(later, done.after), *self._remember(kept), *self._spread(kept)]
 
-    def _overtaken(self, later: Iterable[_Kept], number: int) -> list[Instruction]:
+    def _overtaken(self, later: Iterable[Kept], number: int) -> list[Instruction]:
         """An earlier save has committed: later ones that are only in memory are newer than that commit all the same."""
         out: list[Instruction] = []
         for kept in later:
@@ -393,9 +317,9 @@ class Tier:
                     continue
                 kept = self._kept.get(best.id)
                 if kept is None:
-                    kept = _Kept(best.id, None, {}, done=best)
+                    kept = Kept(best.id, None, {}, done=best)
                     self._kept = {best.id: kept, **self._kept}
-                piece = kept.pieces.setdefault(part.name, _Piece(part.origin, part.bytes, path, part))
+                piece = kept.pieces.setdefault(part.name, Piece(part.origin, part.bytes, path, part))
                 piece.holders[server] = path
         return [*out, *self._spread_all()]
 
@@ -415,8 +339,7 @@ class Tier:
     def _knows(self, server: str, part: Part) -> bool:
         kept = self._kept.get(part.checkpoint)
         piece = kept.pieces.get(part.name) if kept is not None else None
-        # The origin's own is known before it is asked to hold it: a table may be in the making.
-        return piece is not None and server in (piece.origin, *piece.holders, *piece.asked)
+        return piece is not None and (server in piece.holders or server in piece.asked)
 
     # Where copies go.
 
@@ -424,10 +347,10 @@ class Tier:
         staying = sum(not leaving for leaving in self._servers.values())
         return max(1, min(1 + self.options.replicas, staying))
 
-    def _staying(self, piece: _Piece) -> list[str]:
+    def _staying(self, piece: Piece) -> list[str]:
         return [server for server in piece.holders if not self._servers.get(server, True)]
 
-    def _no_room(self, kept: _Kept, piece: _Piece, server: str) -> str:
+    def _no_room(self, kept: Kept, piece: Piece, server: str) -> str:
         """Why the budget does not allow a part on a server; empty where it does."""
         limit = self.options.memory_bytes
         if limit is None or self._load(kept, server) + piece.bytes <= limit:
@@ -437,13 +360,13 @@ class Tier:
             f"{self._load(kept, server)} of the same checkpoint"
         )
 
-    def _load(self, kept: _Kept, server: str) -> int:
+    def _load(self, kept: Kept, server: str) -> int:
         return sum(piece.bytes for piece in kept.pieces.values() if server in piece.holders or server in piece.asked)
 
     def _spread_all(self) -> list[Instruction]:
         return [instruction for kept in list(self._kept.values()) for instruction in self._spread(kept)]
 
-    def _spread(self, kept: _Kept) -> list[Instruction]:
+    def _spread(self, kept: Kept) -> list[Instruction]:
         """Asks for copies that are missing; says so once all are there, or none more will come."""
         out: list[Instruction] = []
         for piece in kept.pieces.values():
@@ -457,12 +380,12 @@ class Tier:
                 out.append(Copy(buddy, piece.part, sources[0]))
         return [*out, *self._settle(kept)]
 
-    def _short(self, piece: _Piece) -> bool:
+    def _short(self, piece: Piece) -> bool:
         """Whether a part has too few copies, those that are being made counted."""
         making = [server for server in piece.asked if not self._servers.get(server, True)]
         return len(self._staying(piece)) + len(making) < self._wanted()
 
-    def _buddy(self, kept: _Kept, piece: _Piece) -> str | None:
+    def _buddy(self, kept: Kept, piece: Piece) -> str | None:
         """Where a copy of a part goes: the least loaded server, then the next in the ring; one that runs, before all.
 
         None where there is none.
@@ -486,7 +409,7 @@ class Tier:
             piece.refused[server] = why
         return best
 
-    def _settle(self, kept: _Kept) -> list[Instruction]:
+    def _settle(self, kept: Kept) -> list[Instruction]:
         if kept.settled or any(piece.part is None for piece in kept.pieces.values()):
             return self._retire()
         short = [piece for piece in kept.pieces.values() if len(self._staying(piece)) < self._wanted()]
@@ -496,11 +419,11 @@ class Tier:
         told = CannotLand(kept.id, self._why(short[0])) if short else Landed(kept.id)
         return [told, *self._retire()]
 
-    def _why(self, piece: _Piece) -> str:
+    def _why(self, piece: Piece) -> str:
         reasons = "; ".join(dict.fromkeys(piece.refused.values())) or "there is no other node for a copy"
         return f"what {piece.origin} staged is on {len(self._staying(piece))} of {self._wanted()} nodes: {reasons}"
 
-    def _remember(self, kept: _Kept) -> list[Instruction]:
+    def _remember(self, kept: Kept) -> list[Instruction]:
         """A few know what they hold parts of: enough to outlive some, and not a manifest for each of a thousand."""
         if kept.done is None:
             return []
@@ -520,7 +443,7 @@ class Tier:
                 out += self._release(kept)
         return out
 
-    def _release(self, kept: _Kept) -> list[Instruction]:
+    def _release(self, kept: Kept) -> list[Instruction]:
         del self._kept[kept.id]
         out: list[Instruction] = [
             *kept.bad,
