@@ -183,7 +183,7 @@ class CoordinatorWork:
                 raise AssertionError(f"unknown instruction {instruction!r}")
 
     def _flush_soon(self) -> None:
-        """Memory is short as it has the only copy of a checkpoint: in the store too, that makes room for later saves."""
+        """Memory is short as it has a checkpoint that nobody else has; once it is in the store too, it makes room."""
 
         async def begin() -> None:
             await self._flushing.flush(0.0)  # goes on by itself; where it fails, the next save that finds no room asks

@@ -1,4 +1,4 @@
-"""Tier steps: the records of the memory tier's brain: what it wants done, and what it knows of a checkpoint. Data only."""
+"""Tier steps: records of the memory tier: what its brain wants done, and knows of a checkpoint. Data only."""
 
 from __future__ import annotations
 
