@@ -159,9 +159,11 @@ def test_what_a_save_continues_does_not_change_when_another_branch_begins_meanwh
     land(committer, in_memory, request)
     commit(committer, 4, committer.attempt(SaveRequest(4, parent=first)))  # which cuts what only memory has
     going_on = SaveRequest(5, parent=in_memory)
-    third = committer.attempt(going_on)
+    after_it = SaveRequest(7, parent=first, since=(in_memory,))
+    third, fourth = committer.attempt(going_on), committer.attempt(after_it)
     committer.attempt(SaveRequest(6, parent=first))
     assert land(committer, third, going_on).parent == second
+    assert land(committer, fourth, after_it).parent == second
 
 
 def test_only_what_it_named_is_open(committer: Committer) -> None:
