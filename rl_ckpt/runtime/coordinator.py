@@ -17,7 +17,6 @@ import ray
 from rl_ckpt.errors import CheckpointNotFoundError, SaveTimeoutError
 from rl_ckpt.runtime import save_steps as sm
 from rl_ckpt.runtime.coordinator_work import CoordinatorWork
-from rl_ckpt.runtime.flushing import Flushing
 from rl_ckpt.runtime.messages import (
     Failure,
     JoinSave,
@@ -52,12 +51,12 @@ class Coordinator(CoordinatorWork):
             spec: Of whoever starts it; those who save bring theirs.
             service: Random id, the same when Ray starts it again in another process.
         """
-        super().__init__(spec, service)
-        self._spec = spec
         self._kept = KeptOwners(spec.coordinator, service)
         self._owners = self._kept.load() or Owners(spec.url)  # as they were where this is a new start of the same
+        # Who made the actor need not be who saves: by others' options, what memory alone has would not be taken up.
+        self._spec = self._owners.owner_spec() or spec
+        super().__init__(self._spec, service)
         self._user = ""  # whose rules and options are in use
-        self._flushing = Flushing(self._saves, self._tier, self._save_work, self._do, self._idle)
         self._caretaker: asyncio.Task[None] | None = None
         context = ray.get_runtime_context()
         if context.was_current_actor_reconstructed:  # the one before was lost; where with its node, copies are missing

@@ -21,7 +21,7 @@ from rl_ckpt.errors import CheckpointError, StorageError
 from rl_ckpt.runtime import restore_steps as rm
 from rl_ckpt.runtime import save_steps as sm
 from rl_ckpt.runtime import tier_steps as tier
-from rl_ckpt.runtime.flushing import FLUSH
+from rl_ckpt.runtime.flushing import Flushing
 from rl_ckpt.runtime.generations import StagingFile
 from rl_ckpt.runtime.messages import (
     Failure,
@@ -77,6 +77,7 @@ class CoordinatorWork:
         self._news = asyncio.Event()  # set, and replaced, whenever something has happened
         self._idle = asyncio.Event()
         self._idle.set()
+        self._flushing = Flushing(self._saves, self._tier, self._save_work, self._do, self._idle)
         self._counts = {"messages": 0, "bytes_in": 0, "bytes_out": 0, "largest": 0, "repeats": 0}
 
     async def _answer(self, key: str, rank: int, event: Callable[[], Iterable[Any]]) -> bytes:
@@ -146,6 +147,8 @@ class CoordinatorWork:
                 freed = self._tier.make_room()
                 helps = any(isinstance(one, tier.GenerationFree) for one in freed)
                 self._do([*freed, *([] if helps else self._saves.failed(key, error))])
+                if not helps and any(one.record is None for one in self._tier.remembered()):
+                    self._flush_soon()
             case sm.Finish(_, outcome, checkpoint):
                 self._finish(outcome, checkpoint)
             case _:
@@ -178,6 +181,16 @@ class CoordinatorWork:
                 self._restore_work.done(key)
             case _:
                 raise AssertionError(f"unknown instruction {instruction!r}")
+
+    def _flush_soon(self) -> None:
+        """Memory is short as it has a checkpoint that nobody else has; once it is in the store too, it makes room."""
+
+        async def begin() -> None:
+            await self._flushing.flush(0.0)  # goes on by itself; where it fails, the next save that finds no room asks
+
+        task = asyncio.get_running_loop().create_task(begin())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _busy(self) -> bool:
         """Whether it matters which nodes are alive."""
@@ -278,8 +291,8 @@ class CoordinatorWork:
         remembered = self._tier_work.remembered(save, done.record, manifest, done.in_store)
         notice = "; ".join(filter(None, [done.notice, self._tier_work.take_notice()]))
         decided = list(self._saves.committed(key, msgspec.structs.replace(done, notice=notice)))
-        held = save.held or key.startswith(FLUSH)
-        return [*decided, *self._tier.committed(remembered)] if held else decided
+        self._tier_work.committed()
+        return [*decided, *self._tier.committed(remembered)]
 
     def _finish(self, outcome: SaveOutcome, checkpoint: str) -> None:
         if checkpoint:

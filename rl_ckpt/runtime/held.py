@@ -7,8 +7,10 @@ was staged here or verified here, chunk by chunk; every method may run twice. De
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,6 +33,13 @@ class _Has:
     bytes: int
 
 
+class _Turn:
+    """Whose turn it is to make a copy."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+
 class HeldParts:
     """See the module. Threads may share it."""
 
@@ -46,7 +55,8 @@ class HeldParts:
         self._shelf = shelf
         self._generations = generations
         self._lock = threading.Lock()
-        self._copying: dict[str, threading.Lock] = {}
+        # For as long as somebody makes the copy, or waits for it.
+        self._copying = weakref.WeakValueDictionary[str, _Turn]()
         self._has: dict[str, _Has] = {}
         self._maps: dict[int, memoryview] = {}  # of files of copies, by inode: used again, so that no page faults recur
         self.bytes_copied = 0
@@ -101,23 +111,19 @@ class HeldParts:
             CheckpointError: From `fill`.
         """
         with self._lock:
-            lock = self._copying.setdefault(part.name, threading.Lock())
-        with lock:  # asked twice: the second has what the first made
+            turn = self._copying.setdefault(part.name, _Turn())
+        with turn.lock:  # asked twice: the second has what the first made
             has = self._has.get(part.name)
             if has is not None:
                 return has.path
             if self._shelf.is_withdrawn(part.name):
                 raise StorageError(f"{part.name} was given up already: this call came late")
             path: str = self._room(part)
-            try:
+            with contextlib.ExitStack() as undo:  # whatever fails: else the file would stay
+                undo.callback(self._drop, path, spare=False)
                 fill(self._map(path)[: part.bytes])
                 self._record(part, path)
-            except CheckpointError:
-                self._drop(path, spare=False)
-                raise
-            finally:
-                with self._lock:
-                    self._copying.pop(part.name, None)
+                undo.pop_all()
             self.bytes_copied += part.bytes
             return path
 
@@ -203,13 +209,17 @@ class HeldParts:
         """
         with self._lock:
             names = list(self._has)
-        if adopt:
-            for name in names:
-                self._adopt(name)
-        parts = [decode(self._owned.read(_HELD + name), HoldOrder) for name in names]
-        return FoundParts(
-            tuple(parts), tuple(decode(self._owned.read(name), RememberOrder) for name in self._owned.names(_DONE))
-        )
+        parts: list[HoldOrder] = []
+        for name in names:
+            with contextlib.suppress(KeyError, FileNotFoundError):  # `release` runs beside it: not held any more
+                if adopt:
+                    self._adopt(name)
+                parts.append(decode(self._owned.read(_HELD + name), HoldOrder))
+        memos: list[RememberOrder] = []
+        for name in self._owned.names(_DONE):
+            with contextlib.suppress(FileNotFoundError):
+                memos.append(decode(self._owned.read(name), RememberOrder))
+        return FoundParts(tuple(parts), tuple(memos))
 
     def _adopt(self, name: str) -> None:
         path = self._has[name].path

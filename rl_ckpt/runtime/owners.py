@@ -125,6 +125,10 @@ class Owners:
         told = self._taken.get(job)
         return FencedError(told) if told else RunOwnedError(self._owned(owner))
 
+    def owner_spec(self) -> RunSpec | None:
+        """Rules and options of the Checkpointer that owns the run, the first of its job; None where none does."""
+        return self._owner.spec if self._owner is not None else None
+
     def spec_of(self, user: str) -> RunSpec | None:
         """Rules and options of a Checkpointer that has begun to save."""
         known = self._users.get(user)

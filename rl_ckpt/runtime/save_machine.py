@@ -266,9 +266,14 @@ class SaveMachine(SaveMemory):
         return self._settle(save) if save.state == SETTLING else []
 
     def not_looked_up(self, token: str, error: CheckpointError) -> list[Instruction]:
-        """The committer can't say what is stored; of no interest to a save that ends in memory by now."""
+        """The committer can't say what is stored; of no interest to a save that ends in memory by now, or may yet."""
         save = self._current(token)
-        return [] if save is not None and save.state == COMMITTING else self.failed(token, error)
+        if save is not None and save.state == COMMITTING:
+            return []
+        if save is not None and save.state == LANDING:
+            save.to_store, self._since_store = False, None  # the next save goes to the store in its place
+            return []
+        return self.failed(token, error)
 
     def staged(self, message: Staged | StagedObjects) -> list[Instruction]:
         """A rank has staged its chunks, or its server those that lie in objects."""
@@ -411,6 +416,9 @@ class SaveMachine(SaveMemory):
         if save is not None and save.wants_room() and self.options.memory_tier:
             save.asked_for_room = save.roomed = True
             return [MakeRoom(token, error)]
+        hurried = save is not None and save.request.deadline_s is not None
+        if save is not None and hurried and save.landed and save.state in (SETTLING, WRITING):
+            return self._give_up(save, error)  # the store fails, but memory has it: that is what an urgent save is for
         return self._fail(save, error) if save is not None and save.state not in (DONE, FAILED) else []
 
     def timed_out(self, token: str, state: str) -> list[Instruction]:

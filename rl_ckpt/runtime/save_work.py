@@ -1,7 +1,8 @@
 """Save work: what the coordinator's saves ask of the store, in threads of its own.
 
 Owns: the committer, which is for one thread, and when it is opened: at the first save, so that jobs that only restore
-take nothing over. Naming a save waits for no earlier one's commit or sweep.
+take nothing over. Naming a save waits for no earlier one's commit or sweep; nor does one that stays in memory, which
+ends well while the store hangs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TypeVar
 
 import msgspec
 
-from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, StorageError
+from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, FencedError, StorageError
 from rl_ckpt.format import records
 from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.format.records import CommitRecord
@@ -47,6 +48,7 @@ class SaveWork:
         self._gone = gone
         self._committing = ThreadPoolExecutor(1, "rl_ckpt-commit")
         self._naming = ThreadPoolExecutor(1, "rl_ckpt-name")
+        self._landing = ThreadPoolExecutor(1, "rl_ckpt-land")
         self._committer: Committer | None = None
         self._notice = ""
         self._landed: dict[str, tuple[Remembered, str | None]] = {}  # with the parent: what is in memory alone
@@ -145,7 +147,7 @@ class SaveWork:
         return await self._in_thread(self._committing, partial(self._commit, save))
 
     def _commit(self, save: Save) -> tuple[SaveDone, bytes]:
-        committer = self._open_committer()
+        committer = self._committer_of(save)
         _check_visible(committer.run, save)
         record = committer.commit(save.done())
         url = committer.run.store.object_url(records.manifest_name(record.id))
@@ -157,12 +159,26 @@ class SaveWork:
         Returns:
             As `commit`.
         """
-        return await self._in_thread(self._committing, partial(self._land, save))
+        return await self._in_thread(self._landing, partial(self._land, save))
 
     def _land(self, save: Save) -> tuple[SaveDone, bytes]:
-        committer = self._open_committer()
-        record = committer.land(save.done())
-        return self._done(committer, record, "", save), committer.last_manifest
+        committer = self._committer_of(save)
+        record, manifest = committer.land(save.done())
+        return self._done(committer, record, "", save), manifest
+
+    def _committer_of(self, save: Save) -> Committer:
+        """The committer, if it is the one that named a save.
+
+        Raises:
+            FencedError: It is another: the run was opened anew since. Others may have committed between.
+        """
+        committer = self._committer
+        if committer is None or not committer.is_open(save.checkpoint):
+            raise FencedError(
+                f"{self._spec.url} was opened for writing anew while step {save.request.step} was saved, as another "
+                "writer had taken it over or it was removed; that save is not committed: save again"
+            )
+        return committer
 
     def _done(self, committer: Committer, record: CommitRecord, url: str, save: Save) -> SaveDone:
         notice, self._notice = self._notice, ""

@@ -10,7 +10,7 @@ generation of staging memory is given back exactly once. Never makes a save fail
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -201,9 +201,12 @@ class Tier:
     def committed(self, done: Remembered) -> list[Instruction]:
         """A save is a checkpoint: in the store, or in memory alone."""
         kept = self._kept.get(done.id)
+        if kept is not None:
+            kept.done = done
+        if not self.options.memory_tier and done.record is not None:  # switched off while it was saved
+            return self.forget()
         if kept is None:
             return []
-        kept.done = done
         kept.told.clear()
         # In the order of the commits, but for urgent saves: they don't wait for earlier ones.
         self._kept[done.id] = self._kept.pop(done.id)
@@ -262,12 +265,16 @@ class Tier:
     # Giving up, and taking up.
 
     def make_room(self) -> list[Instruction]:
-        """Staging finds no memory: what is held and not in use is given up."""
-        out: list[Instruction] = []
-        for kept in list(self._kept.values()):
-            if kept.done is not None and not kept.users:
-                out += self._release(kept)
-        return out
+        """Staging finds no memory: what the store has too, and nobody uses, is given up."""
+        return self._release_all(lambda done: done.record is not None)
+
+    def forget(self) -> list[Instruction]:
+        """What is held is of no use any more: all that is not in use is given up."""
+        return self._release_all(lambda _: True)
+
+    def _release_all(self, wanted: Callable[[Remembered], bool]) -> list[Instruction]:
+        over = [k for k in self._kept.values() if k.done is not None and not k.users and wanted(k.done)]
+        return [instruction for kept in over for instruction in self._release(kept)]
 
     def adopt(self, found: Mapping[str, Found]) -> list[Instruction]:
         """What servers have, after the coordinator's restart: the newest whole checkpoint is held on.
@@ -292,6 +299,24 @@ class Tier:
                 piece = kept.pieces.setdefault(part.name, Piece(part.origin, part.bytes, path, part))
                 piece.holders[server] = path
         return [*out, *self._spread_all()]
+
+    def unknown(self, found: Mapping[str, Found]) -> list[Instruction]:
+        """What servers have and nobody knows of here: it was made for a coordinator before this one, and is given up.
+
+        Args:
+            found: By server, as it is now.
+        """
+        return [
+            Release(server, part.name)
+            for server, one in found.items()
+            for part, _ in one.parts
+            if not self._knows(server, part)
+        ]
+
+    def _knows(self, server: str, part: Part) -> bool:
+        kept = self._kept.get(part.checkpoint)
+        piece = kept.pieces.get(part.name) if kept is not None else None
+        return piece is not None and (server in piece.holders or server in piece.asked)
 
     # Where copies go.
 

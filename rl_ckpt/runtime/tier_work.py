@@ -70,6 +70,7 @@ class TierWork:
         self._tell = tell
         self._lost = lost
         self._said = ""
+        self._unsure: list[str] = []  # servers that may have something of which nobody knows
         self._nodes: dict[str, str] = {}  # by name of the shard server that each has or would have
         self._tasks: set[asyncio.Task[None]] = set()
         self._adoption: asyncio.Task[None] | None = None
@@ -79,12 +80,12 @@ class TierWork:
         """Takes a driver's options."""
         self._spec = spec
         self.brain.options = spec.options
-        if not spec.options.memory_tier:
-            self.forget()
+        if not spec.options.memory_tier:  # what only memory has stays until the next commit
+            self._tell(self.brain.make_room())
 
     def forget(self) -> None:
         """What is held is given up: it is of no use any more."""
-        self._tell(self.brain.make_room())
+        self._tell(self.brain.forget())
 
     # Events.
 
@@ -246,14 +247,30 @@ class TierWork:
         names = [a["name"] for a in actors if a["namespace"] == NAMESPACE and a["name"].startswith(prefix)]
         if not names:
             return
+        self._unsure = names
         for name in names:
             self._servers.note(name)
         await self.watch.look()
-        found = dict(zip(names, await asyncio.gather(*map(self._found, names)), strict=True))
-        self._tell(self.brain.adopt({name: one for name, one in found.items() if one is not None}))
+        self._tell(self.brain.adopt(await self._find(names, True)))
         self.watch.start()
 
-    async def _found(self, server: str, adopt: bool = True) -> t.Found | None:
+    def committed(self) -> None:
+        """There is a checkpoint of this coordinator's own: what only the one before it knows of is of no use now.
+
+        A copy that was being made for that one may have been done after `adopted`, and a server may have been away.
+        """
+        unsure, self._unsure = self._unsure, []
+        if unsure:
+            self._spawn(self._give_up_unknown(unsure))
+
+    async def _give_up_unknown(self, servers: list[str]) -> None:
+        self._tell(self.brain.unknown(await self._find(servers, False)))
+
+    async def _find(self, servers: list[str], adopt: bool) -> dict[str, t.Found]:
+        found = await asyncio.gather(*(self._found(server, adopt) for server in servers))
+        return {server: one for server, one in zip(servers, found, strict=True) if one is not None}
+
+    async def _found(self, server: str, adopt: bool) -> t.Found | None:
         try:
             async with asyncio.timeout(_FOUND_S):
                 found: FoundParts = await self._call(server, "held", adopt, FoundParts)

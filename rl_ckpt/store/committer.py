@@ -78,7 +78,8 @@ class _Attempt:
 class Committer:
     """Commits checkpoints to one run.
 
-    `attempt` and `abandon` may be called by any thread and wait for nothing; all else is for one thread at a time.
+    `attempt`, `abandon`, `land` and `take_landed` may be called by any thread and wait for nothing that the store does;
+    all else is for one thread at a time.
     """
 
     def __init__(
@@ -125,8 +126,9 @@ class Committer:
         self._lock = threading.Lock()  # held where commits and attempts change, never while the store is asked
         self._unsettled: set[str] = set()  # attempts whose commit record was sent and may yet land
         self._stored: Stored | None = None
-        self._landed: dict[str, tuple[int, str | None]] = {}  # only in memory: step, and committed parent
-        self.last_manifest = b""  # of the last checkpoint, as it was encoded
+        self._landed: dict[str, int] = {}  # only in memory, and in the line that goes on: the step
+        self._parents: dict[str, str | None] = {}  # of all that landed, of other branches too: the committed parent
+        self.last_manifest = b""  # of the last `commit`, as it was encoded
 
     def configure(self, keep: Sequence[KeepRule], grace_s: float) -> None:
         """Takes other retention rules, from the next commit on."""
@@ -168,7 +170,7 @@ class Committer:
                     f"step {request.step} is committed already as {twice.id} in {self.run.store.url}; save a later "
                     "step, or restore a checkpoint before it first (then the new one starts another branch)"
                 )
-            if request.step in {step for step, _ in self._landed.values()}:
+            if request.step in self._landed.values():
                 raise InvalidInputError(
                     f"step {request.step} is saved already, in memory; save a later step, or restore a checkpoint "
                     "before it first (then the new one starts another branch)"
@@ -203,9 +205,9 @@ class Committer:
 
     def _continued(self, request: SaveRequest) -> str | None:
         """Id of the checkpoint in the store that a save continues, as far as it is decided; None: the newest."""
-        there = {*self._landed, *(commit.id for commit in self._commits)}
+        there = {*self._parents, *(commit.id for commit in self._commits)}
         parent = next((one for one in reversed(request.since) if one in there), request.parent)
-        return self._landed[parent][1] if parent in self._landed else parent
+        return self._parents.get(parent, parent) if parent is not None else None
 
     def stored(self, checkpoint: str) -> Stored:
         """What an attempt need not write: the intact chunks of the checkpoint that it continues.
@@ -218,7 +220,9 @@ class Committer:
         attempt = self._open.get(checkpoint)
         if attempt is None:
             return {}  # given up meanwhile
-        stored = self._stored_for(self._continued(attempt.request))
+        with self._lock:
+            parent = self._continued(attempt.request)
+        stored = self._stored_for(parent)
         self._sweeper.protect(checkpoint, {file.name for file, _ in stored.values()})
         with self._lock:
             given_up = checkpoint not in self._open
@@ -296,17 +300,18 @@ class Committer:
             self._sweeper.committed(manifest)
             self._open.pop(manifest.id, None)
             self._landed.pop(manifest.id, None)
+            self._parents.pop(manifest.id, None)
         self._stored = stored_chunks(manifest)
         return record
 
-    def land(self, save: WrittenSave) -> CommitRecord:
-        """Closes an attempt that stays in memory alone: nothing is stored.
+    def land(self, save: WrittenSave) -> tuple[CommitRecord, bytes]:
+        """Closes an attempt that stays in memory alone: nothing is stored, and the store is asked nothing.
 
         Returns:
-            The record that it would have; its number is that of the newest commit.
+            The record that it would have, its number that of the newest commit; and the manifest as it was encoded.
         """
         manifest = self._manifest(save, *memory_entries(save.plan, save.digests))
-        data = self.last_manifest = manifests.encode(manifest)
+        data = manifests.encode(manifest)
         with self._lock:
             record = CommitRecord(
                 number=self._commits[-1].number if self._commits else 0,
@@ -328,14 +333,21 @@ class Committer:
             self._open.pop(manifest.id, None)
         self.take_landed(manifest.id, manifest.step, manifest.parent)
         self._sweeper.release(manifest.id)
-        return record
+        return record, data
+
+    def is_open(self, checkpoint: str) -> bool:
+        """Whether this committer has named it, and it is neither committed nor abandoned."""
+        with self._lock:
+            return checkpoint in self._open
 
     def take_landed(self, checkpoint: str, step: int, parent: str | None) -> None:
         """Learns of a checkpoint that is in memory alone: it may be continued, and its step is taken."""
         with self._lock:
-            self._landed[checkpoint] = (step, parent)
-            while len(self._landed) > _LANDED_KEPT:
-                del self._landed[next(iter(self._landed))]
+            self._landed[checkpoint], self._parents[checkpoint] = step, parent
+            while len(self._parents) > _LANDED_KEPT:
+                oldest = next(iter(self._parents))
+                del self._parents[oldest]
+                self._landed.pop(oldest, None)
 
     def attempt_landed(self, manifest: Manifest, after: int) -> bool:
         """What is in memory alone is to be stored after all: it is an attempt again, of the same id.
@@ -398,7 +410,8 @@ class Committer:
         self, save: WrittenSave, files: tuple[ShardFileEntry, ...], arrays: tuple[ArrayEntry, ...]
     ) -> Manifest:
         request, plan = save.request, save.plan
-        parent = self._continued(request) or (self._commits[-1].id if self._commits else None)
+        with self._lock:
+            parent = self._continued(request) or (self._commits[-1].id if self._commits else None)
         return Manifest(
             run=self.run.record.run,
             id=save.checkpoint,

@@ -15,7 +15,7 @@ from rl_ckpt.plan.parts import ChunkAt, Part, Remembered
 from rl_ckpt.runtime import copying, memory
 from rl_ckpt.runtime.copying import copy_part, pieces
 from rl_ckpt.runtime.held import HeldParts
-from rl_ckpt.runtime.messages import RememberOrder
+from rl_ckpt.runtime.messages import FoundParts, RememberOrder
 from rl_ckpt.runtime.transport.listener import Listener
 from rl_ckpt.runtime.transport.shelf import Range, Shelf
 from rl_ckpt.runtime.transport.wire import Door, TransportError
@@ -158,6 +158,40 @@ def test_a_copy_that_fails_leaves_nothing(buddy: Server, origin: Server) -> None
     buddy.held.release(part.name)
     with pytest.raises(StorageError, match="came late"):
         buddy.held.copy(part, fail)
+
+
+def test_an_error_that_is_not_ours_leaves_nothing_either(buddy: Server, origin: Server) -> None:
+    part, path = origin.stage("1-a")
+
+    def fail(_: memoryview) -> None:
+        raise OSError("a socket")
+
+    with pytest.raises(OSError, match="a socket"):
+        buddy.held.copy(part, fail)
+    assert buddy.names() == ["owner.json"]
+    buddy.held.copy(part, from_file(path))
+    buddy.held.copy(part, from_file(path))
+    assert len(buddy.held._copying) == 0, "nobody makes it, nobody waits"
+
+
+@pytest.mark.parametrize("adopt", [False, True])
+def test_what_is_released_while_it_is_told_is_not_told(
+    origin: Server, monkeypatch: pytest.MonkeyPatch, adopt: bool
+) -> None:
+    part, path = origin.stage("1-a")
+    origin.held.hold(part, path)
+    origin.held.remember(memo(part))
+    names, read = origin.memory.names, origin.memory.read
+
+    def overtaken(name: str) -> bytes:
+        origin.held.release(part.name)
+        return read(name)
+
+    monkeypatch.setattr(origin.memory, "read", overtaken)
+    monkeypatch.setattr(
+        origin.memory, "names", lambda prefix: ["remembered-1-a"] if prefix == "remembered-" else names(prefix)
+    )
+    assert origin.held.found(adopt) == FoundParts((), ())
 
 
 def memo(part: Part) -> RememberOrder:

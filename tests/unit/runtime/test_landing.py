@@ -277,6 +277,48 @@ class TestUrgent:
         bench.arms.clear()
         bench.save(1)
 
+    @pytest.mark.parametrize("what", ["looking up", "looking up before it landed", "writing"])
+    def test_a_store_that_fails_does_not_end_what_has_landed(self, what: str) -> None:
+        bench, error = tiered(), StorageError("the store is away")
+        for rank in range(2):
+            bench.do(bench.machine.join(msgspec.structs.replace(join(rank, 0), deadline_s=5.0)))
+        bench.name()
+        bench.reserve()
+        if what == "writing":
+            bench.look_up()
+        for rank in range(2):
+            bench.stage(0, rank)
+        bench.reserve()
+        if what == "looking up before it landed":
+            bench.do(bench.machine.not_looked_up(bench.look_ups.pop().token, error))
+        bench.copied(0)
+        if what == "looking up":
+            bench.do(bench.machine.not_looked_up(bench.look_ups.pop().token, error))
+        if what == "writing":
+            bench.fail(bench.writes[0], error)
+            bench.writes.clear()
+        bench.land()
+        (done,) = bench.finished.values()
+        assert isinstance(done, SaveDone)
+        assert not done.in_store
+        assert not bench.machine.busy()
+
+    def test_a_store_that_fails_ends_what_can_not_land_either(self) -> None:
+        bench, error = tiered(), StorageError("the store is away")
+        for rank in range(2):
+            bench.do(bench.machine.join(msgspec.structs.replace(join(rank, 0), deadline_s=5.0)))
+        bench.name()
+        bench.reserve()
+        for rank in range(2):
+            bench.stage(0, rank)
+        bench.reserve()
+        bench.do(bench.machine.not_looked_up(bench.look_ups.pop().token, error))
+        bench.copied(0, well=False)
+        assert bench.machine.states() == {"save-0": sm.SETTLING}
+        bench.do(bench.machine.not_looked_up(bench.look_ups.pop().token, error))
+        (end,) = bench.finished.values()
+        assert isinstance(end, Failure)
+
     def test_a_commit_under_way_at_the_deadline_is_waited_for(self) -> None:
         bench = tiered()
         urgent(bench, 0)

@@ -18,6 +18,7 @@ from rl_ckpt.errors import StorageError, WorkerFailuresError
 from rl_ckpt.format.manifest import Chunk, Manifest, ShardFileEntry
 from rl_ckpt.options import Options
 from rl_ckpt.plan.parts import Remembered, memory_entries
+from rl_ckpt.runtime import coordinator as coordinator_room
 from rl_ckpt.runtime import save_steps as sm
 from rl_ckpt.runtime import tier
 from rl_ckpt.runtime.coordinator import Coordinator
@@ -382,3 +383,47 @@ def test_a_head_that_did_not_answer_is_asked_again_what_servers_hold(monkeypatch
 
     asyncio.run(ask())
     assert answers == [], "asked once more, and not again once it is known"
+
+
+@pytest.mark.parametrize("owned", [True, False])
+def test_a_coordinator_that_comes_back_works_with_the_options_of_who_saves(
+    monkeypatch: pytest.MonkeyPatch, owned: bool
+) -> None:
+    """Who made the actor only restored, without a memory tier: what memory alone has must be taken up all the same."""
+    maker = RunSpec("/run", {}, (), Options(memory_tier=False), "get_state", "set_state", user="01-a")
+    saver = RunSpec("/run", {}, (), Options(), "get_state", "set_state", user="02-b")
+    owners = Owners("/run")
+    if owned:
+        assert owners.begin(User(saver, 1.0), False, set()) is None
+    monkeypatch.setattr(coordinator_room, "KeptOwners", lambda *_: SimpleNamespace(load=lambda: owners))
+    context = SimpleNamespace(was_current_actor_reconstructed=False)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    coordinator = Coordinator(maker, "service")
+    spec = saver if owned else maker
+    assert (coordinator._spec, coordinator._tier_work._spec) == (spec, spec)
+    assert coordinator._tier.options.memory_tier is owned
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_memory_that_is_short_as_it_has_the_only_copy_is_flushed(monkeypatch: pytest.MonkeyPatch, alone: bool) -> None:
+    """The save that finds no room fails, but not all those after it."""
+    monkeypatch.setattr(coordinator_room, "KeptOwners", lambda *_: SimpleNamespace(load=lambda: None))
+    context = SimpleNamespace(was_current_actor_reconstructed=False)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    flushed: list[float] = []
+
+    async def flush(seconds: float) -> None:
+        flushed.append(seconds)
+
+    async def story() -> None:
+        coordinator = Coordinator(RunSpec("/run", {}, (), Options(), "get_state", "set_state"), "service")
+        monkeypatch.setattr(coordinator._flushing, "flush", flush)
+        coordinator._tier.begin("1", coordinator._saves._generations.take("plan", {}), {"s": (8, "/x")})
+        coordinator._tier.committed(
+            Remembered("1", 1, b"{}", None if alone else tier_bench.record("1", 1), 0, True, 1.0)
+        )
+        coordinator._do([sm.MakeRoom("save-2#0", NO_MEMORY)])
+        await asyncio.gather(*coordinator._tasks)
+
+    asyncio.run(story())
+    assert flushed == ([0.0] if alone else [])

@@ -310,3 +310,48 @@ def test_a_restart_with_a_node_lost_takes_up_what_is_whole_and_copies_it_again()
     new.answer_all()
     assert all(new.holders("1", origin) == ["s0", "s1"] for origin in ("s0", "s1", "s2"))
     assert new.landed == ["1"]
+
+
+def test_what_only_memory_has_makes_no_room() -> None:
+    bench = Bench(2)
+    bench.save("1", 0)
+    bench.stage("2", 1)
+    bench.answer_all()
+    bench.commit("2", number=1, in_store=False)
+    assert [one.id for one in bench.brain.remembered()] == ["2"]
+    bench.do(bench.brain.make_room())
+    assert [one.id for one in bench.brain.remembered()] == ["2"]
+    bench.do(bench.brain.forget())
+    assert bench.freed == [0, 1]
+    assert not bench.brain.busy()
+
+
+def test_a_tier_that_is_switched_off_keeps_what_only_it_has_until_the_next_commit() -> None:
+    bench = Bench(2)
+    bench.stage("1", 0)
+    bench.answer_all()
+    bench.commit("1", number=0, in_store=False)
+    bench.stage("2", 1)
+    bench.answer_all()
+    bench.brain.options = Options(memory_tier=False)
+    bench.do(bench.brain.make_room())
+    assert [one.id for one in bench.brain.remembered()] == ["1"]
+    bench.commit("2")
+    assert bench.freed == [0, 1]
+    assert not any(server.has for server in bench.servers.values())
+    bench.commit("3")  # which it does not hold
+    assert not bench.brain.busy()
+
+
+def test_what_nobody_knows_of_is_given_up_and_nothing_else() -> None:
+    bench = Bench(3)
+    bench.stage("2", 0, {"s0": 192})
+    bench.answer(bench.asked[0])  # the origin has it; a copy is being made
+    (copying,) = bench.asked
+    third = ({"s0", "s1", "s2"} - {"s0", copying.server}).pop()
+    mine, old = part("2", "s0"), part("1", "s0")
+    found = {name: tier.Found([(old, "/shm/old"), (mine, "/shm/x")], []) for name in bench.servers}
+    told = bench.brain.unknown(found)
+    assert told == [
+        tier.Release(name, one) for name in sorted(bench.servers) for one in [old.name, *[mine.name] * (name == third)]
+    ]

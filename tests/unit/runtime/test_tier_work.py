@@ -8,19 +8,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 
 from rl_ckpt.errors import StorageError
 from rl_ckpt.options import Options
 from rl_ckpt.plan.parts import ChunkAt, Part, Remembered
 from rl_ckpt.runtime import tier_steps as tier
 from rl_ckpt.runtime import tier_work, watch
-from rl_ckpt.runtime.messages import HoldDone, Ok, encode
-from rl_ckpt.runtime.spec import RunSpec
+from rl_ckpt.runtime.messages import FoundParts, HoldDone, HoldOrder, Ok, encode
+from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
 from rl_ckpt.runtime.tier_work import TierWork
 
 NODES = ("a" * 16, "b" * 16)
 SPEC = RunSpec("file:///nowhere", {}, (), Options(), "get_state", "set_state")
 SERVERS = tuple(SPEC.server(node) for node in NODES)
+PART = Part("before", SERVERS[0], 8, (ChunkAt(b"d" * 16, 0, 8),))
 DONE = Remembered("c", 1, b"{}", None, 0, True)
 
 
@@ -45,6 +47,8 @@ class Method:
             await asyncio.Event().wait()
         if (self.name, self.server.name) in self.server.broken:
             raise ValueError("a bug")
+        if self.name == "held":
+            return encode(FoundParts((HoldOrder(PART, "/old"),), ()))
         return encode(HoldDone("/there") if self.name in ("hold", "copy") else Ok())
 
 
@@ -61,6 +65,9 @@ class Servers:
         if name in self.gone:
             raise StorageError(f"shard server {name} is gone")
         return Server(name, self)
+
+    def note(self, name: str) -> None:
+        pass
 
     def names(self) -> list[str]:
         return sorted(SERVERS)
@@ -216,3 +223,22 @@ def test_a_table_that_cant_be_made_gives_the_generation_back_after_the_commit(
     asyncio.run(story())
     assert bench.others[-1] == tier.GenerationFree(0)
     assert not bench.work.brain.busy()
+
+
+def test_what_only_the_coordinator_before_knew_of_goes_after_the_first_commit(
+    alive: dict[str, bool], bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a copy that was done after servers had been asked what they hold."""
+    actors = [{"name": name, "namespace": NAMESPACE} for name in SERVERS]
+    monkeypatch.setattr(ray.util, "list_named_actors", lambda **_: actors)
+
+    async def story() -> None:
+        await bench.work.adopted()
+        await bench.quiet()
+        bench.servers.calls.clear()
+        for _ in range(2):
+            bench.work.committed()
+            await bench.quiet()
+
+    asyncio.run(story())
+    assert sorted(bench.servers.calls) == [(call, name) for call in ("held", "release") for name in SERVERS], "once"

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError, StorageError
 from rl_ckpt.format import records
+from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.plan.deal import Stored, deal, settle
 from rl_ckpt.plan.inventory import take_inventory
 from rl_ckpt.plan.merge import merge
@@ -139,3 +141,35 @@ def test_a_pin_that_comes_while_its_checkpoint_is_dropped_is_told_or_holds_the_f
     committer.tidy()
     assert not any(item.name.startswith("shards/1-") for item in store.list("shards/"))
     assert not store.list("pins/")
+
+
+def land(committer: Committer, checkpoint: str, request: SaveRequest) -> Manifest:
+    """A save that stays in memory; its manifest."""
+    plan = deal(merge([take_inventory(flatten({"n": 1}), 1 << 20, 1)], 1 << 20), ["s"], 1, 1 << 20)
+    _, data = committer.land(WrittenSave(checkpoint, request, plan, {}, {}))
+    return msgspec.json.decode(data, type=Manifest)
+
+
+def test_what_a_save_continues_does_not_change_when_another_branch_begins_meanwhile(committer: Committer) -> None:
+    commit(committer, 1)
+    commit(committer, 2)
+    first, second = (record.id for record in committer.commits)
+    request = SaveRequest(3, parent=second)
+    in_memory = committer.attempt(request)
+    land(committer, in_memory, request)
+    commit(committer, 4, committer.attempt(SaveRequest(4, parent=first)))  # which cuts what only memory has
+    going_on = SaveRequest(5, parent=in_memory)
+    after_it = SaveRequest(7, parent=first, since=(in_memory,))
+    third, fourth = committer.attempt(going_on), committer.attempt(after_it)
+    committer.attempt(SaveRequest(6, parent=first))
+    assert land(committer, third, going_on).parent == second
+    assert land(committer, fourth, after_it).parent == second
+
+
+def test_only_what_it_named_is_open(committer: Committer) -> None:
+    request = SaveRequest(1)
+    checkpoint = committer.attempt(request)
+    assert committer.is_open(checkpoint)
+    assert not committer.is_open("1-other")
+    land(committer, checkpoint, request)
+    assert not committer.is_open(checkpoint)
