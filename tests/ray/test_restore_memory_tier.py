@@ -153,6 +153,7 @@ def test_after_the_loss_of_a_node_all_bytes_come_from_memory(tmp_path: Path, clu
         shutil.rmtree(shards(ckpt))
         cluster.remove_node(node, allow_graceful=False)
         until(lambda: len([n for n in ray.nodes() if n["Alive"]]) == 3, "the node is known to be dead")
+        until(lambda: ray.get(link(ckpt).stats.remote()), "the coordinator is back, if it was there")
         report = restored(ckpt, [*team[:2], *on_nodes(1)], 1)
         assert set(report.bytes_from) <= {"memory", "peers_memory"}
         assert (report.repaired, report.fell_back) == ({}, {})
