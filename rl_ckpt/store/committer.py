@@ -269,23 +269,7 @@ class Committer:
         files = sum(w.bytes for server in save.written.values() for w in server)
 
         def make(number: int, write_id: str) -> CommitRecord:
-            return CommitRecord(
-                number=number,
-                run=self.run.record.run,
-                write_id=write_id,
-                epoch=self.run.log.epoch,
-                id=manifest.id,
-                step=manifest.step,
-                manifest_bytes=len(data),
-                manifest_digest=digest(data).hex(),
-                bytes=manifest.array_bytes,
-                bytes_written=files + len(data),
-                time=manifest.time,
-                metrics=manifest.metrics,
-                tag=manifest.tag,
-                parent=manifest.parent,
-                world_size=manifest.world_size,
-            )
+            return self._record(manifest, data, number, write_id, files + len(data))
 
         # Commit record last: a crash before this line leaves orphans for the sweep, never half a checkpoint.
         try:
@@ -313,27 +297,32 @@ class Committer:
         manifest = self._manifest(save, *memory_entries(save.plan, save.digests))
         data = manifests.encode(manifest)
         with self._lock:
-            record = CommitRecord(
-                number=self._commits[-1].number if self._commits else 0,
-                run=self.run.record.run,
-                write_id="",
-                epoch=self.run.log.epoch,
-                id=manifest.id,
-                step=manifest.step,
-                manifest_bytes=len(data),
-                manifest_digest=digest(data).hex(),
-                bytes=manifest.array_bytes,
-                bytes_written=0,
-                time=manifest.time,
-                metrics=manifest.metrics,
-                tag=manifest.tag,
-                parent=manifest.parent,
-                world_size=manifest.world_size,
-            )
+            number = self._commits[-1].number if self._commits else 0
+            record = self._record(manifest, data, number, "", 0)
             self._open.pop(manifest.id, None)
         self.take_landed(manifest.id, manifest.step, manifest.parent)
         self._sweeper.release(manifest.id)
         return record, data
+
+    def _record(self, manifest: Manifest, data: bytes, number: int, write_id: str, bytes_written: int) -> CommitRecord:
+        """The record of a manifest, `data` as it was encoded."""
+        return CommitRecord(
+            number=number,
+            run=self.run.record.run,
+            write_id=write_id,
+            epoch=self.run.log.epoch,
+            id=manifest.id,
+            step=manifest.step,
+            manifest_bytes=len(data),
+            manifest_digest=digest(data).hex(),
+            bytes=manifest.array_bytes,
+            bytes_written=bytes_written,
+            time=manifest.time,
+            metrics=manifest.metrics,
+            tag=manifest.tag,
+            parent=manifest.parent,
+            world_size=manifest.world_size,
+        )
 
     def is_open(self, checkpoint: str) -> bool:
         """Whether this committer has named it, and it is neither committed nor abandoned."""
