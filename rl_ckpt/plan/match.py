@@ -20,6 +20,7 @@ from rl_ckpt.state.paths import Selector, above, join, parents, renamed, split
 from rl_ckpt.state.tree import Container, LocalArray, Node, Plain, Tie
 
 _TOPS_NAMED = 20
+_KEYED = frozenset(("dict", "OrderedDict"))
 
 
 @dataclass(slots=True)
@@ -45,11 +46,15 @@ def view(manifest: Manifest, rank: int) -> View:
             continue
         mine = next((v for v in variants if _had(v, rank, manifest.world_size)), None)
         offered = mine or next((v for v in variants if v.shared), None)
-        if offered is None:
-            leaves = [v for v in variants if not isinstance(v.node, Container)]
-            (out.elsewhere.add(path) if leaves else chosen.setdefault(path, variants[-1].node))
-            continue
-        chosen[path] = offered.node
+        containers = [v.node for v in variants if isinstance(v.node, Container)]
+        if len(containers) == len(variants):
+            joined = _joined(containers, None if offered is None else offered.node)
+            if offered is not None or joined.keys:  # an empty one that another rank has is that rank's own
+                chosen[path] = joined
+        elif offered is None:
+            out.elsewhere.add(path)
+        else:
+            chosen[path] = offered.node
         if mine is not None:
             out.required.add(path)
     for path, node in chosen.items():
@@ -63,6 +68,15 @@ def view(manifest: Manifest, rank: int) -> View:
         if isinstance(target, Plain | ArrayRef):
             out.leaves[path] = target
     return out
+
+
+def _joined(containers: Sequence[Container], first: SavedNode | None) -> Container:
+    """A dict with the keys of all ranks, those of `first` before the others: below it, any rank may offer something."""
+    own = first if isinstance(first, Container) else containers[0]
+    if own is first and not own.keys:
+        return own
+    keys = dict.fromkeys(key for node in (own, *containers) if node.type == own.type for key in node.keys)
+    return Container(own.type, tuple(keys)) if own.type in _KEYED else own
 
 
 def _had(variant: Variant, rank: int, world_size: int) -> bool:

@@ -17,7 +17,7 @@ from rl_ckpt.plan.inventory import Inventory, Part, box_bytes, chunk_boxes, chun
 from rl_ckpt.state.arrays import ArraySpec
 from rl_ckpt.state.boxes import Box, check_tiling
 from rl_ckpt.state.collector import paused
-from rl_ckpt.state.tree import PER_RANK, REPLICATED, SHARDED, LocalArray, Node, Plain
+from rl_ckpt.state.tree import PER_RANK, REPLICATED, SHARDED, Container, LocalArray, Node, Plain
 
 
 class MergedChunk(msgspec.Struct, gc=False):
@@ -151,8 +151,8 @@ def variants(path: str, held: Sequence[Held], merged: Merged, chunk_bytes: int) 
         first, ranks = group.node, group.ranks
         own = _is_own(first)
         # A value that only some ranks have and that nobody else contradicts may go to anybody, if two or more agree on
-        # it.
-        shared = single and not own and (len(ranks) > 1 or len(ranks) == merged.world_size or declared == {REPLICATED})
+        # it, or the one that has it says so.
+        shared = single and not own and (len(ranks) > 1 or len(ranks) == merged.world_size or _is_for_all(first))
         saved = _saved(path, group, merged, chunk_bytes, single)
         out.append(Variant(saved, None if len(ranks) == merged.world_size else ranks, shared))
     return tuple(out)
@@ -162,7 +162,7 @@ def _uncontradicted(path: str, held: Held, merged: Merged, chunk_bytes: int) -> 
     """As `variants` where all who have anything at a path have the very same: so it is with nearly all of them."""
     node, ranks = held.node, held.ranks
     everybody = len(ranks) == merged.world_size
-    shared = everybody or len(ranks) > 1 or (isinstance(node, LocalArray) and node.declared == REPLICATED)
+    shared = everybody or len(ranks) > 1 or _is_for_all(node)
     return Variant(_saved(path, held, merged, chunk_bytes, True), None if everybody else ranks, shared)
 
 
@@ -193,6 +193,13 @@ def _is_own(node: Node) -> bool:
     return node.declared == PER_RANK if isinstance(node, LocalArray) else isinstance(node, Plain) and node.per_rank
 
 
+def _is_for_all(node: Node) -> bool:
+    """Whether a node is declared replicated: on offer to every rank, though one alone may have it."""
+    if isinstance(node, LocalArray):
+        return node.declared == REPLICATED
+    return isinstance(node, Plain | Container) and node.replicated
+
+
 def _frozen(node: Node) -> object:
     # JSON equality is too wide for a leaf: 1 == 1.0 == True.
     return (repr(node.value), Plain) if isinstance(node, Plain) else node
@@ -201,6 +208,8 @@ def _frozen(node: Node) -> object:
 def _saved(path: str, held: Held, merged: Merged, chunk_bytes: int, single: bool) -> SavedNode:
     node, ranks = held.node, held.ranks
     if not isinstance(node, LocalArray):
+        if isinstance(node, Container):
+            return Container(node.type, node.keys)
         return Plain(node.value) if isinstance(node, Plain) else node
     boxes, identity = chunk_boxes(node, chunk_bytes), None if held.in_object else held.identity
     if len(boxes) == 1:

@@ -39,13 +39,16 @@ class Container(msgspec.Struct, frozen=True, gc=False, tag_field="node", tag="co
 
     type: str
     keys: tuple[Key, ...] = ()
+    replicated: bool = False
+    """As `Plain`'s: what a worker said, not stored."""
 
 
 class Plain(msgspec.Struct, frozen=True, gc=False, tag_field="node", tag="plain", omit_defaults=True):
-    """A leaf of plain data, encoded by state/leaves.py; `per_rank` where it was declared so."""
+    """A leaf of plain data, encoded by state/leaves.py; `per_rank` or `replicated` where it was declared so."""
 
     value: Json
     per_rank: bool = False
+    replicated: bool = False
 
 
 class Tie(msgspec.Struct, frozen=True, gc=False, tag_field="node", tag="tie"):
@@ -181,7 +184,7 @@ class _Walker:
     def _container(self, path: str, value: Any, name: str, children: Mapping[Key, Any], declared: str) -> None:
         if id(value) in self._above:
             raise UnsupportedLeafError("a container that contains itself")
-        self.flat.nodes[path] = Container(name, tuple(children))
+        self.flat.nodes[path] = Container(name, tuple(children), declared == REPLICATED)
         self._above.add(id(value))
         above = f"{path}/" if path else ""
         for key, child in children.items():
@@ -266,7 +269,7 @@ class _Walker:
         self._array(path, np.frombuffer(data, np.uint8), spec, Box.whole(spec.shape), declared)
 
     def _plain(self, path: str, value: Json, declared: str) -> None:
-        self.flat.nodes[path] = Plain(value, declared == PER_RANK)
+        self.flat.nodes[path] = Plain(value, declared == PER_RANK, declared == REPLICATED)
 
     def _array(self, path: str, value: Any, spec: ArraySpec, box: Box, declared: str) -> None:
         self._place(path, value, LocalArray(spec, box, declared))

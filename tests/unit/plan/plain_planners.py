@@ -13,7 +13,7 @@ from rl_ckpt.plan.inventory import Inventory, box_bytes, chunk_boxes, chunk_dige
 from rl_ckpt.plan.merge import Merged, MergedArray, MergedChunk
 from rl_ckpt.plan.spread import ChunkId, ServerFetch, _deal_runs
 from rl_ckpt.state.boxes import Box
-from rl_ckpt.state.tree import PER_RANK, REPLICATED, SHARDED, LocalArray, Node, Plain
+from rl_ckpt.state.tree import PER_RANK, REPLICATED, SHARDED, Container, LocalArray, Node, Plain
 
 Nodes = dict[str, Node]
 Digests = dict[str, bytes]
@@ -59,7 +59,8 @@ def _variants(
     for ranks in groups.values():
         node = holders[ranks[0]]
         own = node.declared == PER_RANK if isinstance(node, LocalArray) else isinstance(node, Plain) and node.per_rank
-        shared = single and not own and (len(ranks) > 1 or len(ranks) == world or declared == {REPLICATED})
+        said = declared == {REPLICATED} or (isinstance(node, Plain | Container) and node.replicated)
+        shared = single and not own and (len(ranks) > 1 or len(ranks) == world or said)
         if isinstance(node, LocalArray):
             pieces = chunk_boxes(node, chunk_bytes)
             known = chunk_digests(digests[ranks[0]].get(path), len(pieces))
@@ -67,7 +68,13 @@ def _variants(
             merged.arrays.append(MergedArray(path, node.spec, chunks, None if single else ranks[0]))
             saved = ArrayRef(len(merged.arrays) - 1)
         else:
-            saved = Plain(node.value) if isinstance(node, Plain) else node
+            saved = (
+                Plain(node.value)
+                if isinstance(node, Plain)
+                else Container(node.type, node.keys)
+                if isinstance(node, Container)
+                else node
+            )
         out.append(Variant(saved, None if len(ranks) == world else tuple(ranks), shared))
     return tuple(out)
 
