@@ -28,6 +28,7 @@ from rl_ckpt.store.base import ObjectExistsError, ObjectMissingError, Store
 from rl_ckpt.store.lease import Lease, moment
 
 _READERS = 16
+_READ_TRIES = 50
 _APPEND_TRIES = 5
 _LATEST_S = 600.0
 """No request arrives at the store later than this after it was sent."""
@@ -85,6 +86,24 @@ class CommitLog:
             return self._read_all()
 
     def _read_all(self) -> Log:
+        """Reads until nothing of what was listed was swept meanwhile.
+
+        A log of which the listed records are gone has newer ones, which that list did not show: what is left may look
+        like an empty run, and whoever finds none begins from nothing.
+        """
+        known_gone: set[str] = set()  # a name that a stale list still has must not be waited for
+        for _ in range(_READ_TRIES):
+            log, gone = self._read_once()
+            if gone <= known_gone:
+                return log
+            known_gone |= gone
+        raise StorageError(
+            f"{self._store.url}: in each of {_READ_TRIES} tries to read the commit log, records vanished between their "
+            "listing and their reading; is something deleting checkpoints without end? Try again"
+        )
+
+    def _read_once(self) -> tuple[Log, set[str]]:
+        """The log as one list shows it, and the names on that list that are not there (any more)."""
         names = {
             number: item.name
             for item in self._store.list(records.COMMITS)
@@ -101,7 +120,7 @@ class CommitLog:
                     self._known[name] = found
         ordered = [self._known[names[n]] for n in sorted(names) if names[n] in self._known]
         epochs = [r for r in ordered if isinstance(r, EpochRecord)]
-        return Log(
+        log = Log(
             max(names, default=0),
             tuple(r for r in ordered if isinstance(r, CommitRecord)),
             max((r.epoch for r in ordered), default=0),
@@ -109,6 +128,7 @@ class CommitLog:
             epochs[-1] if epochs else None,
             damaged,
         )
+        return log, set(names.values()) - self._known.keys() - damaged.keys()
 
     def _read_one(self, name: str) -> LogRecord | str | None:
         """The record, why it can't be read, or None where a sweep took it away meanwhile."""

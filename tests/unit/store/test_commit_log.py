@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -202,6 +204,35 @@ def test_a_record_that_a_sweep_takes_while_the_log_is_read_is_no_damage(store: F
     read = CommitLog(store, "r").read()
     assert read.damaged == {}
     assert [record.id for record in read.commits][-1:] == ["2-a"]
+
+
+def test_a_reader_that_is_slower_than_saves_and_sweeps_never_finds_an_empty_run(store: FaultyStore) -> None:
+    log = CommitLog(store.inner, "r")
+    log.claim("me")
+    commit(log, "1-a")
+    rounds, one_at_a_time = iter(range(2, 6)), threading.Lock()
+
+    def overtaken(*_: str) -> None:
+        """Between the reader's list and its reads, a newer checkpoint is committed and the listed one is swept."""
+        with one_at_a_time:
+            for step in rounds:
+                kept = CommitLog(store.inner, "r").read().commits[-1]
+                commit(log, f"{step}-a")
+                store.inner.delete([records.commit_name(kept.number)])
+                break
+
+    store.before = lambda operation, name: overtaken() if operation == "get" else None
+    assert [record.id for record in CommitLog(store, "r").read().commits] == ["5-a"]
+
+
+def test_a_name_that_only_a_stale_list_has_is_not_waited_for(store: FaultyStore, monkeypatch: Any) -> None:
+    log = CommitLog(store, "r")
+    log.claim("me")
+    commit(log, "1-a")
+    stale = store.inner.list(records.COMMITS)
+    store.inner.delete([records.commit_name(1)])
+    monkeypatch.setattr(store.inner, "list", lambda prefix="": stale)
+    assert [record.id for record in CommitLog(store, "r").read().commits] == ["1-a"]
 
 
 def test_records_are_read_once_each(store: FaultyStore) -> None:
