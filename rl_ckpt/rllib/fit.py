@@ -13,10 +13,7 @@ from typing import Any
 
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.rllib.team import Role
-from rl_ckpt.state.paths import join
-
-FORMAT = 1
-"""Of the tree of an Algorithm; a newer one is refused."""
+from rl_ckpt.state.paths import join, literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +24,16 @@ class Plan:
     """Id in the checkpoint → id here."""
     whole: bool
     """Whether the Algorithm goes on from the checkpoint; else it takes only policies out of it."""
-    learners: frozenset[int] = frozenset()
-    """Indices of the learners that have a part of their own in the checkpoint."""
+    episodes: bool = True
+    """Whether running episodes may go on: their agents act by the same policies as before."""
+    learners: int = 1
+    """How many learners have a part of their own in the checkpoint."""
     runners: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """By part (`env_runners`, `eval_env_runners`): indices that the checkpoint has."""
+
+    def learner(self, role: Role) -> int:
+        """The part that a learner takes: its own, or the first one's."""
+        return role.index if role.index < self.learners else 0
 
     def source(self, role: Role) -> tuple[str, int] | None:
         """The part that a runner takes: its own, or, for its connectors alone, a neighbour's; None: there is none."""
@@ -46,38 +49,33 @@ class Plan:
         return role.index in self.runners.get(f"{role.kind}s", ())
 
 
-def select_for(plan: Plan, role: Role, local: Iterable[Role] = ()) -> list[str]:
-    """Patterns of what a rank reads.
+def select_for(plan: Plan, parts: Iterable[Role]) -> list[str]:
+    """Patterns of what a process reads.
 
     Args:
         plan: What goes where.
-        role: Of the rank.
-        local: For the driver: what else lives in its process.
+        parts: What the process consists of.
     """
     out = ["about"]
-    for part in (role, *local):
+    for part in parts:
         if part.kind == "driver":
             out += ["algorithm", "replay_buffer"] if plan.whole else []
         elif part.kind == "learner":
             out += [literal(join("policies", saved)) for saved in plan.policies]
-            if plan.whole:
-                out += ["learner", f"learners/{part.index if part.index in plan.learners else 0}"]
+            out += ["learner", f"learners/{plan.learner(part)}"] if plan.whole else []
         else:
             out += [literal(join(join("policies", saved), "module")) for saved in plan.policies]
             out += ["learner"] if plan.whole else []
             source = plan.source(part)
-            if plan.whole and source is not None:
-                out.append(f"{source[0]}/{source[1]}")
+            out += [f"{source[0]}/{source[1]}"] if plan.whole and source is not None else []
     return list(dict.fromkeys(out))
 
 
-def literal(path: str) -> str:
-    """A path as a pattern that matches it alone."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in path)
-
-
 def plan_of(
-    about: Mapping[str, Any], have: Sequence[str], wanted: Mapping[str, str] | Sequence[str] | None
+    about: Mapping[str, Any],
+    have: Sequence[str],
+    wanted: Mapping[str, str] | Sequence[str] | None,
+    goes_on: bool,
 ) -> Plan:
     """What goes where.
 
@@ -85,11 +83,14 @@ def plan_of(
         about: Of the checkpoint.
         have: Ids of the policies of the Algorithm.
         wanted: Ids in the checkpoint, or ids in the checkpoint → ids here; None: all.
+        goes_on: Whether the Algorithm takes the rest of the state too, beside the policies.
 
     Raises:
-        InvalidInputError: The checkpoint is not one of an Algorithm, or names that are not known; says which are.
+        InvalidInputError: It is not an Algorithm's checkpoint, or some ids are not known; says which are.
     """
-    check_about(about)
+    if about["kind"] != "algorithm":
+        text = f"the checkpoint is of one {about['kind']}, not of an Algorithm"
+        raise InvalidInputError(f"{text}; `rl_ckpt.rllib.load_policy` reads it")
     saved = list(about["policies"])
     mapping = _mapping(wanted, saved, have)
     unknown = [id_ for id_ in mapping if id_ not in saved]
@@ -111,27 +112,11 @@ def plan_of(
         raise InvalidInputError("; ".join(problems))
     return Plan(
         mapping,
-        wanted is None or set(mapping.values()) == set(have),
-        frozenset(range(about["num_learners"])),
+        goes_on,
+        wanted is None,
+        about["num_learners"],
         {part: tuple(about[part]) for part in ("env_runners", "eval_env_runners")},
     )
-
-
-def check_about(about: Mapping[str, Any]) -> None:
-    """Whether a checkpoint is one of an Algorithm that this release reads.
-
-    Raises:
-        InvalidInputError: It is not; says what it is.
-    """
-    if "format" not in about or "kind" not in about:
-        raise InvalidInputError("the checkpoint was not saved by rl_ckpt.rllib; use `rl_ckpt.Checkpointer`")
-    if about["format"] > FORMAT:
-        text = f"this release ({FORMAT}) of rl_ckpt; it was written by {about.get('rl_ckpt', 'a newer one')}"
-        raise InvalidInputError(f"the checkpoint's RLlib format {about['format']} is newer than {text}: upgrade")
-    if about["kind"] != "algorithm":
-        raise InvalidInputError(
-            f"the checkpoint is of one {about['kind']}, not of an Algorithm; use `rl_ckpt.rllib.load_policy`"
-        )
 
 
 def _mapping(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ import msgspec
 
 from rl_ckpt.errors import CheckpointError, InvalidInputError, WorkerFailuresError
 from rl_ckpt.rllib.fit import Plan, select_for
-from rl_ckpt.rllib.parts import Applied, apply_part, apply_rng, part_problems, part_tree
+from rl_ckpt.rllib.parts import Applied, apply_part, part_problems, part_tree
+from rl_ckpt.rllib.rng import set_rng
 from rl_ckpt.rllib.team import Role
 from rl_ckpt.runtime.inside import as_value
 from rl_ckpt.runtime.messages import Failure, Ok, Restage, encode
@@ -35,16 +36,6 @@ class Fetched(msgspec.Struct, frozen=True, tag="fetched"):
     report: RestoredRank
     problems: tuple[str, ...]
     """Why it does not fit."""
-
-
-class Set(msgspec.Struct, frozen=True, tag="set"):
-    """A process has set its part."""
-
-    learners: dict[str, str]
-    """Digests of the learner's weights in this process, by policy; empty where it has none."""
-    runners: tuple[dict[str, str], ...]
-    """The same of the runners in this process."""
-    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,24 +109,22 @@ def fetch_in_algorithm(task: Task, target: Any, spec: RunSpec, place: Place, req
 def apply_in_algorithm(key: str, rank: int, target: Any) -> bytes:
     """Sets what was fetched; runs inside the process."""
 
-    def work() -> Set:
-        held = _held.pop((key, rank), None)
+    def work() -> Applied:
+        held = _held.get((key, rank))
         if held is None:
             raise InvalidInputError("nothing is held of this restore: the process was restarted; restore again")
-        applied: Applied = apply_part(target, held.task.parts(rank), held.tree, held.task.plan)
-        return Set(applied.learners, tuple(applied.runners), tuple(applied.notices))
+        if rank:  # the driver needs it until the end
+            del _held[key, rank]
+        return apply_part(target, held.task.parts(rank), held.tree, held.task.plan)
 
     return told(rank, work)
 
 
-def rng_in_algorithm(key: str, rank: int, target: Any) -> bytes:
-    """Sets the process's generators, after everything that may have drawn from them."""
-
-    def work() -> Ok:
-        apply_rng(key, target)
-        return Ok()
-
-    return told(rank, work)
+def finish_in_driver(key: str) -> None:
+    """Sets the driver's generators, after everything that may have drawn from them, and forgets what was held."""
+    held = _held.pop((key, 0))
+    if held.task.plan.whole:
+        set_rng(held.tree["algorithm"]["rng"])
 
 
 def release_in_algorithm(_key: str, rank: int, _target: Any) -> bytes:
