@@ -71,7 +71,7 @@ def save_in_algorithm(
 
     def work() -> StagedRank:
         begun = time.monotonic()
-        with part_tree(target, roles[place.rank]) as tree:
+        with part_tree(target, roles[place.rank], place.key) as tree:
             return save_rank(spec, place, request, Replicated(tree), begun)
 
     return as_value(spec, place, "lost_save", work)
@@ -84,7 +84,7 @@ def restage_in_algorithm(
 
     def work() -> StagedRank:
         begun = time.monotonic()
-        with part_tree(target, roles[place.rank]) as tree:
+        with part_tree(target, roles[place.rank], place.key) as tree:
             return restage_rank(spec, place, order, Replicated(tree), begun)
 
     return as_value(spec, place, "lost_save", work)
@@ -115,7 +115,7 @@ def apply_in_algorithm(key: str, rank: int, target: Any) -> bytes:
             raise InvalidInputError("nothing is held of this restore: the process was restarted; restore again")
         if rank:  # the driver needs it until the end
             del _held[key, rank]
-        return apply_part(target, held.task.parts(rank), held.tree, held.task.plan)
+        return apply_part(target, held.task.parts(rank), held.tree, held.task.plan, key)
 
     return told(rank, work)
 

@@ -9,7 +9,7 @@ says that the Algorithm is in part restored.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -65,7 +65,8 @@ def restore_algorithm(spec: RunSpec, algo: Algorithm, plan: Plan, step: int | No
         raise InvalidInputError(f"checkpoint {first.id} does not fit this Algorithm (nothing was changed):\n  {lines}")
     forget_requests(algo)
     applied = _apply(spec, team, key)
-    digests = _compare(algo, plan, team, applied)
+    served = replace_served(algo) if plan.whole else ()
+    digests = _compare(plan, team, applied, served)
     finish_in_driver(key)
     notices = [text for part in applied for text in part.notices]
     notices += [f"{role} is not healthy; RLlib gives it the restored weights when it is back" for role in team.absent]
