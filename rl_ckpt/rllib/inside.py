@@ -64,9 +64,7 @@ _held: dict[tuple[str, int], _Held] = {}
 """Between the phases, by restore and rank: the driver's process may be an actor of another Algorithm's Tune trial."""
 
 
-def save_in_algorithm(
-    roles: tuple[Role, ...], target: Any, spec: RunSpec, place: Place, request: SaveRequest
-) -> bytes:
+def save_in_algorithm(roles: tuple[Role, ...], target: Any, spec: RunSpec, place: Place, request: SaveRequest) -> bytes:
     """Stages a process's part of a save; runs inside it."""
 
     def work() -> StagedRank:
@@ -77,9 +75,7 @@ def save_in_algorithm(
     return as_value(spec, place, "lost_save", work)
 
 
-def restage_in_algorithm(
-    roles: tuple[Role, ...], target: Any, spec: RunSpec, place: Place, order: Restage
-) -> bytes:
+def restage_in_algorithm(roles: tuple[Role, ...], target: Any, spec: RunSpec, place: Place, order: Restage) -> bytes:
     """Stages what a process that died was to stage; runs inside one that has staged its own part."""
 
     def work() -> StagedRank:

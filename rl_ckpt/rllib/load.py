@@ -19,8 +19,8 @@ from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.rllib.about import check_about
 from rl_ckpt.rllib.config import config_from
 from rl_ckpt.rllib.fit import check_policies
-from rl_ckpt.runtime.restore import RestoreRequest, restore_rank
 from rl_ckpt.runtime.inside import guarded
+from rl_ckpt.runtime.restore import RestoreRequest, restore_rank
 from rl_ckpt.runtime.spec import Place, RunSpec
 
 

@@ -78,7 +78,9 @@ def driver_tree(algo: Algorithm) -> dict[str, Any]:
     """What the Algorithm's process contributes beside its learner and runners."""
     team = team_of(algo)
     roles = (*team.roles, *local_roles(algo))
-    indices = {kind: sorted(role.index for role in roles if role.kind == kind) for kind in ("env_runner", "eval_env_runner")}
+    indices = {
+        kind: sorted(role.index for role in roles if role.kind == kind) for kind in ("env_runner", "eval_env_runner")
+    }
     tree: dict[str, Any] = {
         "about": about_tree(
             "algorithm",
@@ -199,9 +201,13 @@ def _set_runner(runner: Any, tree: Mapping[str, Any], role: Role, plan: Plan) ->
         return []
     own = plan.own(role)
     number = tree["learner"]["weights_seq_no"]
-    notices = set_runner(runner, _runner_part(tree, role, plan), _weights(tree, plan), number, own=own and plan.episodes)
+    notices = set_runner(
+        runner, _runner_part(tree, role, plan), _weights(tree, plan), number, own=own and plan.episodes
+    )
     if not own:
-        notices.append(f"{role} has no counterpart in the checkpoint: it takes a neighbour's connectors, and new episodes")
+        notices.append(
+            f"{role} has no counterpart in the checkpoint: it takes a neighbour's connectors, and new episodes"
+        )
     return notices
 
 

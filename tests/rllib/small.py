@@ -18,8 +18,11 @@ from ray.rllib.algorithms.dqn import DQNConfig
 from ray.rllib.algorithms.impala import IMPALAConfig
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.algorithms.sac import SACConfig
+from ray.rllib.core.rl_module.apis import ValueFunctionAPI
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from ray.rllib.env.multi_agent_env import MultiAgentEnv
 
 TINY = DefaultModelConfig(fcnet_hiddens=[8], head_fcnet_hiddens=[])
@@ -123,7 +126,7 @@ def parameters_of(module: Any) -> dict[str, dict[str, torch.Tensor]]:
     """Tensors by policy and name, of a learner's or runner's module."""
     inner = module.unwrapped()
     if isinstance(inner, MultiRLModule):
-        return {id_: dict(inner[id_].unwrapped().state_dict()) for id_ in inner.keys()}
+        return {id_: dict(inner[id_].unwrapped().state_dict()) for id_ in inner._rl_modules}
     return {"default_policy": dict(inner.state_dict())}
 
 
@@ -184,3 +187,45 @@ def assert_all_hold(algo: Algorithm, expected: dict[str, str]) -> None:
 def full_digest(algo: Algorithm) -> dict[str, str]:
     """Of everything that learner 0's modules have, by policy."""
     return {id_: digest_of(part, part) for id_, part in copies_of(algo)["learner 0"].items()}
+
+
+class OwnModule(TorchRLModule, ValueFunctionAPI):
+    """A user's module: two layers with shared features, in the dtype of `model_config["dtype"]`."""
+
+    def setup(self) -> None:
+        self.dtype = getattr(torch, self.model_config.get("dtype", "float32"))
+        size = self.observation_space.shape[0]
+        self.body = torch.nn.Linear(size, 8, dtype=self.dtype)
+        self.heads = torch.nn.ModuleDict(
+            {
+                "pi": torch.nn.Linear(8, self.action_space.n, dtype=self.dtype),
+                "vf": torch.nn.Linear(8, 1, dtype=self.dtype),
+            }
+        )
+        self.register_buffer("seen", torch.tensor(2**40, dtype=torch.int64))  # RLlib's own way makes 0 of it
+
+    def _forward(self, batch: Any, **kwargs: Any) -> dict[str, Any]:
+        features = torch.tanh(self.body(batch["obs"].to(self.dtype)))
+        return {"action_dist_inputs": self.heads["pi"](features).float(), "embeddings": features}
+
+    def compute_values(self, batch: Any, embeddings: Any = None) -> Any:
+        features = torch.tanh(self.body(batch["obs"].to(self.dtype)))
+        return self.heads["vf"](features).squeeze(-1).float()
+
+    def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {name: value.detach().clone() for name, value in self.state_dict().items()}  # numpy has no bfloat16
+
+    def set_state(self, state: Any) -> None:
+        self.load_state_dict(dict(state))
+
+
+def own_config(dtype: str = "float32", **training: Any) -> PPOConfig:
+    """PPO of a user's module."""
+    spec = RLModuleSpec(module_class=OwnModule, model_config={"dtype": dtype})
+    return ppo_config(**training).rl_module(rl_module_spec=spec, model_config={"dtype": dtype})
+
+
+def lstm_config() -> PPOConfig:
+    """PPO with a recurrent net."""
+    model = DefaultModelConfig(fcnet_hiddens=[8], use_lstm=True, lstm_cell_size=8, max_seq_len=4)
+    return ppo_config().rl_module(model_config=model)
