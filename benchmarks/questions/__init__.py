@@ -114,6 +114,19 @@ QUESTIONS: dict[str, Question] = {
     "training": Question(
         "Training steps while a save is written", "steps while nothing is written", "training", reasons=_TRAINING
     ),
+    "replication": Question(
+        "Training steps while a save is written and copied to other nodes",
+        "steps while nothing is written",
+        "replication",
+        reasons=(
+            (
+                "p99",
+                "",
+                "all nodes share one machine of 4 cores: trainers, writing, and both ends of every copy. On machines of "
+                "their own a node has its own end alone",
+            ),
+        ),
+    ),
     "durable": Question("Time to durable, local disk", _WRITE, "saving", reasons=_DURABLE),
     "s3": Question(
         "Save and restore, S3", "the faster raw client, same server and concurrency", "object_store", reasons=_S3
