@@ -93,6 +93,11 @@ _RESTORE = (
 _CPU = (("restore", "", "every byte is read twice: all ranks verify before any rank is touched"),)
 _MEMORY = (
     (
+        "save",
+        "",
+        "the memory tier keeps the newest checkpoint in a third generation; with `memory_tier=False` there are two",
+    ),
+    (
         "restore",
         "",
         "a node's chunks stay in shared memory until every rank has verified its own, so that a restore that fails "
@@ -122,8 +127,8 @@ QUESTIONS: dict[str, Question] = {
             (
                 "p99",
                 "",
-                "all nodes share one machine of 4 cores: trainers, writing, and both ends of every copy. On machines of "
-                "their own a node has its own end alone",
+                "all nodes share one machine of 4 cores: trainers, writing, and both ends of every copy. On "
+                "machines of their own, a node has its own end alone",
             ),
         ),
     ),
