@@ -22,7 +22,7 @@ from rl_ckpt.errors import (
     WorkerFailuresError,
 )
 from rl_ckpt.runtime import supervise
-from tests.ray.gated_s3 import run_gated
+from tests.ray.gated_s3 import Gate
 from tests.ray.holders import (
     HEALTH,
     WAIT_S,
@@ -38,7 +38,6 @@ from tests.ray.holders import (
     states_of,
     until,
 )
-from tests.s3_servers import S3Server
 
 WORKERS, STEPS = 3, 5
 
@@ -424,13 +423,9 @@ def _states(coordinator: Any) -> list[str]:
     return list(coordinator._saves.states().values())
 
 
-def test_saves_that_fail_with_a_loss_are_told_in_the_report(cluster: Any, moto_server: S3Server) -> None:
+def test_saves_that_fail_with_a_loss_are_told_in_the_report(cluster: Any, gate: Gate) -> None:
     """And not by the next save, which has nothing to do with them."""
-    url = f"s3://{moto_server.new_bucket()}/run"
-    with (
-        run_gated(moto_server) as gate,
-        Checkpointer(url, storage_options=gate.storage_options(), join_timeout_s=20) as ckpt,
-    ):
+    with gate.new_run(join_timeout_s=20) as ckpt:
 
         def lose_the_save(team: list[Any]) -> None:
             ray.get([worker.look.remote(advance) for worker in team])

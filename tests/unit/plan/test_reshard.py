@@ -111,7 +111,7 @@ def test_what_differs_between_ranks_stays_with_its_rank(old: int, new: int, grou
 
 def test_what_one_rank_alone_declares_replicated_is_on_offer_to_every_reader() -> None:
     whole = np.arange(4.0)
-    saved = [
+    saved: list[dict[str, Any]] = [
         {"driver": {"iteration": 7}, "about": Replicated({"a": "b", "none": {}})},
         {"runners": {"1": Replicated({"rng": [1, 2], "w": whole, "empty": {}})}},
         {"runners": {"2": {"mine": 3, "nothing": {}}}, "driver": {}},
