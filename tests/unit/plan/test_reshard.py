@@ -117,7 +117,10 @@ def test_what_one_rank_alone_declares_replicated_is_on_offer_to_every_reader() -
         {"runners": {"2": {"mine": 3, "nothing": {}}}, "driver": {}},
     ]
     checkpoint = save(saved, ["a", "b", "a"])
-    on_offer = {"about": {"a": "b", "none": {}}, "runners": {"1": {"rng": [1, 2], "w": whole, "empty": {}}}}
+    on_offer: dict[str, Any] = {
+        "about": {"a": "b", "none": {}},
+        "runners": {"1": {"rng": [1, 2], "w": whole, "empty": {}}},
+    }
     assert_same(load(checkpoint, 0), {"driver": {"iteration": 7}, **on_offer})
     assert_same(load(checkpoint, 7), {"about": on_offer["about"], "runners": on_offer["runners"]})
     last = {"runners": {"2": saved[2]["runners"]["2"], **on_offer["runners"]}, "driver": {}, "about": on_offer["about"]}

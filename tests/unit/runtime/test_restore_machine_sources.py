@@ -91,8 +91,8 @@ def test_timers_of_an_earlier_round_do_not_end_a_later_one() -> None:
     bench.verify(0, damaged="a flipped bit")
     bench.verify(1)
     bench.do(bench.machine.timed_out(early.token, early.state, early.round))
-    assert isinstance(bench.reply(0), Sources), "the second round has its own time"
     bench.verify(0)
+    assert isinstance(bench.reply(0), Sources), "the second round has its own time, and rank 0 waits for rank 1"
     bench.time_out(rm.VERIFYING)
     assert "in time" in bench.failure(0).message
 
