@@ -9,6 +9,8 @@ import pytest
 
 from tests.s3_servers import S3Server, ceph_is_installed, run_ceph, run_moto
 
+pytest_plugins = ("tests.crash.points",)
+
 _AWS_VARIABLES = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",

@@ -282,12 +282,12 @@ def test_what_a_killed_cluster_left_is_removed_by_the_next_server(tmp_path: Path
         assert driver.stdout is not None
         word, *left = driver.stdout.readline().split()
         assert word == "left"
+        assert len(left) == 1
+        assert set(left) <= shared_memory()
         family = [psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)]
         for process in family:
             process.kill()
         psutil.wait_procs(family, WAIT_S)
-    assert len(left) == 1
-    assert set(left) <= shared_memory()
     alive = on_nodes(2)
     give(alive, [state(rank) for rank in range(2)])
     with Checkpointer(str(tmp_path / "next")) as ckpt:
