@@ -104,6 +104,26 @@ def test_a_store_that_fails_until_the_end_of_a_recovery_is_what_is_raised(
     assert len(job.teams) == 2
 
 
+def test_a_store_that_fails_for_a_moment_is_asked_again_in_a_recovery(
+    ckpt: Checkpointer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, real = [StorageError("no connection")], ckpt.restore
+
+    def restore(workers: Sequence[Any]) -> RestoreReport:
+        if answers:
+            raise answers.pop()
+        return real(workers)
+
+    def lose(team: list[Any]) -> None:
+        monkeypatch.setattr(ckpt, "restore", restore)
+        kill_rank(1)(team)
+
+    job = Job(ckpt, {2: lose})
+    (recovery,) = ckpt.supervise(job.make, job.train).recoveries
+    assert (recovery.attempts, job.starts, len(job.teams)) == (2, [0, 2], 3)
+    job.is_whole()
+
+
 def test_losses_without_progress_are_limited(ckpt: Checkpointer) -> None:
     job = Job(ckpt)
     starts: list[int] = []
