@@ -96,7 +96,7 @@ def set_policy_state(learner: TorchLearner, policy: str, tree: Mapping[str, Any]
     for name, values in _attributes(learner):
         if name in tree:
             _set(values, policy, tree[name])
-        elif isinstance(values, defaultdict) and not isinstance(values.get(policy), Scheduler | torch.nn.Parameter):
+        elif isinstance(values, defaultdict) and not isinstance(values.get(policy), torch.nn.Parameter):
             values.pop(policy, None)
     if learner._grad_scalers is not None:
         learner._grad_scalers.pop(policy, None)

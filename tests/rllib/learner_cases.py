@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+import tree
 from ray.rllib.algorithms.appo import APPOConfig
 from ray.rllib.algorithms.dqn import DQNConfig
 from ray.rllib.algorithms.impala import IMPALAConfig
@@ -30,6 +31,8 @@ DISCRETE = gym.spaces.Discrete(2)
 BOX = gym.spaces.Box(-1, 1, (2,), np.float32)
 MODEL = {"fcnet_hiddens": [8], "head_fcnet_hiddens": []}
 STEPS = 20  # of one fabricated episode
+
+torch.set_num_threads(1)  # nets are tiny; and a sum by several threads need not be the same twice
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +105,8 @@ def _episode(learner: TorchLearner, case: Case, policy: str, rng: np.random.Gene
         "action_dist_inputs": list(rng.normal(size=(STEPS, width)).astype(np.float32)),
     }
     if learner.module[policy].is_stateful():
-        first = learner.module[policy].get_initial_state()
-        extra["state_out"] = [{k: np.asarray(v, np.float32) for k, v in first.items()} for _ in range(STEPS)]
+        first = tree.map_structure(lambda v: np.asarray(v, np.float32), learner.module[policy].get_initial_state())
+        extra["state_out"] = [first for _ in range(STEPS)]
     return SingleAgentEpisode(
         observation_space=OBS,
         action_space=case.actions,
@@ -138,7 +141,7 @@ def _small(config: Any, **training: Any) -> Any:
 
 
 def _multi(config: Any, *policies: str) -> Any:
-    return config.multi_agent(policies=set(policies), policy_mapping_fn=lambda agent, *_args, **_kw: agent)
+    return config.multi_agent(policies=list(policies), policy_mapping_fn=lambda agent, *_args, **_kw: agent)
 
 
 PPO = Case(
@@ -223,7 +226,7 @@ CASES = [
         lambda: PPO.config().rl_module(model_config={**MODEL, "use_lstm": True, "lstm_cell_size": 8, "max_seq_len": 5}),
         update={"num_epochs": 2},
     ),
-    Case("ppo-multi", lambda: _multi(PPO.config(), "a/b", "a_b"), policies=("a/b", "a_b"), update={"num_epochs": 2}),
+    Case("ppo-multi", lambda: _multi(PPO.config(), "a--b", "a_b"), policies=("a--b", "a_b"), update={"num_epochs": 2}),
     DQN,
     SAC,
     MARWIL,

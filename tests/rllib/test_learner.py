@@ -169,7 +169,7 @@ def test_policies_with_odd_names_keep_their_own(built: Build, tmp_path: Path) ->
 
     digests = weights_digest(other.module)
     assert digests == weights_digest(learner.module)
-    assert digests["a/b"] != digests["a_b"]
+    assert digests["a--b"] != digests["a_b"]
 
 
 def test_one_policy_goes_into_another_learner_under_another_name(built: Build, tmp_path: Path) -> None:
@@ -196,8 +196,8 @@ def test_one_policy_goes_into_another_learner_under_another_name(built: Build, t
 @pytest.mark.parametrize(
     ("policies", "said"),
     [
-        ({"c": "a_b"}, "the checkpoint has no policy 'c'; it has ['a/b', 'a_b']"),
-        ({"a/b": "x"}, "this learner has no policy 'x'; it has ['a/b', 'a_b']"),
+        ({"c": "a_b"}, "the checkpoint has no policy 'c'; it has ['a--b', 'a_b']"),
+        ({"a--b": "x"}, "this learner has no policy 'x'; it has ['a--b', 'a_b']"),
     ],
 )
 def test_unknown_policies_list_the_known(policies: dict[str, str], said: str, built: Build) -> None:
@@ -214,7 +214,7 @@ def test_policies_that_only_one_side_has_are_both_named(built: Build) -> None:
     found = learner_problems(one, learner_tree(two))
 
     assert any("policies ['default_policy'] are not in the checkpoint" in text for text in found)
-    assert any("this learner has no policy 'a/b'; it has ['default_policy']" in text for text in found)
+    assert any("this learner has no policy 'a--b'; it has ['default_policy']" in text for text in found)
 
 
 def test_everything_that_does_not_fit_is_told_at_once_and_nothing_changes(built: Build) -> None:
@@ -329,7 +329,7 @@ def test_policies_to_train_are_data(built: Build) -> None:
         return learner_tree(learner)["learner"]["policies_to_train"]
 
     assert chosen(None) is None
-    assert chosen({"a_b", "a/b"}) == ["a/b", "a_b"]
+    assert chosen({"a_b", "a--b"}) == ["a--b", "a_b"]
     assert chosen(len) == {"function": "builtins:len"}
 
 
