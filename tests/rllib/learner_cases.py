@@ -52,13 +52,13 @@ class Case:
         return BOX if self.continuous else DISCRETE
 
 
-def build(case: Case, seed: int = 0, **changes: Any) -> TorchLearner:
+def build(case: Case, seed: int = 0, learner_class: Any = None, **changes: Any) -> TorchLearner:
     """A learner with weights of its own seed."""
     torch.manual_seed(seed)
-    config = case.config()
-    if changes:
-        config = config.training(**changes)
-    learner: TorchLearner = config.build_learner(spaces={policy: (OBS, case.actions) for policy in case.policies})
+    config = case.config().training(**changes)
+    if learner_class is not None:
+        config = config.learners(learner_class=learner_class)
+    learner: TorchLearner = config.build_learner(spaces=dict.fromkeys(case.policies, (OBS, case.actions)))
     return learner
 
 
@@ -214,7 +214,7 @@ DTYPES = Case(
     "dtypes",
     lambda: (
         PPOConfig()
-        .training(learner_class=DtypesLearner)
+        .learners(learner_class=DtypesLearner)
         .rl_module(rl_module_spec=RLModuleSpec(module_class=DtypesModule))
     ),
 )
