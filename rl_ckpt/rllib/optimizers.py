@@ -277,7 +277,8 @@ def _keep_fixed_lr(learner: TorchLearner, optimizer: torch.optim.Optimizer) -> N
     """A fixed learning rate is the config's: RLlib sets it after each update, so the first one must not differ."""
     schedule = learner._optimizer_lr_schedules.get(optimizer)
     if schedule is not None and not schedule.use_schedule and learner._lr_scheduler_classes is None:
-        learner._set_optimizer_lr(optimizer, lr=schedule.get_current_value())
+        fixed: Any = schedule.get_current_value()
+        learner._set_optimizer_lr(optimizer, lr=fixed)
 
 
 def _scheduler_classes(learner: TorchLearner, policy: str) -> list[Any]:

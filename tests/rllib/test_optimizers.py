@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core import ALL_MODULES, DEFAULT_MODULE_ID
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
-from ray.rllib.utils.metrics import ALL_MODULES
 
 from rl_ckpt import Checkpointer, InvalidInputError
 from rl_ckpt.rllib.learner import learner_tree, set_learner
