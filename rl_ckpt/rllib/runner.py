@@ -27,6 +27,7 @@ from rl_ckpt.rllib import episodes
 from rl_ckpt.rllib.connectors import connectors_problems, connectors_tree, set_connectors
 from rl_ckpt.rllib.data import UnsavableError, from_data, to_data
 from rl_ckpt.rllib.env_state import MismatchError, env_tree, set_env
+from rl_ckpt.rllib.metrics import metrics_problems, metrics_tree, set_metrics
 from rl_ckpt.rllib.rng import rng_tree, set_rng
 from rl_ckpt.state.tree import flatten
 
@@ -57,7 +58,7 @@ def runner_tree(runner: Runner) -> dict[str, Any]:
             "env_to_module": connectors_tree(runner._env_to_module),
             "module_to_env": connectors_tree(runner._module_to_env),
         },
-        "metrics": to_data(runner.metrics.get_state(), "the metrics"),
+        "metrics": metrics_tree(runner.metrics),
         "env": {},
         "episodes": {},
         "notices": [],
@@ -84,7 +85,7 @@ def runner_problems(runner: Runner, tree: Mapping[str, Any], weights: Weights | 
     for part in ("env_to_module", "module_to_env"):
         pipeline, saved = getattr(runner, f"_{part}"), tree["connectors"][part]
         problems += connectors_problems(pipeline, saved, f"{_name(runner)}, {part}")
-    return problems
+    return problems + [f"{_name(runner)}: {text}" for text in metrics_problems(runner.metrics, tree["metrics"])]
 
 
 def set_runner(
@@ -117,7 +118,7 @@ def set_runner(
         set_connectors(runner._module_to_env, tree["connectors"]["module_to_env"])
         runner.num_env_steps_sampled_lifetime = tree["counters"]["num_env_steps_sampled_lifetime"]
     if tree and own:
-        runner.metrics.set_state(from_data(tree["metrics"]))
+        set_metrics(runner.metrics, tree["metrics"])
         notices = _continue(runner, tree)
     else:
         _start_anew(runner)
