@@ -172,6 +172,6 @@ def test_a_multi_agent_environment_goes_on() -> None:
     env, other = Turns(), Turns()
     env.reset(seed=4)
     for _ in range(5):
-        env.step({"p0": 1})
+        env.step({0: 1})
     set_env(other, env_tree(env))
-    assert_same([other.step({"p0": 1}) for _ in range(4)], [env.step({"p0": 1}) for _ in range(4)])
+    assert_same([other.step({0: 1}) for _ in range(4)], [env.step({0: 1}) for _ in range(4)])
