@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -27,7 +28,7 @@ NAMES = [
     "CliffWalking-v1", "Taxi-v3", "Blackjack-v1",
 ]  # fmt: skip
 ENVS: dict[str, Callable[[], Any]] = {
-    **{name: lambda name=name: gym.make(name, max_episode_steps=30) for name in NAMES},
+    **{name: partial(gym.make, name, max_episode_steps=30) for name in NAMES},
     "fickle taxi": lambda: gym.make("Taxi-v3", fickle_passenger=True, is_rainy=True),
     "sync": lambda: gym.make_vec("CartPole-v1", 3, "sync"),
     "vector entry point": lambda: gym.make_vec("CartPole-v1", 3, "vector_entry_point"),
@@ -38,7 +39,7 @@ ENVS: dict[str, Callable[[], Any]] = {
     ),
     "max and skip": lambda: wrappers.MaxAndSkipObservation(Pictures(), 3),
     "autoreset": lambda: wrappers.Autoreset(gym.make("CartPole-v1")),
-    "own wrapper": lambda: Counting(wrappers.TransformReward(Pictures(), lambda reward: reward / 2)),
+    "own wrapper": lambda: Counting(wrappers.TransformReward(Pictures(), lambda reward: float(reward) / 2)),
 }
 
 

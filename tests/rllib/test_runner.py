@@ -209,8 +209,8 @@ class Seen(RLlibCallback):
 
     lengths: ClassVar[list[list[int]]] = []
 
-    def on_episode_end(self, *, prev_episode_chunks: Any, **kwargs: Any) -> None:
-        Seen.lengths.append([len(chunk.get_observations()) for chunk in prev_episode_chunks])
+    def on_episode_end(self, **kwargs: Any) -> None:
+        Seen.lengths.append([len(chunk.get_observations()) for chunk in kwargs["prev_episode_chunks"]])
 
 
 def test_callbacks_see_whole_chunks(tmp_path: Path) -> None:
