@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("ray.rllib")
 
+import torch
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
@@ -241,6 +242,22 @@ def test_a_runner_without_environment_is_saved_too(tmp_path: Path) -> None:
     assert runner.env is None
     save(str(tmp_path), runner)
     assert restore(str(tmp_path), runner) == []
+
+
+class Sparse(Pictures):
+    """Gives a tensor that no checkpoint takes."""
+
+    def get_state(self) -> dict[str, Any]:
+        return {"sparse": torch.zeros(2).to_sparse()}
+
+
+def test_an_array_that_no_checkpoint_takes_costs_the_episodes_alone(tmp_path: Path) -> None:
+    runner = runner_of(CASES["stack"]().environment(Sparse))
+    runner.sample(num_timesteps=4)
+    save(str(tmp_path), runner)
+    (notice,) = restore(str(tmp_path), runner)
+    assert "a torch tensor of layout torch.sparse_coo" in notice
+    assert "running episodes are dropped" in notice
 
 
 def loaded(url: str) -> Any:
