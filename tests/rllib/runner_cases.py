@@ -245,12 +245,17 @@ def known_ids(runner: Any) -> list[str]:
     return ids
 
 
+def sample(runner: Any) -> Any:
+    """One fragment of each environment."""
+    steps = runner.config.rollout_fragment_length * runner.num_envs
+    return runner.sample(num_timesteps=steps, random_actions=runner.config.env_config.get("random", False))
+
+
 def sampled(runner: Any, known: list[str], samples: int = SAMPLES) -> list[str]:
     """What the next samples are: a digest for every episode chunk, and one for the metrics after each sample."""
     found = []
-    steps = runner.config.rollout_fragment_length * runner.num_envs
     for _ in range(samples):
-        chunks = runner.sample(num_timesteps=steps, random_actions=runner.config.env_config.get("random", False))
+        chunks = sample(runner)
         found += [_digest(_episode(chunk, known)) for chunk in chunks]
         metrics = runner.get_metrics()
         names = ("episode_len_mean", "episode_return_mean", "num_episodes_lifetime", "num_env_steps_sampled_lifetime")

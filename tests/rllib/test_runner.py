@@ -31,6 +31,7 @@ from tests.rllib.runner_cases import (
     known_ids,
     restore,
     runner_of,
+    sample,
     sampled,
     save,
     weights_of,
@@ -50,6 +51,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for case, config in CASES.items():
         runner = runner_of(config())
         sampled(runner, [], 3)
+        sample(runner)  # and nobody has asked for its metrics yet
         url = str(tmp_path_factory.mktemp("runs") / case)
         save(url, runner)
         known = known_ids(runner)
