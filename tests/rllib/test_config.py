@@ -318,14 +318,14 @@ def test_all_that_is_missing_is_one_error_and_may_be_given() -> None:
     with pytest.raises(InvalidInputError) as error:
         config_from(tree, given={"policy_mapping_fn": mapping, "gama": 0.5})
     for said in (
-        r"env_config/reward: the function test_all_that_is_missing",
+        "env_config/reward: a lambda (test_config.py, line",
         "env_config/deep~1er/1: an object of class builtins:object",
         "env_to_module_connector: a lambda (test_config.py, line",
         "callbacks_on_train_result/1: a lambda (test_config.py, line",
         "gama: is given, but the config has no such setting",
-        "given={'callbacks_on_train_result/1': ..., 'env_config/deep~1er/1': ..., ",
+        "given={'env_to_module_connector': ..., 'callbacks_on_train_result/1': ..., 'env_config/reward': ..., ",
     ):
-        assert said.replace("the function test_all_that_is_missing", "a lambda") in str(error.value)
+        assert said in str(error.value)
     assert "policy_mapping_fn" not in str(error.value)
     found = config_from(
         tree,

@@ -51,16 +51,18 @@ def boxes(draw: st.DrawFn) -> spaces.Box:
     dtype, shape = np.dtype(draw(st.sampled_from([*FLOATS, *INTS, "bool"]))), draw(shapes)
     rng = np.random.default_rng(draw(st.integers(0, 9)))
     if dtype.kind == "b":
-        return spaces.Box(False, True, shape, dtype)
-    low = rng.integers(0, 9, shape).astype("float64" if dtype.kind == "f" or draw(st.booleans()) else dtype)
-    high = low + rng.integers(0, 9, shape).astype(low.dtype)
-    if low.dtype.kind == "f" and dtype.kind != "u":
-        low[rng.random(shape) < 0.3] = -np.inf
-        high[rng.random(shape) < 0.3] = np.inf
-    if draw(st.booleans()):  # bounds as most give them
-        low, high = (np.full(shape, draw(st.sampled_from([0, 1])), dtype) for _ in range(2))
-        high = high + low
-    return spaces.Box(low.astype(np.float16) if dtype == "float16" else low, high.astype(low.dtype), shape, dtype)
+        return spaces.Box(0, 1, shape, np.bool_)
+    if draw(st.booleans()):  # as most give them
+        low, high = draw(st.sampled_from([(0, 1), (0, 127), (-np.inf, np.inf), (-1.5, 7.0)]))
+        return spaces.Box(low if dtype.kind != "u" else 0, high if dtype.kind != "u" else 9, shape, dtype.type)
+    # Infinite bounds of integers are given as floats.
+    given_as = np.dtype("float64") if dtype.kind == "i" and draw(st.booleans()) else dtype
+    lows = np.array(rng.integers(0, 9, shape), given_as)
+    highs = lows + np.array(rng.integers(0, 9, shape), given_as)
+    if given_as.kind == "f":
+        lows = np.where(rng.random(shape) < 0.3, -np.inf, lows).astype(given_as)
+        highs = np.where(rng.random(shape) < 0.3, np.inf, highs).astype(given_as)
+    return spaces.Box(np.asarray(lows), np.asarray(highs), shape, dtype.type)
 
 
 @st.composite
