@@ -23,7 +23,7 @@ from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.info import CheckpointInfo
 from rl_ckpt.rllib.about import about_tree, check_about
 from rl_ckpt.rllib.modules import module_tree, set_module
-from rl_ckpt.rllib.values import Decoder, Encoder
+from rl_ckpt.rllib.values import Decoder, Encoder, compact
 from rl_ckpt.state.paths import escape, literal
 
 DEFAULT_POLICY = "default_policy"
@@ -44,9 +44,9 @@ def policy_about(module: RLModule) -> dict[str, Any]:
     encoder = Encoder()
     return {
         "class": encoder.encode(type(inner)),
-        "observation_space": encoder.encode(inner.observation_space),
-        "action_space": encoder.encode(inner.action_space),
-        "model_config": encoder.encode(inner.model_config),
+        "observation_space": compact(encoder.encode(inner.observation_space)),
+        "action_space": compact(encoder.encode(inner.action_space)),
+        "model_config": compact(encoder.encode(inner.model_config)),
         "catalog_class": None if inner.catalog is None else encoder.encode(type(inner.catalog)),
         "inference_only": bool(inner.inference_only),
         "learner_only": bool(inner.learner_only),
@@ -178,7 +178,10 @@ def load_policy(
 
 
 def _load(checkpointer: Checkpointer, step: int | None, select: list[str]) -> dict[str, Any]:
-    tree = checkpointer.load_state(step, select=select)
+    try:
+        tree = checkpointer.load_state(step, select=select)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"no policy can be loaded from {checkpointer.url}: {error}") from error
     assert isinstance(tree, dict)
     return tree
 
@@ -214,10 +217,7 @@ def _listed(ids: list[str]) -> str:
 def _said(problems: Mapping[str, str], unknown: list[str]) -> str:
     lines = [f"{place}: {why}" for place, why in problems.items()]
     lines += [f"{place}: is given, but the policy has no such part" for place in unknown]
-    ask = ["module_class=... of load_policy, or given={'class': ...}"] if "class" in problems else []
-    ask += [f"given={{{place!r}: ...}}" for place in problems if place != "class"]
-    return (
-        "the policy can't be built here:\n  "
-        + "\n  ".join(lines)
-        + (f"\nGive what is missing: {', '.join(ask)}" if ask else "")
-    )
+    others = ", ".join(f"{place!r}: ..." for place in problems if place != "class")
+    ask = ["module_class=... of load_policy (given={'class': ...} of build_module)"] if "class" in problems else []
+    ask += [f"given={{{others}}}"] if others else []
+    return "the policy can't be built here:\n  " + "\n  ".join(lines) + (f"\nGive {', '.join(ask)}" if ask else "")

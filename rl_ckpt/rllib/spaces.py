@@ -77,14 +77,14 @@ def _dtype(dtype: Any) -> str:
 
 
 def _one_or_all(values: np.ndarray[Any, Any]) -> Any:
-    """An array of equal values (the bounds of most images) as one scalar."""
+    """An array of equal values (the bounds of most images) as one number."""
     flat = values.reshape(-1)
-    return flat[0] if flat.size and bool(np.all(flat == flat[0])) else values
+    return flat[0].item() if flat.size and bool(np.all(flat == flat[0])) else values
 
 
 def _box(space: spaces.Box) -> Tree:
     parts = {"low": space.low, "high": space.high, "below": space.bounded_below, "above": space.bounded_above}
-    return {"shape": space.shape, "dtype": _dtype(space.dtype), **{k: _one_or_all(v) for k, v in parts.items()}}
+    return {"shape": list(space.shape), "dtype": _dtype(space.dtype), **{k: _one_or_all(v) for k, v in parts.items()}}
 
 
 def _make_box(tree: Mapping[str, Any]) -> spaces.Box:
@@ -155,7 +155,7 @@ def _all(tree: Mapping[str, Any]) -> list[Space]:
 
 
 def _simplex(space: Simplex) -> Tree:
-    return {"shape": space.shape, "concentration": np.asarray(space.concentration), "dtype": _dtype(space.dtype)}
+    return {"shape": list(space.shape), "concentration": np.asarray(space.concentration), "dtype": _dtype(space.dtype)}
 
 
 def _make_simplex(tree: Mapping[str, Any]) -> Simplex:
