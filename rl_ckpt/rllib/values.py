@@ -241,14 +241,14 @@ class Decoder:
         return functools.partial(function, *args, **kwargs) if len(self.problems) == before else None
 
     def _dataclass(self, tree: Mapping[str, Any], place: str) -> Any:
-        cls = self.cls(tree["class"], join(place, "class"), object, "a dataclass")
+        cls: Any = self.cls(tree["class"], join(place, "class"), object, "a dataclass")
         fields = {name: self.decode(item, join(place, name)) for name, item in tree["fields"].items()}
         if cls is None:
             return None
         if not dataclasses.is_dataclass(cls):
             return self.problem(join(place, "class"), f"{describe(cls)} is no dataclass here")
         # Not through its constructor: that would make what it makes of its arguments once more.
-        made = object.__new__(cls)
+        made: Any = object.__new__(cls)  # type: ignore[arg-type]  # mypy doubts that it is a class
         for name, value in {**_field_defaults(cls), **fields}.items():
             object.__setattr__(made, name, value)
         return made
@@ -328,9 +328,10 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, float):
-        return one.hex() == other.hex()
+        return bool(one.hex() == other.hex())
     if isinstance(one, np.ndarray | np.generic):
-        return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+        looks = one.dtype == other.dtype and one.shape == other.shape
+        return bool(looks and one.tobytes() == other.tobytes())
     if type(one) in _PLAIN:
         return bool(one == other)
     return one is other  # arrays of torch and jax, which no default holds

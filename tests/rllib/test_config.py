@@ -49,7 +49,7 @@ def stored(tree: Any) -> Any:
         return checkpointer.load_state()["tree"]
 
 
-def again(config: AlgorithmConfig, **given: Any) -> AlgorithmConfig:
+def again(config: AlgorithmConfig, **given: Any) -> Any:
     return config_from(stored(config_tree(config)), given=given)
 
 
@@ -119,7 +119,7 @@ def local_config() -> type[PPOConfig]:
     return Local
 
 
-def rich_ppo() -> PPOConfig:
+def rich_ppo() -> Any:
     box = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
     specs = {
         "p0": RLModuleSpec(
@@ -134,9 +134,11 @@ def rich_ppo() -> PPOConfig:
         ),
         "p1": RLModuleSpec(model_config={"hidden": (8, 8), "init": functools.partial(torch.nn.init.normal_, std=0.1)}),
     }
+    config: Any = PPOConfig()
     return (
-        PPOConfig()
-        .environment(Maze, env_config={"size": 3, "walls": {1: (2, 3)}, "rate": np.float32(0.1)}, clip_rewards=1.0)
+        config.environment(
+            Maze, env_config={"size": 3, "walls": {1: (2, 3)}, "rate": np.float32(0.1)}, clip_rewards=1.0
+        )
         .env_runners(
             num_env_runners=2,
             env_to_module_connector=make_filter,
@@ -224,7 +226,7 @@ def test_one_dict_of_specs_stays_one() -> None:
 
 
 def test_a_config_inside_a_config_comes_back() -> None:
-    config = PPOConfig().training(lr=0.1)
+    config: Any = PPOConfig().training(lr=0.1)
     config.evaluation_config = SACConfig().training(twin_q=False)
     found = again(config).evaluation_config
     assert type(found) is SACConfig
@@ -306,9 +308,11 @@ def test_a_set_is_stored_in_one_order() -> None:
 
 def test_all_that_is_missing_is_one_error_and_may_be_given() -> None:
     n = 3
+    config: Any = PPOConfig()
     config = (
-        PPOConfig()
-        .environment("CartPole-v1", env_config={"reward": lambda x: x + n, "size": 3, "deep/er": [Color, object()]})
+        config.environment(
+            "CartPole-v1", env_config={"reward": lambda x: x + n, "size": 3, "deep/er": [Color, object()]}
+        )
         .env_runners(env_to_module_connector=lambda env, spaces, device: None)
         .multi_agent(policies={"p0", "p1"}, policy_mapping_fn=lambda agent, episode, **_: "p0")
         .callbacks(on_train_result=[on_result, lambda **_: None])
@@ -327,7 +331,7 @@ def test_all_that_is_missing_is_one_error_and_may_be_given() -> None:
     ):
         assert said in str(error.value)
     assert "policy_mapping_fn" not in str(error.value)
-    found = config_from(
+    found: Any = config_from(
         tree,
         given={
             "policy_mapping_fn": mapping,
@@ -414,12 +418,16 @@ def forget(name: str) -> None:
     _global_registry.unregister(ENV_CREATOR, name)
 
 
+def rebuilt(tree: Any, env: Any = None) -> Any:
+    return config_from(tree, given=None if env is None else {"env": env})
+
+
 def test_an_environment_registered_by_an_importable_function_is_registered_again(registered: str) -> None:
     register_env(registered, make_maze)
     tree = stored(config_tree(PPOConfig().environment(registered)))
     forget(registered)
     assert not is_known_env(registered)
-    assert config_from(tree).env == registered
+    assert rebuilt(tree).env == registered
     assert _global_registry.get(ENV_CREATOR, registered) is make_maze
     assert not ray.is_initialized()
 
@@ -427,16 +435,16 @@ def test_an_environment_registered_by_an_importable_function_is_registered_again
 def test_an_environment_registered_by_a_lambda_must_be_registered_or_given(registered: str) -> None:
     register_env(registered, lambda env_config: Maze())
     tree = stored(config_tree(PPOConfig().environment(registered)))
-    assert config_from(tree).env == registered
+    assert rebuilt(tree).env == registered
     forget(registered)
     with pytest.raises(InvalidInputError) as error:
         config_from(tree)
     assert f"env: the environment {registered!r} is not registered here (it was with a lambda" in str(error.value)
     assert f"call `ray.tune.register_env({registered!r}, ...)` before" in str(error.value)
     assert "given={'env': ...}" in str(error.value)
-    assert config_from(tree, given={"env": Maze}).env is Maze
-    assert config_from(tree, given={"env": "CartPole-v1"}).env == "CartPole-v1"
-    assert config_from(tree, given={"env": make_maze}).env == registered
+    assert rebuilt(tree, Maze).env is Maze
+    assert rebuilt(tree, "CartPole-v1").env == "CartPole-v1"
+    assert rebuilt(tree, make_maze).env == registered
     assert _global_registry.get(ENV_CREATOR, registered) is make_maze
 
 

@@ -44,12 +44,8 @@ def shadowed() -> int:
     return 1
 
 
-original = shadowed
-
-
-@functools.cache
-def shadowed() -> int:  # type: ignore[no-redef]  # that is the case tested
-    return 2
+original: Any = shadowed
+shadowed = functools.cache(shadowed)
 
 
 def local_class() -> type:

@@ -51,7 +51,7 @@ def boxes(draw: st.DrawFn) -> spaces.Box:
     dtype, shape = np.dtype(draw(st.sampled_from([*FLOATS, *INTS, "bool"]))), draw(shapes)
     rng = np.random.default_rng(draw(st.integers(0, 9)))
     if dtype.kind == "b":
-        return spaces.Box(0, 1, shape, np.bool_)
+        return spaces.Box(0, 1, shape, np.bool_)  # type: ignore[arg-type]  # gymnasium takes it
     if draw(st.booleans()):  # as most give them
         low, high = draw(st.sampled_from([(0, 1), (0, 127), (-np.inf, np.inf), (-1.5, 7.0)]))
         return spaces.Box(low if dtype.kind != "u" else 0, high if dtype.kind != "u" else 9, shape, dtype.type)
@@ -72,7 +72,7 @@ def multi_discretes(draw: st.DrawFn) -> spaces.MultiDiscrete:
     return spaces.MultiDiscrete(rng.integers(1, 9, shape), dtype=dtype, start=rng.integers(0, 9, shape))
 
 
-discretes = st.builds(
+discretes: Any = st.builds(
     lambda n, start, dtype: spaces.Discrete(n, start=start, dtype=dtype),
     st.integers(1, 100),
     st.integers(0, 20),
@@ -151,6 +151,9 @@ def test_bounds_of_an_image_take_no_room() -> None:
     assert all(np.ndim(tree[part]) == 0 for part in ("low", "high", "below", "above"))
 
 
+ODD_KEYS: Any = {("a", 1): spaces.Discrete(2)}
+
+
 class Maze(spaces.Box):
     """Somebody's own."""
 
@@ -160,7 +163,7 @@ class Maze(spaces.Box):
     [
         (Maze(0, 1, (2,)), "an object of class .*:Maze, a space that is not stored"),
         (spaces.Tuple([Maze(0, 1, (2,))]), "a space that is not stored"),
-        (spaces.Dict({("a", 1): spaces.Discrete(2)}), r"a Dict space with the key \('a', 1\); keys must be str or int"),
+        (spaces.Dict(ODD_KEYS), r"a Dict space with the key \('a', 1\); keys must be str or int"),
     ],
 )
 def test_a_space_that_is_not_known_is_named(space: gym.Space[Any], said: str) -> None:
