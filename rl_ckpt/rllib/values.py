@@ -141,7 +141,8 @@ class Encoder:
 
     def _dataclass(self, value: Any) -> Any:
         names = [field.name for field in dataclasses.fields(value)]
-        names += [name for name in getattr(value, "__dict__", {}) if name not in names]
+        if hasattr(value, "__post_init__"):  # it is not called again; other attributes are caches, or hidden on purpose
+            names += [name for name in getattr(value, "__dict__", {}) if name not in names]
         fields = {name: self.encode(getattr(value, name)) for name in names if hasattr(value, name)}
         for name, default in _field_defaults(type(value)).items():
             if name in fields and same(fields[name], Encoder().encode(default)):

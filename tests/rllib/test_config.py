@@ -529,6 +529,34 @@ def test_fields_that_are_newer_than_what_was_saved_get_their_defaults() -> None:
     assert Decoder().decode(tree, "") == Frozen(1, [])
 
 
+@dataclass
+class Tuned:
+    """With an attribute that is no field, but made by the constructor."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        self.twice = 2 * self.n
+        self.n += 1
+
+
+@dataclass
+class Hiding:
+    """With one that others set, as `checkpointing` hides storage options."""
+
+    n: int
+
+
+def test_of_a_dataclass_its_fields_are_stored_and_what_its_constructor_made() -> None:
+    tuned: Any = Decoder().decode(stored(Encoder().encode(Tuned(3))), "")
+    assert (tuned.n, tuned.twice) == (4, 6)
+    hiding = Hiding(3)
+    vars(hiding)["secret"] = functools.partial(dict, key="AKIA")
+    tree = stored(Encoder().encode(hiding))
+    assert "AKIA" not in str(tree)
+    assert Decoder().decode(tree, "") == hiding
+
+
 def test_nothing_is_pickled_and_no_ray_started(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("pickled")

@@ -113,6 +113,29 @@ def test_a_class_that_its_module_lost_has_no_name(monkeypatch: pytest.MonkeyPatc
         class_ref(lost)
 
 
+made_here = local_class()
+a_lambda = lambda: 1  # noqa: E731  # as people write them
+a_closure = closure(2)
+
+
+@pytest.mark.parametrize("name", ["made_here", "a_lambda", "a_closure"])
+def test_what_a_variable_of_a_module_holds_is_found_by_that(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As RLlib's own examples make environments: `MultiAgentCartPole = make_multi_agent(...)`."""
+    module = sys.modules[__name__]
+    obj = vars(module)[name]
+    assert class_ref(obj) == f"{__name__}:{name}"
+    assert resolve(f"{__name__}:{name}") is obj
+    elsewhere = types.ModuleType("aaa_elsewhere")
+    elsewhere.env = obj  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "aaa_elsewhere", elsewhere)
+    assert class_ref(obj) == f"{__name__}:{name}"
+    monkeypatch.delattr(module, name)
+    assert class_ref(obj) == "aaa_elsewhere:env"
+    assert resolve("aaa_elsewhere:env") is obj
+    with pytest.raises(InvalidInputError, match=f"'{__name__}:{name}' is not found here"):
+        resolve(f"{__name__}:{name}")
+
+
 def in_main(obj: Any) -> Any:
     obj.__module__ = "__main__"
     return obj
@@ -151,6 +174,7 @@ def test_a_module_that_is_not_here_is_believed() -> None:
         ("numpy:pi", "is a float here, and no class or function"),
         ("numpy", "is no name of a class or function"),
         (":x", "is no name of a class or function"),
+        ("os:lambda_of_a_trick", "is not found here"),
         ("os:system", "Python's own library, which a checkpoint may not name"),
         ("builtins:eval", "Python's own library, which a checkpoint may not name"),
         ("subprocess:Popen", "Python's own library, which a checkpoint may not name"),
