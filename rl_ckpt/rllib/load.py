@@ -96,7 +96,7 @@ def _config(described: Mapping[str, Any], changes: Changes) -> AlgorithmConfig:
     return config_from(described["config"], given=given)
 
 
-def _narrow(config: AlgorithmConfig, changes: Changes) -> None:
+def _narrow(config: Any, changes: Changes) -> None:
     """Leaves policies out, and puts other functions in."""
     if changes.policy_mapping_fn is not None:
         config.multi_agent(policy_mapping_fn=changes.policy_mapping_fn)
@@ -115,8 +115,10 @@ def _narrow(config: AlgorithmConfig, changes: Changes) -> None:
         config.multi_agent(policies_to_train=[id_ for id_ in trained if id_ in wanted])
     modules = config._rl_module_spec
     if isinstance(modules, MultiRLModuleSpec):
-        kept = {id_: spec for id_, spec in modules.rl_module_specs.items() if id_ in wanted}
-        modules.rl_module_specs = modules.module_specs = kept
+        specs: Any = modules
+        specs.rl_module_specs = specs.module_specs = {
+            id_: spec for id_, spec in specs.rl_module_specs.items() if id_ in wanted
+        }
     overrides = config.algorithm_config_overrides_per_module
     config.algorithm_config_overrides_per_module = {id_: v for id_, v in overrides.items() if id_ in wanted}
 

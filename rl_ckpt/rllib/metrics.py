@@ -27,7 +27,7 @@ def metrics_tree(logger: MetricsLogger) -> list[dict[str, Any]]:
 
 def metrics_problems(logger: MetricsLogger, saved: Sequence[Mapping[str, Any]]) -> list[str]:
     """What `set_metrics` could not make: statistics of classes that the logger does not know; changes nothing."""
-    unknown = sorted({item["state"]["stats_cls_identifier"] for item in saved} - set(logger.stats_cls_lookup))
+    unknown = sorted({item["state"]["stats_cls_identifier"] for item in saved} - set(logger.stats_cls_lookup or {}))
     text = "give them by `config.reporting(custom_stats_cls_lookup=...)`"
     return [f"metrics use statistics {unknown}, which are not known here; {text}"] if unknown else []
 
@@ -76,7 +76,8 @@ def _plain(value: Any) -> Any:
 
 
 def _stats(logger: MetricsLogger, state: Mapping[str, Any]) -> Any:
-    stats = logger.stats_cls_lookup[state["stats_cls_identifier"]].from_state(dict(state))
+    known: Any = logger.stats_cls_lookup
+    stats = known[state["stats_cls_identifier"]].from_state(dict(state))
     if hasattr(stats, "_set_items"):  # its own set_state leaves a list where it takes from the left of a deque
         stats._set_items(stats.items)
     return stats
