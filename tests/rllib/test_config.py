@@ -5,7 +5,9 @@ from __future__ import annotations
 import collections
 import enum
 import functools
+import math
 import pickle
+import struct
 import uuid
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -268,6 +270,12 @@ def test_any_value_comes_back(value: Any) -> None:
     config = PPOConfig().environment(env_config={"value": value})
     found = again(config).env_config["value"]
     assert_value(found, value)
+
+
+def test_a_nan_keeps_its_bits_where_others_become_text() -> None:
+    (odd,) = struct.unpack("<d", bytes.fromhex("010000000000f87f"))
+    value = [odd, *range(20), math.inf, -0.0]
+    assert_same(again(PPOConfig().environment(env_config={"value": value})).env_config["value"], value)
 
 
 def assert_value(found: Any, expected: Any) -> None:
