@@ -40,7 +40,7 @@ def dqn_config(seed: int | None = 7, **training: Any) -> DQNConfig:
     settings = {"train_batch_size_per_learner": 16, "num_steps_sampled_before_learning_starts": 32} | training
     config = DQNConfig().environment("CartPole-v1").training(**settings).rl_module(model_config=TINY)
     config.env_runners(num_env_runners=0, rollout_fragment_length=8).debugging(seed=seed)
-    return config.reporting(min_sample_timesteps_per_iteration=64, min_time_s_per_iteration=None)
+    return config.reporting(min_sample_timesteps_per_iteration=40, min_time_s_per_iteration=None)
 
 
 def sac_config(seed: int | None = 7, **training: Any) -> SACConfig:
@@ -48,7 +48,7 @@ def sac_config(seed: int | None = 7, **training: Any) -> SACConfig:
     settings = {"train_batch_size_per_learner": 16, "num_steps_sampled_before_learning_starts": 32} | training
     config = SACConfig().environment("Pendulum-v1").training(**settings).rl_module(model_config=TINY)
     config.env_runners(num_env_runners=0, rollout_fragment_length=8).debugging(seed=seed)
-    return config.reporting(min_sample_timesteps_per_iteration=64, min_time_s_per_iteration=0)
+    return config.reporting(min_sample_timesteps_per_iteration=40, min_time_s_per_iteration=0)
 
 
 def impala_config(seed: int | None = 7, **training: Any) -> IMPALAConfig:
@@ -145,6 +145,10 @@ def _shown(thing: Any) -> dict[str, Any]:
     return {id_: {n: t.detach().clone() for n, t in part.items()} for id_, part in parameters_of(thing.module).items()}
 
 
+def _own(value: Any) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+
+
 def copies_of(algo: Algorithm) -> dict[str, dict[str, Any]]:
     """Weights by who has them: every learner, env runner and evaluation runner, and the state server."""
     out: dict[str, dict[str, Any]] = {}
@@ -165,7 +169,7 @@ def copies_of(algo: Algorithm) -> dict[str, dict[str, Any]]:
     if state is not None:
         served = state["rl_module"]
         served = ray.get(served) if isinstance(served, ray.ObjectRef) else served
-        out["server"] = {id_: {n: torch.as_tensor(t) for n, t in part.items()} for id_, part in served.items()}
+        out["server"] = {id_: {n: _own(t) for n, t in part.items()} for id_, part in served.items()}
     return out
 
 

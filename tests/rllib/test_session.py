@@ -84,7 +84,7 @@ def saved(ray_small: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def loaded(saved: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a fresh process found, that had nothing but the urls."""
     urls = json.dumps({name: case["url"] for name, case in saved.items()})
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local", "RAY_DEDUP_LOGS": "0"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-c", FRESH, urls], cwd=ROOT, capture_output=True, text=True, timeout=170, env=environment
     )
