@@ -13,7 +13,6 @@ import ray
 import torch
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
-from ray.rllib.algorithms.appo import APPOConfig
 from ray.rllib.algorithms.dqn import DQNConfig
 from ray.rllib.algorithms.impala import IMPALAConfig
 from ray.rllib.algorithms.ppo import PPOConfig
@@ -52,19 +51,11 @@ def sac_config(seed: int | None = 7, **training: Any) -> SACConfig:
 
 
 def impala_config(seed: int | None = 7, **training: Any) -> IMPALAConfig:
-    """IMPALA with one remote learner and two remote runners, that take their weights from the state server."""
+    """IMPALA with a remote learner and a remote runner, which takes its weights from the state server."""
     config = IMPALAConfig().environment("CartPole-v1").training(train_batch_size_per_learner=40, **training)
-    config.env_runners(num_env_runners=2, rollout_fragment_length=20).learners(num_learners=1)
+    config.env_runners(num_env_runners=1, rollout_fragment_length=20).learners(num_learners=1)
     config.rl_module(model_config=TINY).debugging(seed=seed)
-    return config.reporting(min_time_s_per_iteration=0, min_sample_timesteps_per_iteration=200)
-
-
-def appo_config(seed: int | None = 7, **training: Any) -> APPOConfig:
-    """APPO, as `impala_config`."""
-    config = APPOConfig().environment("CartPole-v1").training(train_batch_size_per_learner=40, **training)
-    config.env_runners(num_env_runners=2, rollout_fragment_length=20).learners(num_learners=1)
-    config.rl_module(model_config=TINY).debugging(seed=seed)
-    return config.reporting(min_time_s_per_iteration=0, min_sample_timesteps_per_iteration=200)
+    return config.reporting(min_time_s_per_iteration=0, min_sample_timesteps_per_iteration=120)
 
 
 class Pairs(MultiAgentEnv):
@@ -209,6 +200,9 @@ class OwnModule(TorchRLModule, ValueFunctionAPI):
         self.register_buffer("seen", torch.tensor(2**40, dtype=torch.int64))  # RLlib's own way makes 0 of it
 
     def _forward(self, batch: Any, **kwargs: Any) -> dict[str, Any]:
+        return {"action_dist_inputs": self._forward_train(batch)["action_dist_inputs"]}
+
+    def _forward_train(self, batch: Any, **kwargs: Any) -> dict[str, Any]:
         features = torch.tanh(self.body(batch["obs"].to(self.dtype)))
         return {"action_dist_inputs": self.heads["pi"](features).float(), "embeddings": features}
 
