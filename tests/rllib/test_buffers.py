@@ -70,7 +70,7 @@ class Sampler:
 
 
 class MultiSampler(Sampler):
-    """Two agents with a module each; the second one steps every other time. (RLlib joins pieces of flat spaces only.)"""
+    """Two agents with a module each; the second one steps every other time. RLlib joins pieces of flat spaces only."""
 
     def obs(self):
         return self.rng.random(4, np.float32)
@@ -158,6 +158,9 @@ def plain(value):
         fields = {name: plain(getattr(value, name)) for name in sorted(set(names) - ignored) if hasattr(value, name)}
         if "_module_to_last_sampled_indices" in fields:  # in the order of the last sample, and only looked up by id
             fields |= {"_module_to_last_sampled_indices": sorted(fields["_module_to_last_sampled_indices"].items())}
+            # RLlib leaves entries of samples that were evicted, past the end, which nothing reads.
+            places = fields["_sample_idx_to_tree_idx"]
+            fields |= {"_sample_idx_to_tree_idx": {i: places[i] for i in range(len(value._indices))}}
         return fields
     return value
 
