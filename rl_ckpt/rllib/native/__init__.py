@@ -1,0 +1,1 @@
+"""Native RLlib checkpoints: reading, importing and exporting them."""
