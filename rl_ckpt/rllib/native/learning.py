@@ -18,9 +18,9 @@ import torch
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
+from ray.rllib.core.rl_module.rl_module import RLModule
 
 from rl_ckpt.errors import CorruptionError, InvalidInputError
-from rl_ckpt.rllib.modules import policies_of
 from rl_ckpt.rllib.native.objects import NotImported
 from rl_ckpt.rllib.rng import rng_tree, set_rng
 
@@ -65,14 +65,13 @@ def built_learner(config: AlgorithmConfig, spec: MultiRLModuleSpec) -> Iterator[
         learner.shutdown()
 
 
-def set_weights(learner: TorchLearner, policy: str, state: Mapping[Any, Any], file: str) -> None:
-    """Sets one module to native weights, by name, in its own dtypes.
+def load_module(module: RLModule, state: Mapping[Any, Any], file: str) -> None:
+    """Sets a module to native weights, by name, in its own dtypes.
 
     Raises:
         CorruptionError: Names or shapes are others than the module's; lists them.
         InvalidInputError: A dtype is another, so that values would be converted.
     """
-    module = policies_of(learner.module)[policy]
     here = module.state_dict() if isinstance(module, torch.nn.Module) else {}
     missing, unexpected = [n for n in here if n not in state], [n for n in state if n not in here]
     if missing or unexpected:
