@@ -61,6 +61,11 @@ def state_tree(state: Any, at: str) -> Any:
     return to_data(_arrays(state), at)
 
 
+def state_from(tree: Any) -> Any:
+    """The reverse of `state_tree`, as a connector's `set_state` takes it."""
+    return _texts(from_data(tree))
+
+
 def connectors_problems(pipeline: ConnectorPipelineV2 | None, tree: dict[str, Any], where: str) -> list[str]:
     """Saved connectors that are not in a pipeline; changes nothing."""
     here = [name for name, _ in _named(pipeline)]
@@ -76,7 +81,7 @@ def set_connectors(pipeline: ConnectorPipelineV2 | None, tree: dict[str, Any]) -
     """Sets every connector that has a saved state; `connectors_problems` must have found none."""
     for name, connector in _named(pipeline):
         if name in tree:
-            connector.set_state(_texts(from_data(tree[name])))
+            connector.set_state(state_from(tree[name]))
 
 
 def _named(pipeline: ConnectorPipelineV2 | None, above: str = "") -> Iterator[tuple[str, ConnectorV2]]:
