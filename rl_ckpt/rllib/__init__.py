@@ -7,8 +7,8 @@
     ckpt.restore(algo)                       # in place, onto any number of learners and env runners
     algo = load("s3://bucket/run-7")         # in a new process, from nothing but the url
 
-Owns: what of an Algorithm is saved, and how it is put back. Promises: an Algorithm that does not fit a checkpoint is not
-changed; after a restore every copy of the weights is the restored one before the first sample is drawn; nothing is
+Owns: what of an Algorithm is saved, and how it is put back. Promises: an Algorithm that does not fit a checkpoint is
+not changed; after a restore every copy of the weights is the restored one before the first sample is drawn; nothing is
 pickled. Does not: store or move anything itself; that is the floors below.
 """
 

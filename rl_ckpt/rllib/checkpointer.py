@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
@@ -18,10 +18,10 @@ from rl_ckpt.info import CheckpointInfo, VerifyReport
 from rl_ckpt.options import check_step
 from rl_ckpt.rllib.fit import plan_of
 from rl_ckpt.rllib.inside import restage_in_algorithm, save_in_algorithm
-from rl_ckpt.rllib.load import Changes, build, policies_of_algorithm, read_description
+from rl_ckpt.rllib.load import Changes, build, read_description, start_ray
 from rl_ckpt.rllib.report import AlgorithmRestore
 from rl_ckpt.rllib.restoring import restore_algorithm
-from rl_ckpt.rllib.team import Team, check_algorithm, team_of
+from rl_ckpt.rllib.team import Team, check_algorithm, policies_of, team_of
 from rl_ckpt.store.committer import SaveRequest
 from rl_ckpt.store.pending import PendingSave, raise_untold
 
@@ -134,7 +134,7 @@ class AlgorithmCheckpointer:
         begun, wanted = time.monotonic(), None if step is None else check_step(step)
         spec = self._ckpt._running_service().spec
         about = read_description(spec, self.url, wanted, "about")["about"]
-        plan = plan_of(about, policies_of_algorithm(algo), policies, goes_on=policies is None)
+        plan = plan_of(about, policies_of(algo), policies, goes_on=policies is None)
         report = self.last_restore = restore_algorithm(spec, algo, plan, wanted, begun)
         if policies is None:
             self._ckpt._branch.restored(report.id)
@@ -169,12 +169,13 @@ class AlgorithmCheckpointer:
             CheckpointError: As `restore`; no Algorithm is left behind.
         """
         begun, wanted = time.monotonic(), None if step is None else check_step(step)
+        start_ray()
         spec = self._ckpt._running_service().spec
         changes = Changes(dict(given or {}), config, policies, policy_mapping_fn, policies_to_train)
         described = read_description(spec, self.url, wanted, "about", "config")
         algo = build(described, changes)
         try:
-            plan = plan_of(described["about"], policies_of_algorithm(algo), policies, goes_on=True)
+            plan = plan_of(described["about"], policies_of(algo), policies, goes_on=True)
             report = self.last_restore = restore_algorithm(spec, algo, plan, wanted, begun)
         except BaseException:
             algo.stop()

@@ -93,11 +93,8 @@ def plan_of(
         raise InvalidInputError(f"{text}; `rl_ckpt.rllib.load_policy` reads it")
     saved = list(about["policies"])
     mapping = _mapping(wanted, saved, have)
-    unknown = [id_ for id_ in mapping if id_ not in saved]
     homeless = [id_ for id_ in mapping.values() if id_ not in have]
-    problems = []
-    if unknown:
-        problems.append(f"the checkpoint has no policies {_known(unknown, saved)}")
+    problems = _unknown(mapping, saved)
     if homeless:
         problems.append(f"this Algorithm has no policies {_known(homeless, have)}")
     twice = sorted({id_ for id_ in mapping.values() if list(mapping.values()).count(id_) > 1})
@@ -117,6 +114,22 @@ def plan_of(
         about["num_learners"],
         {part: tuple(about[part]) for part in ("env_runners", "eval_env_runners")},
     )
+
+
+def check_policies(wanted: Iterable[str], saved: Sequence[str]) -> None:
+    """Whether a checkpoint has policies.
+
+    Raises:
+        InvalidInputError: Not all; lists those that it has.
+    """
+    problems = _unknown(wanted, saved)
+    if problems:
+        raise InvalidInputError(problems[0])
+
+
+def _unknown(wanted: Iterable[str], saved: Sequence[str]) -> list[str]:
+    unknown = [id_ for id_ in wanted if id_ not in saved]
+    return [f"the checkpoint has no policies {_known(unknown, saved)}"] if unknown else []
 
 
 def _mapping(

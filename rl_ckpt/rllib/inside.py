@@ -64,27 +64,23 @@ _held: dict[tuple[str, int], _Held] = {}
 """Between the phases, by restore and rank: the driver's process may be an actor of another Algorithm's Tune trial."""
 
 
-def save_in_algorithm(
-    roles: tuple[Role, ...], target: Any, spec: RunSpec, place: Place, request: SaveRequest
-) -> bytes:
+def save_in_algorithm(roles: tuple[Role, ...], target: Any, spec: RunSpec, place: Place, request: SaveRequest) -> bytes:
     """Stages a process's part of a save; runs inside it."""
 
     def work() -> StagedRank:
         begun = time.monotonic()
-        with part_tree(target, roles[place.rank]) as tree:
+        with part_tree(target, roles[place.rank], place.key) as tree:
             return save_rank(spec, place, request, Replicated(tree), begun)
 
     return as_value(spec, place, "lost_save", work)
 
 
-def restage_in_algorithm(
-    roles: tuple[Role, ...], target: Any, spec: RunSpec, place: Place, order: Restage
-) -> bytes:
+def restage_in_algorithm(roles: tuple[Role, ...], target: Any, spec: RunSpec, place: Place, order: Restage) -> bytes:
     """Stages what a process that died was to stage; runs inside one that has staged its own part."""
 
     def work() -> StagedRank:
         begun = time.monotonic()
-        with part_tree(target, roles[place.rank]) as tree:
+        with part_tree(target, roles[place.rank], place.key) as tree:
             return restage_rank(spec, place, order, Replicated(tree), begun)
 
     return as_value(spec, place, "lost_save", work)
@@ -115,7 +111,7 @@ def apply_in_algorithm(key: str, rank: int, target: Any) -> bytes:
             raise InvalidInputError("nothing is held of this restore: the process was restarted; restore again")
         if rank:  # the driver needs it until the end
             del _held[key, rank]
-        return apply_part(target, held.task.parts(rank), held.tree, held.task.plan)
+        return apply_part(target, held.task.parts(rank), held.tree, held.task.plan, key)
 
     return told(rank, work)
 

@@ -18,9 +18,9 @@ from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.rllib.about import check_about
 from rl_ckpt.rllib.config import config_from
-from rl_ckpt.rllib.fit import unknown_policies
-from rl_ckpt.runtime.restore import RestoreRequest, restore_rank
+from rl_ckpt.rllib.fit import check_policies
 from rl_ckpt.runtime.inside import guarded
+from rl_ckpt.runtime.restore import RestoreRequest, restore_rank
 from rl_ckpt.runtime.spec import Place, RunSpec
 
 
@@ -68,28 +68,17 @@ def build(described: Mapping[str, Any], changes: Changes) -> Algorithm:
         text = f"the checkpoint is of one {about['kind']}, not of an Algorithm"
         raise InvalidInputError(f"{text}; `rl_ckpt.rllib.load_policy` reads it")
     if changes.policies is not None:
-        unknown_policies(changes.policies, about["policies"])
+        check_policies(changes.policies, about["policies"])
     config = _config(described, changes)
     _narrow(config, changes)
     algo: Algorithm = config.build_algo()
     return algo
 
 
-def policies_of_algorithm(algo: Algorithm) -> list[str]:
-    """Ids of its policies: those of its learners."""
-    found: list[str] = algo.learner_group.foreach_learner(_policies)
-    ids = next(iter(found))
-    return list(ids.get() if hasattr(ids, "get") else ids)
-
-
 def start_ray() -> None:
     """Starts Ray where it does not run yet, as RLlib itself does."""
     if not ray.is_initialized():
         ray.init()
-
-
-def _policies(learner: Any) -> list[str]:
-    return list(learner.module.keys())
 
 
 def _config(described: Mapping[str, Any], changes: Changes) -> AlgorithmConfig:

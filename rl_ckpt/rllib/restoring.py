@@ -9,7 +9,7 @@ says that the Algorithm is in part restored.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,6 +30,7 @@ from rl_ckpt.rllib.inside import (
 )
 from rl_ckpt.rllib.parts import Applied, local_roles
 from rl_ckpt.rllib.report import AlgorithmRestore
+from rl_ckpt.rllib.served import replace_served
 from rl_ckpt.rllib.team import Team, team_of
 from rl_ckpt.runtime.calls import Own, call_all, new_key
 from rl_ckpt.runtime.losses import in_one_line
@@ -65,7 +66,7 @@ def restore_algorithm(spec: RunSpec, algo: Algorithm, plan: Plan, step: int | No
         raise InvalidInputError(f"checkpoint {first.id} does not fit this Algorithm (nothing was changed):\n  {lines}")
     forget_requests(algo)
     applied = _apply(spec, team, key)
-    digests = _compare(algo, plan, team, applied)
+    digests = _compare(plan, team, applied, replace_served(algo))
     finish_in_driver(key)
     notices = [text for part in applied for text in part.notices]
     notices += [f"{role} is not healthy; RLlib gives it the restored weights when it is back" for role in team.absent]
@@ -92,7 +93,9 @@ def _fetch(spec: RunSpec, team: Team, task: Task, step: int | None, key: str) ->
     try:
         return call_all(spec, team.handles, "lost_restore", fetch, RestoreRequest(step), Fetched, key)
     except WorkerFailuresError as error:
-        named = "; ".join(f"{team.roles[rank]}: {text}" for rank, text in error.failures.items() if rank < len(team.roles))
+        named = "; ".join(
+            f"{team.roles[rank]}: {text}" for rank, text in error.failures.items() if rank < len(team.roles)
+        )
         raise WorkerFailuresError(f"{named or error} (nothing was changed)", error.failures, error.lost) from error
 
 
@@ -124,7 +127,9 @@ def _lost(found: Sequence[Any]) -> set[int]:
     return {rank for part in found if isinstance(part, Failure) for rank in part.lost}
 
 
-def _everywhere(spec: RunSpec, team: Team, function: Callable[[str, int, Any], bytes], key: str, kind: Any) -> list[Any]:
+def _everywhere(
+    spec: RunSpec, team: Team, function: Callable[[str, int, Any], bytes], key: str, kind: Any
+) -> list[Any]:
     """Runs a function in every process of a team, the own one last; an answer or a `Failure` of each, by rank."""
     calls = {
         rank: handle.__ray_call__.options(max_task_retries=0).remote(_Call(function, key, rank))

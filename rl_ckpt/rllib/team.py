@@ -8,13 +8,16 @@ see our calls: those go to the actors directly, so that a failure of ours can't 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from rl_ckpt.errors import InvalidInputError
+import ray
+from ray.rllib.algorithms.algorithm import Algorithm
+
+from rl_ckpt.errors import InvalidInputError, WorkerFailuresError
 from rl_ckpt.runtime.calls import Own
+from rl_ckpt.runtime.losses import in_one_line, is_loss
 
-if TYPE_CHECKING:
-    from ray.rllib.algorithms.algorithm import Algorithm
+_ANSWER_S = 300.0  # a learner may have updates to do before
 
 Kind = Literal["driver", "learner", "env_runner", "eval_env_runner"]
 
@@ -90,8 +93,6 @@ def check_algorithm(algo: Any) -> None:
     Raises:
         InvalidInputError: Not an Algorithm of the new API stack, or one that was stopped.
     """
-    from ray.rllib.algorithms.algorithm import Algorithm
-
     if not isinstance(algo, Algorithm):
         raise InvalidInputError(
             f"{type(algo).__name__} is not an RLlib Algorithm; give what `config.build_algo()` returned"
@@ -103,3 +104,25 @@ def check_algorithm(algo: Any) -> None:
         )
     if algo.learner_group is None or algo.learner_group._is_shut_down:
         raise InvalidInputError(f"{type(algo).__name__} has no learners: it was stopped")
+
+
+def policies_of(algo: Algorithm) -> list[str]:
+    """Ids of an Algorithm's policies, as its first learner has them.
+
+    Raises:
+        WorkerFailuresError: That learner is dead or does not answer.
+    """
+    group = algo.learner_group
+    if group._learner is not None:
+        return _policies(group._learner)
+    first = next(iter(group._worker_manager.actors().values()))
+    try:
+        found: list[str] = ray.get(first.__ray_call__.options(max_task_retries=0).remote(_policies), timeout=_ANSWER_S)
+    except ray.exceptions.RayError as error:
+        text = f"learner 0 is dead or does not answer: {in_one_line(error)}"
+        raise WorkerFailuresError(text, {1: text}, [1] if is_loss(error) else []) from error
+    return found
+
+
+def _policies(learner: Any) -> list[str]:
+    return list(learner.module.keys())

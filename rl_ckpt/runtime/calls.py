@@ -127,7 +127,9 @@ class _Calls:
 
     def run(self, rank: int, function: Callable[..., bytes], request: object) -> Any:
         """The own part; what it answers."""
-        return decode(function(self._handles[rank].target, self._spec, self._place(rank), request), self._kind | Failure)
+        return decode(
+            function(self._handles[rank].target, self._spec, self._place(rank), request), self._kind | Failure
+        )
 
     def listen(self) -> None:
         """Waits for the answers of the others."""
