@@ -124,6 +124,11 @@ def _name(layer: Any) -> str:
     return f"{type(layer).__module__}:{type(layer).__qualname__}"
 
 
+def _short(name: str) -> str:
+    """Without the module: a class may have moved, or be a script's own (`__main__`)."""
+    return name.partition(":")[2]
+
+
 def has_protocol(layer: Any) -> bool:
     """Whether the layer's class has both `get_state` and `set_state`."""
     return all(callable(getattr(type(layer), name, None)) for name in ("get_state", "set_state"))
@@ -191,7 +196,7 @@ def _parts(space: Any) -> Iterator[gym.Space[Any]]:
 
 def _check(env: Any, tree: dict[str, Any]) -> None:
     here, saved = [_name(layer) for layer in layers(env)], [layer["class"] for layer in tree["layers"]]
-    if here != saved:
+    if [_short(name) for name in here] != [_short(name) for name in saved]:
         raise MismatchError(f"the environment is {' > '.join(here)} here, and was {' > '.join(saved)}")
     for layer, saved_layer in zip(layers(env), tree["layers"], strict=True):
         envs, saved_envs = vars(layer).get("envs", ()), saved_layer.get("envs", ())

@@ -140,7 +140,7 @@ def _base(env: Any, **env_runners: Any) -> PPOConfig:
     )
 
 
-def _wrapped(_config: Any) -> gym.Env[Any, Any]:
+def _wrapped(_config: Any) -> Any:
     env: Any = gym.make("CartPole-v1", max_episode_steps=23)
     around: tuple[Callable[[Any], Any], ...] = (
         lambda inner: wrappers.StickyAction(inner, 0.3),
@@ -264,7 +264,7 @@ def _episode(episode: Any, known: list[str]) -> Any:
         agents = [[agent, _episode(part, known)] for agent, part in episode.agent_episodes.items()]
         return [
             own,
-            *(getattr(episode, name) for name in fields),
+            *(getattr(episode, name) for name in names),
             *hanging,
             steps,
             agents,

@@ -14,6 +14,8 @@ pytest.importorskip("ray.rllib")
 
 from tests.rllib.runner_cases import CASES, known_ids, restore, runner_of, sampled, save
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:gymnasium")  # RLlib registers its environment anew
+
 ROOT = Path(__file__).resolve().parents[2]
 SAVABLE = [case for case in CASES if case != "unsavable"]
 
@@ -39,7 +41,8 @@ def fresh(saved: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.rllib.runner_cases", cases]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170)
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
 
 
 @pytest.mark.parametrize("case", SAVABLE)
