@@ -172,6 +172,14 @@ def _new(kind: Any, *args: Any) -> Any:
     return record(kind, args) if isinstance(kind, Named) else NotImplemented
 
 
+def _torch_device(*args: Any) -> Any:
+    import torch
+
+    if not args or not all(isinstance(arg, str | int) for arg in args):
+        raise TypeError(f"torch.device{args!r}")
+    return torch.device(*args)
+
+
 def _torch_storage(data: Any) -> Any:
     import torch
 
@@ -231,6 +239,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "copy_reg._reconstructor": _reconstructor,
     "copyreg.__newobj__": _new,
     "numpy.dtype": _dtype,
+    "torch.device": _torch_device,
     "torch.storage._load_from_bytes": _torch_storage,
     "torch._utils._rebuild_tensor_v2": _torch_tensor,
     **{f"numpy.{core}.multiarray._reconstruct": _reconstruct for core in ("core", "_core")},

@@ -8,6 +8,7 @@ which tells why. Values that are no nodes (of a file that was read with full tru
 
 from __future__ import annotations
 
+import enum
 import importlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ _PACKAGES = ("ray.rllib", "gymnasium", "torch.nn", "torch.optim")
 _NOT_FROM = ("ray.rllib.examples", "ray.rllib.tests", "ray.rllib.utils.test_utils")
 """Examples: one of their RLModules loads further pickles, from a path in its config."""
 _BUILTINS = ("bool", "bytes", "complex", "dict", "float", "int", "list", "object", "set", "str", "tuple")
+_TORCH_DTYPES = ("bfloat16", "bool", "float16", "float32", "float64", "int16", "int32", "int64", "int8", "uint8")
 _OLD_GYM = "gym.spaces."
 
 
@@ -94,6 +96,8 @@ class Objects:
             return getattr(importlib.import_module("builtins"), what.name)
         if what.module == "numpy" and isinstance(getattr(np, what.name, None), type):
             return getattr(np, what.name)
+        if what.module == "torch" and what.name in _TORCH_DTYPES:
+            return getattr(importlib.import_module("torch"), what.name)
         if not self.may_import(what.module):
             package = what.module.partition(".")[0]
             return self._not(
@@ -138,6 +142,8 @@ class Objects:
         kind = self.named(record.kind)
         if isinstance(kind, NotImported):
             return kind
+        if isinstance(kind, type) and issubclass(kind, enum.Enum):
+            return self._member(kind, record)
         if not (isinstance(kind, type) and _is_data_class(kind)):
             return self._not(record.kind.dotted, f"an object of {record.kind.dotted}, which is not data")
         if issubclass(kind, dict):
@@ -148,6 +154,12 @@ class Objects:
             raise CorruptionError(f"an object of {record.kind.dotted} whose attributes are a {type(state).__name__}")
         made.__dict__.update(state)
         return made
+
+    def _member(self, kind: type[enum.Enum], record: Record) -> Any:
+        try:
+            return kind(*record.args)
+        except (ValueError, TypeError) as error:
+            raise CorruptionError(f"an object of {record.kind.dotted} that is {record.args!r}: {error}") from error
 
     def _space(self, record: Record) -> Any:
         state = self.real(record.state or {})
