@@ -125,21 +125,43 @@ def weights_digest(module: RLModule) -> dict[str, str]:
         xxh3-128 by policy id, as 32 hex digits: over names, dtypes, shapes and values of everything that inference
         needs. Equal for a learner's module and for a copy without value function and target networks.
     """
-    digests = {}
-    for policy, inner in policies_of(module).items():
-        digest = hasher()
-        tensors = module_tree(inner)
-        skip = _inference_leaves_out(inner)
-        for name in sorted(name for name in tensors if not _under(name, skip)):
-            digest.update(repr(name).encode())
-            value = tensors[name]
-            if isinstance(value, torch.Tensor):
-                digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-                digest.update(flat_bytes(to_host(value.detach(), "torch")))
-            else:
-                digest.update(repr(value).encode())
-        digests[policy] = digest.hexdigest()
-    return digests
+    return {policy: tensors_digest(inference_tensors(inner)) for policy, inner in policies_of(module).items()}
+
+
+def inference_tensors(module: RLModule) -> dict[str, Any]:
+    """What of `module_tree` acting needs: neither value function nor target networks, where the class says so.
+
+    Args:
+        module: A single one, wrapped or not.
+
+    Returns:
+        Tensors by name, in host memory: not copied where they are there already.
+    """
+    inner = module.unwrapped()
+    skip = _inference_leaves_out(inner)
+    return {
+        name: value.cpu() if isinstance(value, torch.Tensor) else value
+        for name, value in module_tree(inner).items()
+        if not _under(name, skip)
+    }
+
+
+def tensors_digest(tensors: Mapping[str, Any]) -> str:
+    """Digest over names, dtypes, shapes and values, whatever the order: xxh3-128, as 32 hex digits.
+
+    Args:
+        tensors: By name.
+    """
+    digest = hasher()
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(repr(name).encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            digest.update(flat_bytes(to_host(value.detach(), "torch")))
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()
 
 
 def policies_of(module: RLModule) -> dict[str, RLModule]:

@@ -38,11 +38,15 @@ class Case:
 
     name: str
     config: Callable[[], Any]
-    actions: gym.Space = DISCRETE
+    continuous: bool = False
     policies: tuple[str, ...] = (DEFAULT_MODULE_ID,)
     replay: bool = False
     """Whether it trains on single transitions, as from a replay buffer."""
     update: dict[str, Any] | None = None
+
+    @property
+    def actions(self) -> gym.Space:
+        return BOX if self.continuous else DISCRETE
 
 
 def build(case: Case, seed: int = 0, **changes: Any) -> TorchLearner:
@@ -88,10 +92,11 @@ def episodes(learner: TorchLearner, case: Case, seed: int) -> list[Any]:
 
 
 def _episode(learner: TorchLearner, case: Case, policy: str, rng: np.random.Generator) -> SingleAgentEpisode:
-    width = 2 if case.actions is DISCRETE else 4
-    acts = [case.actions.dtype.type(rng.integers(2)) for _ in range(STEPS)]
-    if case.actions is not DISCRETE:
+    width = 4 if case.continuous else 2
+    if case.continuous:
         acts = list(rng.uniform(-1, 1, (STEPS, 2)).astype(np.float32))
+    else:
+        acts = list(rng.integers(2, size=STEPS))
     extra = {
         "action_logp": [np.float32(-0.7) for _ in range(STEPS)],
         "action_dist_inputs": list(rng.normal(size=(STEPS, width)).astype(np.float32)),
@@ -151,7 +156,7 @@ DQN = Case(
 SAC = Case(
     "sac",
     lambda: _small(SACConfig(), target_network_update_freq=150, tau=0.3),
-    actions=BOX,
+    continuous=True,
     replay=True,
 )
 IMPALA = Case("impala", lambda: _impala(IMPALAConfig()))
