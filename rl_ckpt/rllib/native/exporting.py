@@ -42,7 +42,7 @@ from rl_ckpt.errors import InvalidInputError, StorageError
 from rl_ckpt.rllib.about import check_about
 from rl_ckpt.rllib.connectors import state_from
 from rl_ckpt.rllib.data import from_data
-from rl_ckpt.rllib.fit import unknown_policies
+from rl_ckpt.rllib.fit import check_policies
 from rl_ckpt.rllib.load import Changes, configured
 from rl_ckpt.rllib.native.writing import native_optimizer, native_weights, write_component
 from rl_ckpt.rllib.policy import build_module
@@ -92,7 +92,8 @@ def export_native(
     about = check_about(tree, checkpointer.url)
     changes = Changes(dict(given or {}), None, policies, policy_mapping_fn, None)
     if about["kind"] == "algorithm":
-        unknown_policies(policies or (), about["policies"])
+        if policies is not None:
+            check_policies(policies, about["policies"])
         config = configured(tree, changes)
         return _finished(target, lambda folder: _write_algorithm(folder, tree, config, policies or about["policies"]))
     if about["kind"] == "policy":
