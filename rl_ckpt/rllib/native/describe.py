@@ -81,7 +81,7 @@ def describe_module(directory: NativeDirectory, folder: str, objects: Objects) -
     missing = {"observation_space", "action_space", "model_config"} - kwargs.keys()
     if missing:
         raise CorruptionError(f"{where}/{ARGS_FILE}: lacks {sorted(missing)}")
-    catalog, left = kwargs.get("catalog_class"), {}
+    catalog, left = kwargs.get("catalog_class"), dict[str, str]()
     for name in ("observation_space", "action_space", "model_config"):
         found = [value for value in _all_in(kwargs[name]) if isinstance(value, NotImported)]
         left |= {name: found[0].why} if found else {}

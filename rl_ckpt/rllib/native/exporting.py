@@ -1,9 +1,9 @@
 """Export: a checkpoint of ours into a native RLlib directory, which Ray 2.60 loads without us.
 
-Owns: what of our tree goes into which component, and how the directory comes into being. Promises: an existing directory
-with anything in it is never touched; the directory is there whole or not at all; weights and optimizer state that Ray
-loads from it are equal to ours, or it is an error. Does not: replay buffers, random generators, environments and running
-episodes, which native checkpoints have no place for.
+Owns: what of our tree goes into which component, and how the directory comes into being. Promises: an existing
+directory with anything in it is never touched; the directory is there whole or not at all; weights and optimizer state
+that Ray loads from it are equal to ours, or it is an error. Does not: replay buffers, random generators, environments
+and running episodes, which native checkpoints have no place for.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.connectors.env_to_module import EnvToModulePipeline
 from ray.rllib.connectors.module_to_env import ModuleToEnvPipeline
 from ray.rllib.core import (
+    ALL_MODULES,
     COMPONENT_ENV_RUNNER,
     COMPONENT_ENV_TO_MODULE_CONNECTOR,
     COMPONENT_LEARNER,
@@ -34,8 +35,7 @@ from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule, MultiRLModul
 from ray.rllib.core.rl_module.rl_module import RLModule, RLModuleSpec
 from ray.rllib.env.multi_agent_env_runner import MultiAgentEnvRunner
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
-from ray.rllib.utils.metrics import ALL_MODULES, NUM_ENV_STEPS_SAMPLED_LIFETIME, WEIGHTS_SEQ_NO
-from ray.tune.result import TRAINING_ITERATION
+from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME, WEIGHTS_SEQ_NO
 
 from rl_ckpt.checkpointer import Checkpointer
 from rl_ckpt.errors import InvalidInputError, StorageError
@@ -110,8 +110,10 @@ def _write_algorithm(folder: Path, tree: Mapping[str, Any], config: AlgorithmCon
         raise InvalidInputError(f"{tree['about']['algorithm']} is no class of Algorithm here")
     own = tree["algorithm"]
     state = {
-        COMPONENT_METRICS_LOGGER: {"stats": {"--".join(map(str, item["path"])): item["state"] for item in own["metrics"]}},
-        TRAINING_ITERATION: own["iteration"],
+        COMPONENT_METRICS_LOGGER: {
+            "stats": {"--".join(map(str, item["path"])): item["state"] for item in own["metrics"]}
+        },
+        "training_iteration": own["iteration"],
     }
     _write_learner(folder / COMPONENT_LEARNER_GROUP, tree, config, policies)
     _write_runner(folder / COMPONENT_ENV_RUNNER, tree, config)
@@ -120,8 +122,9 @@ def _write_algorithm(folder: Path, tree: Mapping[str, Any], config: AlgorithmCon
 
 
 def _write_learner(folder: Path, tree: Mapping[str, Any], config: AlgorithmConfig, policies: Sequence[str]) -> None:
-    modules, optimizers = folder / COMPONENT_LEARNER / COMPONENT_RL_MODULE, {}
-    specs = {}
+    modules = folder / COMPONENT_LEARNER / COMPONENT_RL_MODULE
+    specs: dict[str, RLModuleSpec] = {}
+    optimizers: dict[str, Any] = {}
     for policy in policies:
         _check_name(policy)
         module = _write_module(modules / policy, policy, tree["policies"][policy])[1]
@@ -192,7 +195,9 @@ def _write_runner(folder: Path, tree: Mapping[str, Any], config: AlgorithmConfig
 
 def _check_name(policy: str) -> None:
     if "/" in policy or policy in ("", ".", ".."):
-        raise InvalidInputError(f"policy {policy!r}: native checkpoints have a folder of that name, which can't be made")
+        raise InvalidInputError(
+            f"policy {policy!r}: native checkpoints have a folder of that name, which can't be made"
+        )
 
 
 def _check_free(target: Path) -> None:

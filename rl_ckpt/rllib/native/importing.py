@@ -26,7 +26,6 @@ from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.rl_module.rl_module import RLModule
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME, WEIGHTS_SEQ_NO
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
-from ray.tune.result import TRAINING_ITERATION
 
 from rl_ckpt.checkpointer import Checkpointer
 from rl_ckpt.errors import CorruptionError, InvalidInputError
@@ -188,7 +187,8 @@ def _set_learner(directory: NativeDirectory, objects: Objects, learner: TorchLea
 
 def _metrics(config: AlgorithmConfig, saved: Any, file: str) -> list[dict[str, Any]]:
     """Of a native metrics logger's state, as we keep it. RLlib's own reading knows the forms of all its releases."""
-    logger = MetricsLogger(root=True, stats_cls_lookup=config.stats_cls_lookup)
+    known: Any = config.stats_cls_lookup
+    logger = MetricsLogger(root=True, stats_cls_lookup=known)
     if saved:
         try:
             logger.set_state(saved)
@@ -198,9 +198,9 @@ def _metrics(config: AlgorithmConfig, saved: Any, file: str) -> list[dict[str, A
 
 
 def _algorithm_state(config: AlgorithmConfig, state: dict[str, Any], file: str) -> dict[str, Any]:
-    iteration = state.get(TRAINING_ITERATION)
+    iteration = state.get("training_iteration")
     if not isinstance(iteration, int):
-        raise CorruptionError(f"{file}: {TRAINING_ITERATION} is {iteration!r}, where a number should be")
+        raise CorruptionError(f"{file}: training_iteration is {iteration!r}, where a number should be")
     return {
         "iteration": iteration,
         "totals": {"time_total": 0.0, "timesteps_total": 0, "episodes_total": 0},
@@ -258,12 +258,11 @@ def _policy(directory: NativeDirectory, objects: Objects, policy_id: str) -> dic
 
 
 def _missing(described: Described) -> dict[str, str]:
-    return {
-        name: value.why for name, value in vars(described.config).items() if isinstance(value, NotImported)
-    }
+    return {name: value.why for name, value in vars(described.config).items() if isinstance(value, NotImported)}
 
 
 def _notices(described: Described) -> list[str]:
     if not described.dropped:
         return []
-    return [f"settings that this Ray's {type(described.config).__qualname__} does not have: {', '.join(described.dropped)}"]
+    kind = type(described.config).__qualname__
+    return [f"settings that {kind} of this Ray does not have: {', '.join(described.dropped)}"]

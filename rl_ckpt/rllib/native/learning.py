@@ -1,10 +1,11 @@
 """A learner on its own, to take a native checkpoint's state: no Algorithm, no environment, and no Ray started.
 
 RLlib numbers the state of an optimizer by the positions of its parameters, and only a learner knows which parameter
-stands where. So one is built from the stored config and modules, given the state, and read by name (`rllib/learner.py`).
+stands where. So one is built from the stored config and modules, given the state, and read by name
+(`rllib/learner.py`).
 
-Owns: building it, and setting it with nothing converted and nothing passed over. Promises: what does not fit is an error
-that names the file and all of it.
+Owns: building it, and setting it with nothing converted and nothing passed over. Promises: what does not fit is an
+error that names the file and all of it.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def load_module(module: RLModule, state: Mapping[Any, Any], file: str) -> None:
             f"missing {missing[:8]}, unexpected {[str(name) for name in unexpected[:8]]}"
         )
     tensors = {name: _tensor(state[name], here[name], f"{file}: {name}") for name in here}
-    if tensors:
+    if isinstance(module, torch.nn.Module):
         module.load_state_dict(tensors)
 
 

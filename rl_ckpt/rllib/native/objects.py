@@ -2,8 +2,8 @@
 
 Owns: which classes and functions may be imported by the name that a pickle gives. Promises: only classes of RLlib,
 gymnasium and torch.nn, and of packages that the caller named, are imported; data classes get their attributes set, and
-no constructor is called with what a pickle says, other than gymnasium's spaces. What is left out becomes a `NotImported`,
-which tells why. Values that are no nodes (of a file that was read with full trust) pass unchanged.
+no constructor is called with what a pickle says, other than gymnasium's spaces. What is left out becomes a
+`NotImported`, which tells why. Values that are no nodes (of a file that was read with full trust) pass unchanged.
 """
 
 from __future__ import annotations

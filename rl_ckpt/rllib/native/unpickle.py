@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rl_ckpt.errors import CorruptionError, UntrustedDataError
+from rl_ckpt.rllib.native.embedded import hides_pickle
 from rl_ckpt.rllib.native.makers import UnfinishedArray, UnfinishedDtype, finish, make, record
 from rl_ckpt.rllib.native.nodes import Call, Code, Named, Record, inside
 
@@ -79,12 +80,17 @@ class _Machine:
 
     def refuse(self, result: Any, file: str) -> None:
         """Raises for calls that are neither allowed nor part of code that was not made."""
-        reached = {id(value) for value in inside(result)}
+        found = inside(result)
+        reached = {id(value) for value in found}
         excused = {id(value) for code in self._code for value in inside(*code.parts)}
         bad = [call for call in self._calls if id(call) in reached or id(call) not in excused]
         if bad:
             names = ", ".join(dict.fromkeys(call.what for call in bad))
             raise UntrustedDataError(f"{file}: the pickle wants to call {names}, which is not allowed; {_ADVICE}")
+        if any(hides_pickle(value) for value in found):
+            raise UntrustedDataError(
+                f"{file}: a text in it hides a numpy file with a pickle, which RLlib would load; {_ADVICE}"
+            )
 
     # Every method below is one opcode, or the common part of some.
 
@@ -217,6 +223,9 @@ class _Machine:
             raise TypeError("members for something that is no set")
         target.update(finished(item) for item in items)
 
+    def pop_mark(self, _: Any) -> None:
+        self.since_mark()
+
     def dict_(self, _: Any) -> None:
         items = self.since_mark()
         self.push({})
@@ -271,14 +280,13 @@ def _nothing(machine: _Machine, _: Any) -> None:
     return None
 
 
+_VALUES = (
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "BINUNICODE8", "SHORT_BINUNICODE"),
+    *("BINBYTES", "BINBYTES8", "SHORT_BINBYTES"),
+)
 _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
-    **{
-        name: _Machine.push
-        for name in (
-            "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE "
-            "BINUNICODE BINUNICODE8 SHORT_BINUNICODE BINBYTES BINBYTES8 SHORT_BINBYTES"
-        ).split()
-    },
+    **dict.fromkeys(_VALUES, _Machine.push),
     "BYTEARRAY8": lambda machine, arg: machine.push(bytearray(arg)),
     "NONE": _constant(None),
     "NEWTRUE": _constant(True),
@@ -301,7 +309,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
     "ADDITEMS": _Machine.add_items,
     "MARK": _Machine.mark,
     "POP": _Machine.pop,
-    "POP_MARK": lambda machine, _: machine.since_mark() and None,
+    "POP_MARK": _Machine.pop_mark,
     "DUP": lambda machine, _: machine.push(machine._stack[-1]),
     **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
     **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.put),

@@ -105,8 +105,8 @@ def _check_kept(tensors: Mapping[str, torch.Tensor], what: str) -> None:
             changed.append(f"{name} ({str(tensor.dtype).removeprefix('torch.')})")
     if changed:
         raise InvalidInputError(
-            f"{what}: RLlib's own reading of a checkpoint would change the values of {', '.join(changed[:8])}: it makes "
-            "float32 of wider ones; nothing was written"
+            f"{what}: RLlib's own reading of a checkpoint would change the values of {', '.join(changed[:8])}, since "
+            "it makes float32 of wider ones; nothing was written"
         )
 
 

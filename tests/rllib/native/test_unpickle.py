@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import collections
 import copyreg
+import io
 import os
 import pickle
 import sys
 import types
+import zlib
 
 import gymnasium as gym
 import ml_dtypes
@@ -16,6 +19,7 @@ import pytest
 import ray.cloudpickle as cloudpickle
 import torch
 from packaging.version import Version
+from ray.rllib.utils.filter import RunningStat
 
 from rl_ckpt.errors import CorruptionError, UntrustedDataError
 from rl_ckpt.rllib.native.nodes import Code, Named, Record
@@ -251,8 +255,6 @@ def test_torch_tensors():
 
 
 def test_a_torch_storage_with_code_is_refused_by_torch():
-    import io
-
     inner = io.BytesIO()
     torch.save(_Calls(payload), inner)
     with pytest.raises(UntrustedDataError, match="_load_from_bytes"):
@@ -323,3 +325,25 @@ def test_random_damage_is_an_error_or_data():
         except (CorruptionError, UntrustedDataError):
             pass
     assert RAN == []
+
+
+def hidden(array: np.ndarray) -> str:
+    """As RLlib writes the arrays of filters and spaces; it reads them with `allow_pickle=True`."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return base64.b64encode(zlib.compress(file.getvalue())).decode()
+
+
+@pytest.mark.parametrize("form", [str, str.encode, lambda text: "!" + text[:8] + "\n" + text[8:]])
+def test_a_pickle_inside_of_a_text_is_refused(form):
+    bad = form(hidden(np.array([_Calls(payload, 3)], object)))
+    with pytest.raises(UntrustedDataError, match=r"dir/state\.pkl: a text in it hides"):
+        restricted_loads(pickle.dumps({"mean_array": [bad]}), "dir/state.pkl")
+    assert RAN == []
+    RunningStat.from_state(dict.fromkeys(RunningStat().to_state(), bad) | {"num_pushes": 1, "num_pushes_delta": 1})
+    assert RAN  # what it would have done
+
+
+def test_an_array_inside_of_a_text_is_allowed():
+    good = hidden(np.arange(3.0))
+    assert restricted_loads(pickle.dumps({"mean_array": good}), "f") == {"mean_array": good}
