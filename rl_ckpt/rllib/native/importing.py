@@ -32,7 +32,7 @@ from rl_ckpt.errors import CorruptionError, InvalidInputError
 from rl_ckpt.info import CheckpointInfo
 from rl_ckpt.options import check_step
 from rl_ckpt.rllib.about import about_tree
-from rl_ckpt.rllib.config import _Encoder
+from rl_ckpt.rllib.config import _Encoder, _public_place
 from rl_ckpt.rllib.connectors import state_tree
 from rl_ckpt.rllib.data import UnsavableError
 from rl_ckpt.rllib.learner import learner_tree
@@ -258,7 +258,7 @@ def _policy(directory: NativeDirectory, objects: Objects, policy_id: str) -> dic
 
 
 def _missing(described: Described) -> dict[str, str]:
-    return {name: value.why for name, value in vars(described.config).items() if isinstance(value, NotImported)}
+    return {_public_place(name): value.why for name, value in vars(described.config).items() if isinstance(value, NotImported)}
 
 
 def _notices(described: Described) -> list[str]:
