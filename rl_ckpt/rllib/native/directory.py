@@ -19,10 +19,10 @@ from rl_ckpt.store.base import ObjectMissingError
 from rl_ckpt.store.urls import open_store
 
 Trust = Literal["restricted", "full"]
-Layout = Literal["algorithm", "learner group", "rl module", "old algorithm", "old policy"]
+Layout = Literal["algorithm", "rl module", "old algorithm", "old policy"]
 
-KNOWN_VERSIONS = ("1.0", "1.1", "1.2", "2.0", "2.1")
-"""Of RLlib's layouts, that some release of Ray wrote as directories."""
+KNOWN_VERSIONS = ("1.0", "1.1", "2.0", "2.1")
+"""Of RLlib's layouts. 1.2 was that of a stack half old and half new, which no Ray of today runs."""
 _MODULES = "learner_group/learner/rl_module"
 
 
@@ -189,13 +189,15 @@ class NativeDirectory:
             return "rl module"
         if self.has("algorithm_state.pkl"):
             return "algorithm" if self.has("class_and_ctor_args.pkl") else "old algorithm"
-        return "learner group" if self.folders("learner/rl_module") else None
+        return None
 
     def _not_one(self) -> str:
         if self.has("run.json"):
             return "is a run of rl_ckpt, not a native directory: load it with rl_ckpt.rllib.load"
         if any(re.fullmatch(r"checkpoint-\d+", name) for name in self._names):
             return "is a checkpoint of Ray 2.0 or older (version 0.1, a single file), which is not imported"
+        if self.folders("learner/rl_module") or self.folders("rl_module"):
+            return "is a part of an Algorithm's checkpoint: give the whole directory, or one of its RLModules"
         some = ", ".join(sorted(self._names)[:5])
         return f"is no native RLlib checkpoint: none of its files is one of RLlib's (it has {some})"
 

@@ -258,7 +258,8 @@ def _policy(directory: NativeDirectory, objects: Objects, policy_id: str) -> dic
 
 
 def _missing(described: Described) -> dict[str, str]:
-    return {_public_place(name): value.why for name, value in vars(described.config).items() if isinstance(value, NotImported)}
+    settings = vars(described.config).items()
+    return {_public_place(name): value.why for name, value in settings if isinstance(value, NotImported)}
 
 
 def _notices(described: Described) -> list[str]:
