@@ -73,8 +73,7 @@ def build(described: Mapping[str, Any], changes: Changes) -> Algorithm:
         raise InvalidInputError(f"{text}; `rl_ckpt.rllib.load_policy` reads it")
     if changes.policies is not None:
         check_policies(changes.policies, about["policies"])
-    config = _config(described, changes)
-    _narrow(config, changes)
+    config = configured(described, changes)
     algo: Algorithm = config.build_algo()
     return algo
 
@@ -83,6 +82,13 @@ def start_ray() -> None:
     """Starts Ray where it does not run yet, as RLlib itself does."""
     if not ray.is_initialized():
         ray.init()
+
+
+def configured(described: Mapping[str, Any], changes: Changes) -> AlgorithmConfig:
+    """The config of a checkpoint, as it is wanted; raises as `build`."""
+    config = _config(described, changes)
+    _narrow(config, changes)
+    return config
 
 
 def _config(described: Mapping[str, Any], changes: Changes) -> AlgorithmConfig:

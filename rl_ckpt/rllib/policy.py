@@ -162,7 +162,11 @@ def load_policy(
     below = f"policies/{escape(policy_id)}"
     parts = ("about", "extra", "module") if inference_only is None else ("about", "extra")
     tree = _load(checkpointer, step, ["about", *(literal(f"{below}/{part}") for part in parts)])
-    known = check_about(tree, checkpointer.url)["policies"]
+    about = check_about(tree, checkpointer.url)
+    if about["kind"] == "old_stack":
+        text = "holds Policies of RLlib's old API stack; `rl_ckpt.rllib.native.load_old_policy` reads them"
+        raise InvalidInputError(f"{checkpointer.url} {text}")
+    known = about["policies"]
     saved = tree.get("policies", {}).get(policy_id)
     if saved is None:
         raise InvalidInputError(f"{checkpointer.url} has no policy {policy_id!r}; its policies are {_listed(known)}")
