@@ -89,7 +89,7 @@ def model_of(module: Any) -> Model:
     """
     import torch
 
-    if not isinstance(module, torch.nn.Module):
+    if not issubclass(type(module), torch.nn.Module):
         raise InvalidInputError(f"a {type(module).__name__} is no torch module; only those can be exported as models")
     state = module.get_initial_state() if module.is_stateful() else {}
     steps: tuple[int, ...] = (1,) if state else ()
@@ -179,7 +179,7 @@ def _observations(space: Any, path: Path, steps: tuple[int, ...]) -> list[_Leaf]
     if isinstance(space, gym.spaces.Box):
         low, high = _bounds(space)
     elif isinstance(space, gym.spaces.Discrete):
-        low, high = np.asarray(space.start), np.asarray(space.start + space.n - 1)
+        low, high = np.asarray(space.start), np.asarray(int(space.start) + int(space.n) - 1)
     elif isinstance(space, gym.spaces.MultiDiscrete):
         low, high = np.asarray(space.start), np.add(space.start, space.nvec) - 1
     elif isinstance(space, gym.spaces.MultiBinary):
