@@ -98,12 +98,18 @@ def _compile(pattern: str) -> re.Pattern[str]:
         char = pattern[i]
         close = pattern.find("]", i + 2) if char == "[" else -1
         if close > 0:
-            inside = pattern[i + 1 : close].replace("\\", "\\\\")
-            out, i = out + "[" + ("^" + inside[1:] if inside[0] == "!" else inside) + "]", close
+            inside = pattern[i + 1 : close].replace("\\", "\\\\").replace("[", "\\[")
+            out, i = out + "[" + ("^" + inside[1:] if inside[0] == "!" and inside[1:] else inside) + "]", close
         else:
             out += {"*": "[^/]*", "?": "[^/]"}.get(char, re.escape(char))
         i += 1
     return re.compile(out + r"(/.*)?\Z", re.DOTALL)
+
+
+def literal(path: str) -> str:
+    """A pattern that chooses this path, and what is below it, whatever characters its keys hold."""
+    pattern = re.sub(r"[*?[]", r"[\g<0>]", path)
+    return f"[!]{pattern[1:]}" if pattern.startswith("!") else pattern
 
 
 def renamed(path: str, rename: Mapping[str, str]) -> str:
