@@ -65,7 +65,7 @@ def resolve(ref: str) -> Any:
         raise InvalidInputError(f"{ref!r} is not found here ({_why(module, error)})") from error
     if not isinstance(found, (type, types.MethodType, *_FUNCTIONS)):
         raise InvalidInputError(f"{ref!r} is a {type(found).__name__} here, and no class or function")
-    if class_ref(found) != ref:  # `numpy:os.system` leads to code that the name does not tell of
+    if class_ref(found) != ref:  # `torch:os.system` leads to code that the name does not tell of
         raise InvalidInputError(f"{ref!r} leads to {class_ref(found)!r} here, which is something else")
     return found
 

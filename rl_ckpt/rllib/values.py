@@ -18,7 +18,7 @@ import functools
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -98,7 +98,7 @@ class Encoder:
             if name is None:
                 raise InvalidInputError(f"the dtype {value}")
             return {TAG: "dtype", "v": name}
-        if isinstance(value, PurePath):
+        if isinstance(value, Path):
             return {TAG: "path", "v": str(value)}
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(value, torch.dtype | torch.device):
