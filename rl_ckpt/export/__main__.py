@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code, see above.
     """
     args = _parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the temporary file goes
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the temporary file goes
     try:
         report = _export(args)
     except KeyboardInterrupt:
@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
     for line in _lines(report):
         print(line)
     for notice in report.notices:

@@ -152,6 +152,8 @@ def _write_arrays(source: Source, format: str, target: Path, notices: tuple[str,
     with new_file(target) as temporary:
         found, repaired = _ARRAYS[format](source, temporary)
         size = temporary.stat().st_size
+    if source.plain:
+        repaired.append(f"no arrays, and so in the metadata alone: {', '.join(source.plain)}")
     report = _report(source, format, target, size, found)
     return replace(report, notices=(*notices, *repaired))
 

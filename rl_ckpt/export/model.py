@@ -111,7 +111,7 @@ def model_of(module: Any) -> Model:
 def told(error: BaseException) -> str:
     """The first lines of an exception, for a message."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:4])[:800]}"
+    return f"{type(error).__name__}: {' '.join(lines[:4])[:800].rstrip('.')}"
 
 
 def traced(make: Callable[[], Any], model: Model, what: str) -> Any:
@@ -190,6 +190,8 @@ def _observations(space: Any, path: Path, steps: tuple[int, ...]) -> list[_Leaf]
             "MultiDiscrete, MultiBinary, Dict and Tuple can be exported"
         )
     dtype = np.dtype(space.dtype)
+    if dtype.kind == "f" and dtype.itemsize > 2:
+        dtype = np.dtype(np.float32)  # as RLlib hands every float to a module, but float16
 
     def sample(rng: np.random.Generator, batch: int) -> np.ndarray[Any, np.dtype[Any]]:
         size = (batch, *steps, *shape)

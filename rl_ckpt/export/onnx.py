@@ -6,8 +6,11 @@ Needs torch, onnx, onnxscript and onnxruntime (extra `export`).
 from __future__ import annotations
 
 import importlib
+import logging
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +52,19 @@ def write_onnx(
         The operator set's version, and the largest difference.
 
     Raises:
-        InvalidInputError: The module can't be exported, or the file gives something else than the policy.
+        InvalidInputError: The module can't be exported, not in that operator set, or gives something else as a file.
         OSError: The file can't be written.
     """
     proto = _proto(model, opset)
     for name, text in metadata.items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = name, text
-    path.write_bytes(proto.SerializeToString())
     found = next(int(one.version) for one in proto.opset_import if one.domain in ("", "ai.onnx"))
+    if opset not in (None, found):
+        raise InvalidInputError(
+            f"this model can't be had in version {opset} of ONNX's operator set; the exporter gives version {found}"
+        )
+    path.write_bytes(proto.SerializeToString())
     return found, _check(model, path) if check else None
 
 
@@ -71,8 +78,8 @@ def _proto(model: Model, opset: int | None) -> Any:
             "format='torch_export'"
         )
     program = exported_program(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own deprecations, and a torchvision that nobody asked for
+    with warnings.catch_warnings(), _quiet("torch.onnx._internal.exporter._registration"):
+        warnings.simplefilter("ignore")  # torch's own deprecations
         made = traced(
             lambda: torch.onnx.export(
                 program,
@@ -92,12 +99,25 @@ def _proto(model: Model, opset: int | None) -> Any:
     return proto
 
 
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keeps a logger's warnings back: torch's, of operators of a torchvision that nobody asked for."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _name_the_batch(proto: Any) -> None:
-    """Calls the one free extent "batch"; the exporter gives it a number."""
+    """Calls the one free extent "batch"; the exporter gives it a number of its own."""
+    symbol = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param
     for value in [*proto.graph.input, *proto.graph.output, *proto.graph.value_info]:
         for extent in value.type.tensor_type.shape.dim:
-            if extent.dim_param:
-                extent.dim_param = extent.dim_param if not extent.dim_param.isidentifier() else BATCH
+            if extent.dim_param:  # the symbol, or a term with it
+                extent.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", BATCH, extent.dim_param)
 
 
 def _check(model: Model, path: Path) -> float:

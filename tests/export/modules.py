@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import gymnasium as gym
@@ -100,6 +101,15 @@ class Broken(Linear):
 
     def _forward(self, batch: dict[str, Any], **_: Any) -> dict[str, Any]:
         return {"action_dist_inputs": self.layer(batch["observations"])}
+
+
+class Interrupted(Linear):
+    """Gets a signal while it is traced."""
+
+    def _forward(self, batch: dict[str, Any], **_: Any) -> dict[str, Any]:
+        if torch.compiler.is_exporting():
+            os.kill(os.getpid(), self.model_config["signal"])
+        return {"action_dist_inputs": self.layer(batch["obs"])}
 
 
 class TraceDependent(Linear):

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from rl_ckpt import Checkpointer, CorruptionError, InvalidInputError
 from rl_ckpt.export import export_arrays, export_model
 from rl_ckpt.export import safetensors as writer
+from rl_ckpt.export.__main__ import main
 from rl_ckpt.export.stream import Target
 from rl_ckpt.format.manifest import Chunk
 from rl_ckpt.state.boxes import Box, slices
@@ -258,6 +259,7 @@ def test_any_part_of_any_checkpoint(tmp_path: Path) -> None:
         plain = json.loads(file.metadata()["rl_ckpt.plain"])
     assert plain["n/steps"] == 7
     assert plain["n/name"] == "x"
+    assert report.notices == ("no arrays, and so in the metadata alone: n/steps, n/name, n/rng, n/none",)
     assert (report.policy, report.tensors) == (None, 1)
     with pytest.raises(InvalidInputError, match=r"no such dtype: z \(complex128\)"):
         export_arrays(url, "**", path=tmp_path / "b.safetensors")
@@ -387,3 +389,26 @@ def test_a_file_that_came_meanwhile_is_not_replaced(run: str, tmp_path: Path, mo
     with pytest.raises(InvalidInputError, match="replaces no file"):
         export_model(run, format="safetensors", path=tmp_path / "p")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("p", "mine")]
+
+
+def test_the_command_says_what_went_wrong(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "p"
+    assert main([run, "--select", "policies/a~1b", "--out", str(out)]) == 0
+    assert safetensors.torch.load_file(out).keys() == {"policies/a~1b/module/w"}
+    wrong = [
+        ([str(tmp_path / "none"), "--out", "x"], 2, "no run at"),
+        ([run, "--out", str(out)], 2, "exists"),
+        ([run, "--out", "x", "--module-class", "json:nope"], 2, "there is no such class; write package.module:Class"),
+        ([run, "--out", "x", "--module-class", "no.such.module:Class"], 2, "No module named 'no'"),
+        ([run, "--out", "x", "--storage-options", "{"], 2, "is no JSON"),
+        ([run, "--out", "x", "--storage-options", "[]"], 2, "must be a JSON object"),
+    ]
+    for args, code, said in wrong:
+        capsys.readouterr()
+        assert main(args) == code, args
+        assert said in capsys.readouterr().err
+    url = str(tmp_path / "damaged")
+    save(url, {"p": {"module": {"w": np.full(5000, 7.25)}}}, step=1)
+    damage(url, 1)
+    assert main([url, "--policy", "p", "--format", "numpy", "--out", str(tmp_path / "x")]) == 1
+    assert not (tmp_path / "x").exists()

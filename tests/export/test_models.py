@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +21,11 @@ from ray.rllib.algorithms.dqn.torch.default_dqn_torch_rl_module import DefaultDQ
 from ray.rllib.algorithms.ppo.torch.default_ppo_torch_rl_module import DefaultPPOTorchRLModule
 from ray.rllib.algorithms.sac.torch.default_sac_torch_rl_module import DefaultSACTorchRLModule
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
+from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 
 from rl_ckpt import InvalidInputError
 from rl_ckpt.export import ExportReport, export_model
+from rl_ckpt.export.__main__ import main
 from rl_ckpt.rllib.policy import save_policy
 from tests.export import modules
 from tests.export.modules import ACTION, NESTED, OBS
@@ -77,14 +80,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Any]]
 
 
 def batch_of(space: Any, size: int, steps: tuple[int, ...] = ()) -> Any:
-    """Observations as RLlib would hand them to the module: tensors, in the containers of the space."""
+    """Observations as RLlib hands them to a module: tensors, in the containers of the space."""
     if isinstance(space, gym.spaces.Dict):
         return {key: batch_of(sub, size, steps) for key, sub in space.spaces.items()}
     if isinstance(space, gym.spaces.Tuple):
         return tuple(batch_of(sub, size, steps) for sub in space.spaces)
     space.seed(size)
     values = np.stack([space.sample() for _ in range(size)])
-    return torch.from_numpy(values.reshape(size, *steps, *values.shape[1:]))
+    return convert_to_torch_tensor(values.reshape(size, *steps, *values.shape[1:]))
 
 
 def named(value: Any, name: str) -> dict[str, np.ndarray[Any, Any]]:
@@ -267,6 +270,34 @@ def test_a_class_that_cant_be_imported_is_named_and_can_be_given(tmp_path: Path)
     assert report.max_difference is not None
 
 
+@pytest.mark.parametrize("opset", [5, 99])
+def test_an_opset_that_cant_be_had_is_an_error(opset: int, runs: dict[str, tuple[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=f"can't be had in version {opset} of ONNX"):
+        export_model(runs["float64"][0], path=tmp_path / "p.onnx", opset=opset)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_too_large_for_onnx_or_unknown_to_onnxruntime_says_so(
+    runs: dict[str, tuple[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = str(tmp_path / "run")
+    save_policy(url, build(modules.Linear, dtype="bfloat16"))
+    with pytest.raises(InvalidInputError, match=r"onnxruntime .* can't run the exported model: .*`check=False`"):
+        export_model(url, path=tmp_path / "p.onnx")
+    assert export_model(url, path=tmp_path / "p.onnx", check=False).outputs[0].dtype == "bfloat16"
+    monkeypatch.setattr("rl_ckpt.export.onnx._MOST_BYTES", 100)
+    with pytest.raises(InvalidInputError, match="an ONNX file holds at most 2 GiB"):
+        export_model(runs["ppo"][0], path=tmp_path / "large.onnx")
+
+
+def test_without_the_libraries_it_says_what_to_install(
+    runs: dict[str, tuple[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r"format='onnx' needs onnxruntime: pip install 'rl-ckpt\[export\]'"):
+        export_model(runs["ppo"][0], path=tmp_path / "p.onnx")
+
+
 def test_unchecked(runs: dict[str, tuple[str, Any]], tmp_path: Path) -> None:
     for format in ("onnx", "torch_export"):
         report = export_model(runs["ppo"][0], format=format, path=tmp_path / format, check=False)
@@ -285,6 +316,23 @@ def test_the_command(runs: dict[str, tuple[str, Any]], tmp_path: Path) -> None:
     assert "policy 'default_policy' of step 7" in done.stdout
     assert "checked with batches of 1, 2, 7, 32: largest difference" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["p.onnx"]
+    bad = run_command(runs["ppo"][0], "--policy", "nobody", "--format", "numpy", cwd=tmp_path)
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert "has no policy 'nobody'" in bad.stderr
     again = run_command(runs["ppo"][0], "--out", "p.onnx", cwd=tmp_path)
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr.startswith("error: p.onnx exists")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_leaves_nothing(
+    number: signal.Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, out = str(tmp_path / "run"), tmp_path / "out"
+    out.mkdir()
+    save_policy(url, build(modules.Interrupted, signal=int(number)))
+    before = signal.getsignal(signal.SIGTERM)
+    assert main([url, "--format", "torch_export", "--out", str(out / "p.pt2")]) == 130
+    assert capsys.readouterr().err.endswith("interrupted; nothing was written\n")
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert list(out.iterdir()) == []
