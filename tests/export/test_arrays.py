@@ -290,8 +290,13 @@ def damage(run: str, newest: int) -> None:
             path.write_bytes(data)
 
 
-@pytest.mark.parametrize("format", ["safetensors", "numpy", "state_dict"])
-def test_a_damaged_checkpoint_gives_no_file_or_the_one_before(format: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("format", "room"), [("safetensors", 16 << 20), ("safetensors", 3000), ("numpy", 0), ("state_dict", 0)]
+)
+def test_a_damaged_checkpoint_gives_no_file_or_the_one_before(
+    format: Any, room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rl_ckpt.export.stream.ROOM_BYTES", room)
     url, out = str(tmp_path / "run"), tmp_path / "out"
     out.mkdir()
     policy = {"module": {"w": np.full(5000, 7.25), "b": np.arange(9.0)}}
@@ -307,8 +312,13 @@ def test_a_damaged_checkpoint_gives_no_file_or_the_one_before(format: Any, tmp_p
     assert "fell back to checkpoint" in report.notices[0]
 
 
-@pytest.mark.parametrize("format", ["safetensors", "numpy", "state_dict"])
-def test_damage_is_read_around_where_another_file_has_the_bytes(format: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("format", "room"), [("safetensors", 16 << 20), ("safetensors", 3000), ("numpy", 0), ("state_dict", 0)]
+)
+def test_damage_is_read_around_where_another_file_has_the_bytes(
+    format: Any, room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rl_ckpt.export.stream.ROOM_BYTES", room)
     url = str(tmp_path / "run")
     values = np.concatenate([np.full(2000, 7.25), np.arange(3000.0)])
     with Checkpointer(url, chunk_bytes=8 << 10) as ckpt:
