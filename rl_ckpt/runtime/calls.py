@@ -1,5 +1,7 @@
 """Calls: the driver calls all workers at once, and sees who dies on the way.
 
+The driver itself may be one of them (`Own`): it does its part while a thread listens to the others.
+
 Owns: how long it waits, and what it does about a worker that dies in a save: the coordinator is told, and what it wants
 staged again is asked of the workers that are left, within the same call of `save`. Promises: an answer of every rank,
 or an error that names those that gave none.
@@ -11,6 +13,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -18,16 +21,24 @@ import ray
 from rl_ckpt.errors import SaveTimeoutError, WorkerFailuresError
 from rl_ckpt.options import Options
 from rl_ckpt.runtime.deadline import Deadline
-from rl_ckpt.runtime.inside import restage_in_actor, save_in_actor
 from rl_ckpt.runtime.links import coordinator
 from rl_ckpt.runtime.losses import in_one_line, is_loss
-from rl_ckpt.runtime.messages import Failure, Lost, Restages, decode, encode
+from rl_ckpt.runtime.messages import Failure, Lost, Restage, Restages, decode, encode
 from rl_ckpt.runtime.spec import CALL, Place, RunSpec
 from rl_ckpt.runtime.staging import StagedRank
+from rl_ckpt.store.pending import in_thread
 
 _PHASES = 3  # in which a rank may use up `join_timeout_s`: beginning, joining, staging or matching
 _STRAGGLERS_S = 5.0  # how long to wait for the other ranks once one has failed
 _LOOK_S = 1.0  # without any answer, until the coordinator is asked whether a node was lost
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """The calling process as one of the workers."""
+
+    target: Any
+    """What the functions get in place of an actor."""
 
 
 def new_key() -> str:
@@ -44,18 +55,20 @@ def call_all(
     kind: Any,
     key: str,
     limit: Deadline | None = None,
+    restage: Callable[..., bytes] | None = None,
 ) -> list[Any]:
     """Runs `function` inside every worker, until the limit at the longest.
 
     Args:
         spec: The run.
-        handles: Of the workers, by rank.
+        handles: Of the workers, by rank; one of them may be `Own`.
         lost: The coordinator's method to tell of a worker that died.
         function: Of `inside`.
         request: Its last argument.
         kind: What it answers with, beside `Failure`.
         key: Of the save or restore; from `new_key`.
         limit: Of an urgent save.
+        restage: For saves: what others run in place of one that died.
 
     Returns:
         The answers by rank.
@@ -63,9 +76,18 @@ def call_all(
     Raises:
         CheckpointError: What the coordinator said, or `WorkerFailuresError` by rank, or `SaveTimeoutError`.
     """
-    calls = _Calls(spec, handles, lost, kind, key, limit, saves=function is save_in_actor)
-    for rank in range(len(handles)):
+    calls = _Calls(spec, handles, lost, kind, key, limit, restage)
+    others = [rank for rank, handle in enumerate(handles) if not isinstance(handle, Own)]
+    for rank in others:
         calls.begin(rank, function, request)
+    if len(others) == len(handles):
+        calls.listen()
+    else:  # the own part blocks until the others have joined, or until the coordinator is told that one can't
+        (own,) = set(range(len(handles))) - set(others)
+        heard = in_thread(calls.listen, "rl_ckpt-calls")
+        reply = calls.run(own, function, request)
+        heard.result()
+        calls.note(own, reply)
     return calls.answers()
 
 
@@ -80,13 +102,14 @@ class _Calls:
         kind: Any,
         key: str,
         limit: Deadline | None,
-        saves: bool,
+        restage: Callable[..., bytes] | None,
     ) -> None:
         self._spec = spec
         self._handles = handles
         self._lost = lost
         self._kind = kind
-        self._saves = saves  # only then is there anything that others may do in a dead one's place
+        self._saves = restage is not None  # only then is there anything that others may do in a dead one's place
+        self._restage = restage
         self._key = key
         self._limit = limit
         self._last = math.inf if limit is None else limit.at
@@ -102,8 +125,14 @@ class _Calls:
         call = self._handles[rank].__ray_call__.options(max_task_retries=0)
         self._refs[call.remote(function, self._spec, self._place(rank), request)] = rank
 
-    def answers(self) -> list[Any]:
-        """Waits for them."""
+    def run(self, rank: int, function: Callable[..., bytes], request: object) -> Any:
+        """The own part; what it answers."""
+        return decode(
+            function(self._handles[rank].target, self._spec, self._place(rank), request), self._kind | Failure
+        )
+
+    def listen(self) -> None:
+        """Waits for the answers of the others."""
         while self._refs or self._dead:
             if self._dead and self._question is None:
                 self._ask()
@@ -118,6 +147,9 @@ class _Calls:
                 break
         if self._refs and self._lost == "lost_save":  # the silent ones must not bring it about later
             coordinator(self._spec).expire_save.remote(self._key, "this save is over; save again", True)
+
+    def answers(self) -> list[Any]:
+        """What all have answered."""
         silent = sorted({*self._refs.values(), *self._dead})
         _raise_failures(self._replies, silent, self._spec.options, self._limit)
         return [self._replies[rank] for rank in range(len(self._handles))]
@@ -145,7 +177,7 @@ class _Calls:
             return
         rank = self._refs.pop(ref)
         try:
-            self._note(rank, decode(ray.get(ref), self._kind | Failure))
+            self.note(rank, decode(ray.get(ref), self._kind | Failure))
         except ray.exceptions.RayError as error:
             text = f"rank {rank} is dead or unreachable: {in_one_line(error)}"
             failure = Failure.of(WorkerFailuresError(text, {rank: text}, [rank] if is_loss(error) else ()))
@@ -154,9 +186,10 @@ class _Calls:
             if self._saves:
                 self._dead.add(rank)
             else:
-                self._note(rank, failure)
+                self.note(rank, failure)
 
-    def _note(self, rank: int, reply: Any) -> None:
+    def note(self, rank: int, reply: Any) -> None:
+        """An answer; the first failure of a rank stands."""
         if isinstance(self._replies.get(rank), Failure):
             return
         self._replies[rank] = reply
@@ -175,12 +208,19 @@ class _Calls:
             news = Failure.of(WorkerFailuresError(text, lost=sorted(self._dead)))
         if isinstance(news, Restages):
             for order in news.orders:
-                self.begin(order.rank, restage_in_actor, order)
+                self._stage_again(order)
             if news.waits:
                 return
         dead, self._dead = self._dead, set()
         for rank in dead:
-            self._note(rank, news if isinstance(news, Failure) else StagedRank(news.checkpoint, 0.0))
+            self.note(rank, news if isinstance(news, Failure) else StagedRank(news.checkpoint, 0.0))
+
+    def _stage_again(self, order: Restage) -> None:
+        assert self._restage is not None
+        if isinstance(self._handles[order.rank], Own):
+            self.note(order.rank, self.run(order.rank, self._restage, order))
+        else:
+            self.begin(order.rank, self._restage, order)
 
     def _place(self, rank: int) -> Place:
         return Place(self._key, rank, len(self._handles))

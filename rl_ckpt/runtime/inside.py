@@ -35,7 +35,7 @@ def save_in_actor(actor: Any, spec: RunSpec, place: Place, request: SaveRequest)
         state = _call(actor, spec.get_state)
         return save_rank(spec, place, request, state, begun)
 
-    return _as_value(spec, place, "lost_save", work)
+    return as_value(spec, place, "lost_save", work)
 
 
 def restage_in_actor(actor: Any, spec: RunSpec, place: Place, order: Restage) -> bytes:
@@ -46,7 +46,7 @@ def restage_in_actor(actor: Any, spec: RunSpec, place: Place, order: Restage) ->
         state = _call(actor, spec.get_state)
         return restage_rank(spec, place, order, state, begun)
 
-    return _as_value(spec, place, "lost_save", work)
+    return as_value(spec, place, "lost_save", work)
 
 
 def restore_in_actor(actor: Any, spec: RunSpec, place: Place, request: RestoreRequest) -> bytes:
@@ -58,7 +58,7 @@ def restore_in_actor(actor: Any, spec: RunSpec, place: Place, request: RestoreRe
         _call(actor, spec.set_state, tree)
         return report
 
-    return _as_value(spec, place, "lost_restore", work)
+    return as_value(spec, place, "lost_restore", work)
 
 
 def prepare_in_actor(actor: Any, spec: RunSpec, place: Place, _request: None) -> bytes:
@@ -68,7 +68,7 @@ def prepare_in_actor(actor: Any, spec: RunSpec, place: Place, _request: None) ->
         prepare_rank(spec, place, _call(actor, spec.get_state))
         return Ok()
 
-    return _as_value(spec, place, "lost_save", work)
+    return as_value(spec, place, "lost_save", work)
 
 
 def _call(actor: Any, name: str, *args: Any) -> Any:
@@ -88,8 +88,15 @@ def _call(actor: Any, name: str, *args: Any) -> Any:
         raise RuntimeError(f"{type(actor).__name__}.{name} raised {what}, which would have ended the actor") from error
 
 
-def _as_value(spec: RunSpec, place: Place, lost: str, work: Callable[[], msgspec.Struct]) -> bytes:
-    """Runs one rank's work; an error becomes a value, and the other ranks are told."""
+def as_value(spec: RunSpec, place: Place, lost: str, work: Callable[[], msgspec.Struct]) -> bytes:
+    """Runs one rank's work; an error becomes a value, and the other ranks are told.
+
+    Args:
+        spec: The run.
+        place: Which rank, in which save or restore.
+        lost: The coordinator's method to tell.
+        work: Returns a message.
+    """
     try:
         with guarded(spec, place, lost):
             return encode(work())

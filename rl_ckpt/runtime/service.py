@@ -8,7 +8,7 @@ import dataclasses
 import time
 import uuid
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,9 +24,9 @@ from rl_ckpt.errors import (
 from rl_ckpt.info import CheckpointInfo, RestoreReport
 from rl_ckpt.options import Options
 from rl_ckpt.plan.retention import KeepRule
-from rl_ckpt.runtime.calls import call_all, new_key
+from rl_ckpt.runtime.calls import Own, call_all, new_key
 from rl_ckpt.runtime.deadline import Deadline
-from rl_ckpt.runtime.inside import prepare_in_actor, restore_in_actor, save_in_actor
+from rl_ckpt.runtime.inside import prepare_in_actor, restage_in_actor, restore_in_actor, save_in_actor
 from rl_ckpt.runtime.links import attached, begin, coordinator
 from rl_ckpt.runtime.messages import Failure, Ok, SaveDone, decode
 from rl_ckpt.runtime.restore import RestoredRank, RestoreRequest
@@ -85,14 +85,20 @@ class Service:
         self._at_exit = partial(_close_at_exit, self.spec, self._patience)
         atexit.register(self._at_exit)
 
-    def save(self, request: SaveRequest, workers: Sequence[Any]) -> PendingSave:
-        """See `Checkpointer.save`."""
+    def save(
+        self,
+        request: SaveRequest,
+        workers: Sequence[Any],
+        save: Callable[..., bytes] = save_in_actor,
+        restage: Callable[..., bytes] = restage_in_actor,
+    ) -> PendingSave:
+        """See `Checkpointer.save`; `save` and `restage` are what runs inside the workers, as of `inside`."""
         begun = time.monotonic()
         handles, key = self._begin_saving(workers), new_key()
         limit = None if request.deadline_s is None else Deadline(self.spec, key, request, begun, for_good=True)
         self._patience.until = None if limit is None else limit.at
         try:
-            replies = call_all(self.spec, handles, "lost_save", save_in_actor, request, StagedRank, key, limit)
+            replies = call_all(self.spec, handles, "lost_save", save, request, StagedRank, key, limit, restage)
         except BaseException:
             if limit is not None:
                 limit.over()
@@ -182,10 +188,10 @@ def _handles(workers: Sequence[Any]) -> list[Any]:
     if not handles:
         raise InvalidInputError("workers is empty; give at least one Ray actor handle")
     for rank, handle in enumerate(handles):
-        if not isinstance(handle, ray.actor.ActorHandle):
+        if not isinstance(handle, ray.actor.ActorHandle | Own):
             kind = type(handle).__name__
             raise InvalidInputError(f"workers[{rank}] is a {kind}, not a Ray actor handle (`Worker.remote(...)`)")
-    if len({handle._actor_id for handle in handles}) < len(handles):
+    if len({getattr(handle, "_actor_id", None) for handle in handles}) < len(handles):
         raise InvalidInputError("workers holds the same actor twice; give each rank an actor of its own")
     return handles
 

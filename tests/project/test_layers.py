@@ -23,6 +23,8 @@ FACES = {"", "checkpointer", "cli", "demo", "export", "rllib", "web"}
 TEST_ONLY = {"duckdb", "hypothesis", "moto", "polars", "pytest"}
 # Optional or heavy: a module-level import of one would make everybody pay for it, or fail without the extra.
 NEVER_AT_MODULE_LEVEL = {"jax", "jaxlib", "torch"}
+# Faces that nobody imports by accident, and what they may import at module level: their extra, or a script's needs.
+AT_HOME = {"demo": {"ray"}, "rllib": {"ray", "torch"}, "export": {"ray", "torch"}}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,17 +113,17 @@ def violations(module: str, imports: list[Import]) -> list[str]:
                 bad.append(f"{where} imports {item.name}; the ground imports nothing of the package but its errors")
         elif top in TEST_ONLY:
             bad.append(f"{where} imports {top}, which users do not have")
-        elif top in NEVER_AT_MODULE_LEVEL and not (item.lazy or item.typing_only):
+        elif top in NEVER_AT_MODULE_LEVEL and not (item.lazy or item.typing_only or top in _at_home(module)):
             bad.append(f"{where} imports {top} at module level; import it inside the function that needs it")
         elif top == "ray" and floor not in {"runtime", "faces"}:
             bad.append(f"{where} imports ray; below the runtime everything works without it")
-        elif top == "ray" and floor == "faces" and not (item.lazy or item.typing_only or _is_demo(module)):
+        elif top == "ray" and floor == "faces" and not (item.lazy or item.typing_only or top in _at_home(module)):
             bad.append(f"{where} imports ray at module level; a face imports it inside functions")
     return bad
 
 
-def _is_demo(module: str) -> bool:
-    return module.split(".")[1:2] == ["demo"]
+def _at_home(module: str) -> set[str]:
+    return AT_HOME.get(".".join(module.split(".")[1:2]), set())
 
 
 def test_imports_point_downward() -> None:
@@ -145,6 +147,8 @@ def test_imports_point_downward() -> None:
         ("rl_ckpt.store.log", "def f():\n import ray.util", "works without it"),
         ("rl_ckpt.checkpointer", "import ray", "inside functions"),
         ("rl_ckpt.state.torch", "import torch", "at module level"),
+        ("rl_ckpt.rllib.learner", "import jax", "at module level"),
+        ("rl_ckpt.checkpointer", "import torch", "at module level"),
         ("rl_ckpt.state.tree", "try:\n import jax\nexcept ImportError:\n pass", "at module level"),
         ("rl_ckpt.store.s3", "def f():\n import moto", "users do not have"),
     ],
@@ -164,6 +168,7 @@ def test_a_wrong_import_is_found(module: str, source: str, said: str) -> None:
         ("rl_ckpt.runtime.coordinator", "import ray\nfrom rl_ckpt.store import log\nfrom . import machine"),
         ("rl_ckpt.checkpointer", "def f():\n import ray"),
         ("rl_ckpt.demo.train", "import ray\nfrom rl_ckpt import checkpointer"),
+        ("rl_ckpt.rllib.learner", "import torch\nfrom ray.rllib import algorithms\nfrom rl_ckpt.runtime import calls"),
         ("rl_ckpt.state.torch", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n import torch"),
         ("rl_ckpt.format.manifest", "from rl_ckpt.errors import CorruptionError\nfrom ..state import box"),
     ],

@@ -1,0 +1,95 @@
+"""What belongs to the Algorithm itself: iteration, counters, metrics, connectors without a runner, callbacks' state.
+
+Owns: the parts `algorithm/` and `replay_buffer/` of the tree, and what of an Algorithm must be forgotten at a restore:
+requests under way to its actors, and batches that were being put together, since they hold samples of other weights.
+Does not: learners, runners and their processes' generators, which are the other files' here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+from rl_ckpt.rllib.metrics import metrics_problems, metrics_tree, set_metrics
+from rl_ckpt.rllib.team import AnyAlgorithm
+
+_TOTALS = ("_time_total", "_timesteps_total", "_episodes_total")
+_SINCE_RESTORE = ("_time_since_restore", "_timesteps_since_restore", "_iterations_since_restore")
+_QUEUES = ("data_to_place_on_learner", "_batch_being_built", "_episode_packs_being_built")  # IMPALA's and APPO's
+
+
+def algorithm_tree(algo: AnyAlgorithm) -> dict[str, Any]:
+    """The Algorithm's own state."""
+    tree: dict[str, Any] = {
+        "iteration": algo.iteration,
+        "totals": {name.lstrip("_"): getattr(algo, name) for name in _TOTALS},
+        "counters": dict(algo._counters),
+        "metrics": metrics_tree(algo.metrics),
+    }
+    callbacks = {str(i): callback.get_state() for i, callback in _stateful_callbacks(algo)}
+    if callbacks:
+        tree["callbacks"] = callbacks
+    return tree
+
+
+def algorithm_problems(algo: AnyAlgorithm, tree: Mapping[str, Any]) -> list[str]:
+    """Why `set_algorithm` would fail; changes nothing."""
+    missing = [name for name in ("iteration", "totals", "counters", "metrics") if name not in tree]
+    if missing:
+        return [f"the checkpoint's part `algorithm` lacks {missing}"]
+    return metrics_problems(algo.metrics, tree["metrics"])
+
+
+def set_algorithm(algo: AnyAlgorithm, tree: Mapping[str, Any]) -> list[str]:
+    """Puts the Algorithm's own state back.
+
+    Returns:
+        Notices: what had no place here.
+    """
+    algo._iteration = tree["iteration"]
+    for name in _TOTALS:
+        setattr(algo, name, tree["totals"][name.lstrip("_")])
+    for name in _SINCE_RESTORE:
+        setattr(algo, name, type(getattr(algo, name))(0))
+    algo._restored = True
+    algo._counters.clear()
+    algo._counters.update(tree["counters"])
+    set_metrics(algo.metrics, tree["metrics"])
+    saved, notices = dict(tree.get("callbacks", {})), list[str]()
+    for i, callback in _stateful_callbacks(algo):
+        if str(i) in saved:
+            callback.set_state(saved.pop(str(i)))
+        else:
+            notices.append(f"callback {type(callback).__name__} has no state in the checkpoint and keeps its own")
+    notices += [f"the state of callback {i} in the checkpoint has no such callback here" for i in saved]
+    return notices
+
+
+def forget_requests(algo: AnyAlgorithm) -> None:
+    """Drops what is under way of before the restore: its samples and gradients are of other weights.
+
+    The actors run such requests to their end, before what we ask of them later; nobody looks at the results.
+    """
+    for manager in _managers(algo):
+        for actor_id in list(manager.actor_ids()):
+            manager._remove_async_state(actor_id)
+    for name in _QUEUES:
+        if hasattr(algo, name):
+            setattr(algo, name, [])
+    for built in getattr(algo, "_ma_batches_being_built", {}).values():
+        built.clear()
+
+
+def _managers(algo: AnyAlgorithm) -> Iterator[Any]:
+    groups = (algo.env_runner_group, algo.eval_env_runner_group, algo.learner_group)
+    for manager in (*(group._worker_manager for group in groups if group is not None), algo._aggregator_actor_manager):
+        if manager is not None:
+            yield manager
+
+
+def _stateful_callbacks(algo: AnyAlgorithm) -> Iterator[tuple[int, Any]]:
+    """Callbacks of the user that have `get_state` and `set_state`."""
+    for i, callback in enumerate(algo.callbacks):
+        if callable(getattr(callback, "get_state", None)) and callable(getattr(callback, "set_state", None)):
+            yield i, callback
