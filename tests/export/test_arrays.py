@@ -362,6 +362,16 @@ def test_bad_input_leaves_nothing(
     assert Path("there").read_text() == "mine"
 
 
+@pytest.mark.parametrize("change", [{"path": "there"}, {"path": "missing/p"}, {"format": "onnxx"}, {"policy": ""}])
+def test_what_can_be_known_at_once_is_said_before_anything_is_read(
+    change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there").write_text("mine")
+    with pytest.raises(InvalidInputError):  # and not CheckpointNotFoundError
+        export_model(str(tmp_path / "no run"), **{"format": "safetensors", "path": "p", **change})
+
+
 def test_a_hundred_policies_are_not_all_listed(tmp_path: Path) -> None:
     url = str(tmp_path / "run")
     save(url, {f"p{i}": {"module": {"w": np.ones(1)}} for i in range(100)})
