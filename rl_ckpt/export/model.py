@@ -10,8 +10,9 @@ exporters of torch 2.13 fix the number of steps.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -98,14 +99,13 @@ def model_of(module: Any) -> Model:
         *(_state_leaf((STATE_IN, *path), value) for path, value in _flat(state)),
     ]
     module.eval()
-    draft = Model(_wrap(module, leaves, []), tuple(leaves), (), None, {})
     names: list[str] = []
-    wrapped = _wrap(module, leaves, names)
-    found = {n: Model(wrapped, tuple(leaves), (), None, {}).run(draft.random_inputs(n, n)) for n in (2, 3)}
-    _check_outputs(module, names)
-    outputs = tuple(_output(name, a, b) for name, a, b in zip(names, found[2], found[3], strict=True))
+    draft = Model(_wrap(module, leaves, names), tuple(leaves), (), None, {})
+    two, three = (draft.run(draft.random_inputs(n, n)) for n in (2, 3))
+    _check_names(module, [leaf.info.name for leaf in leaves], names)
+    outputs = tuple(_output(*each) for each in zip(names, two, three, strict=True))
     dist = _action_dist(module)
-    return Model(wrapped, tuple(leaves), outputs, dist, _metadata(module, state, dist))
+    return replace(draft, outputs=outputs, action_dist=dist, metadata=_metadata(module, state, dist))
 
 
 def told(error: BaseException) -> str:
@@ -114,7 +114,7 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(lines[:4])[:800].rstrip('.')}"
 
 
-def traced(make: Callable[[], Any], model: Model, what: str) -> Any:
+def traced(make: Callable[[], Any], what: str) -> Any:
     """Calls an exporter, which runs the user's forward pass.
 
     Raises:
@@ -253,17 +253,25 @@ def _described(tensors: Sequence[TensorInfo]) -> list[str]:
     return [f"{one.name}: {one.dtype}{list(one.shape)}" for one in tensors]
 
 
-def _check_outputs(module: Any, names: Sequence[str]) -> None:
-    if ACTION_DIST_INPUTS not in names and ACTIONS not in names:
+def _check_names(module: Any, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    every = [*inputs, *outputs]
+    twice = sorted({name for name in every if every.count(name) > 1})
+    if twice:
+        raise InvalidInputError(f"several inputs or outputs of the module would be called {twice}; use other keys")
+    if ACTION_DIST_INPUTS not in outputs and ACTIONS not in outputs:
         raise InvalidInputError(
             f"{type(module).__name__}.forward_inference gives neither {ACTION_DIST_INPUTS!r} nor {ACTIONS!r} as a "
-            f"tensor (it gives {list(names)}); an exported model has to say what to do"
+            f"tensor (it gives {list(outputs)}); an exported model has to say what to do"
         )
 
 
 def _output(name: str, two: torch.Tensor, three: torch.Tensor) -> TensorInfo:
     """An output, from what batches of two and of three gave."""
-    if two.dim() != three.dim() or [*two.shape[1:]] != [*three.shape[1:]] or (len(two), len(three)) != (2, 3):
+    if (
+        two.dim() != three.dim()
+        or [*two.shape[1:]] != [*three.shape[1:]]
+        or (*two.shape[:1], *three.shape[:1]) != (2, 3)
+    ):
         raise InvalidInputError(
             f"output {name!r} has shape {tuple(two.shape)} for a batch of 2 and {tuple(three.shape)} for one of 3; "
             "only models whose first axis is the batch can be exported"
@@ -284,8 +292,6 @@ def _action_dist(module: Any) -> str | None:
 
 
 def _metadata(module: Any, state: Any, dist: str | None) -> dict[str, str]:
-    import json
-
     out = {
         "module_class": f"{type(module).__module__}:{type(module).__qualname__}",
         "observation_space": repr(module.observation_space),
@@ -294,10 +300,8 @@ def _metadata(module: Any, state: Any, dist: str | None) -> dict[str, str]:
     if dist is not None:
         out["action_dist"] = dist
     if state:
-        flat = {_named((STATE_IN, *path)): value for path, value in _flat(state)}
-        out["initial_state"] = json.dumps(
-            {name: np.asarray(_floats(value)).tolist() if np.any(_floats(value)) else 0 for name, value in flat.items()}
-        )
+        values = {_named((STATE_IN, *path)): _floats(value) for path, value in _flat(state)}
+        out["initial_state"] = json.dumps({name: v.tolist() if v.any() else 0 for name, v in values.items()})
     return out
 
 

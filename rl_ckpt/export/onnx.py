@@ -91,7 +91,6 @@ def _proto(model: Model, opset: int | None) -> Any:
                 external_data=False,
                 verbose=False,
             ),
-            model,
             "the ONNX exporter",
         )
     proto = made.model_proto

@@ -34,7 +34,7 @@ def exported_program(model: Model) -> ExportedProgram:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # that an LSTM sets attributes of its own while it is traced
         program: ExportedProgram = traced(
-            lambda: torch.export.export(model.wrapped, inputs, dynamic_shapes=shapes), model, "torch.export"
+            lambda: torch.export.export(model.wrapped, inputs, dynamic_shapes=shapes), "torch.export"
         )
     return program
 

@@ -89,6 +89,22 @@ class Noisy(Linear):
         return {"action_dist_inputs": out + torch.randn_like(out)}
 
 
+class Colliding(Linear):
+    """Two outputs that would have one name."""
+
+    def _forward(self, batch: dict[str, Any], **_: Any) -> dict[str, Any]:
+        out = self.layer(batch["obs"])
+        return {"action_dist_inputs": out, "extra": {"x": out + 1}, "extra.x": out + 2}
+
+
+class Summing(Linear):
+    """An output that has no batch."""
+
+    def _forward(self, batch: dict[str, Any], **_: Any) -> dict[str, Any]:
+        out = self.layer(batch["obs"])
+        return {"action_dist_inputs": out, "total": out.sum()}
+
+
 class Averaging(Linear):
     """Gives one answer for the whole batch."""
 

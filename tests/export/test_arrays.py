@@ -154,6 +154,8 @@ def test_equal_checkpoints_give_equal_files(run: str, tmp_path: Path) -> None:
     for format in ("safetensors", "numpy"):
         files = [export_model(run, format=format, path=tmp_path / f"{i}.{format}").path for i in range(2)]
         assert Path(files[0]).read_bytes() == Path(files[1]).read_bytes()
+    with zipfile.ZipFile(files[0]) as archive:  # and not because they were made within the same two seconds
+        assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
 
 
 def test_a_policy_with_a_slash_gets_a_file_of_its_own(

@@ -224,21 +224,27 @@ def test_saved_tensors_load_into_the_module(runs: dict[str, tuple[str, Any]], tm
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), module.parameters(), strict=True))
 
 
+WRONG = [
+    (modules.Silent, r"gives neither 'action_dist_inputs' nor 'actions' as a tensor \(it gives \['embeddings'\]\)"),
+    (modules.Noisy, "gives another 'action_dist_inputs' each time"),
+    (modules.Averaging, "'action_dist_inputs' has shape .* for a batch of 2"),
+    (modules.Summing, r"'total' has shape \(\) for a batch of 2"),
+    (modules.Colliding, r"would be called \['extra.x'\]"),
+    (modules.Broken, "forward_inference fails on a batch of .*KeyError: 'observations'"),
+]
+WRONG_WHEN_TRACED = [
+    (modules.Branching, r"torch.export can't trace this module's forward_inference: .*must not depend on the values"),
+    (modules.TraceDependent, "'action_dist_inputs' differs from the policy's by 1"),
+]
+
+
 @pytest.mark.parametrize(
-    ("cls", "said"),
+    ("cls", "said", "format"),
     [
-        (
-            modules.Branching,
-            r"torch.export can't trace this module's forward_inference: .*must not depend on the values",
-        ),
-        (modules.Silent, r"gives neither 'action_dist_inputs' nor 'actions' as a tensor \(it gives \['embeddings'\]\)"),
-        (modules.Noisy, "gives another 'action_dist_inputs' each time"),
-        (modules.Averaging, "'action_dist_inputs' has shape .* for a batch of 2"),
-        (modules.Broken, "forward_inference fails on a batch of .*KeyError: 'observations'"),
-        (modules.TraceDependent, r"'action_dist_inputs' differs from the policy's by 1"),
+        *((cls, said, "onnx") for cls, said in [*WRONG, *WRONG_WHEN_TRACED]),
+        *((cls, said, "torch_export") for cls, said in WRONG_WHEN_TRACED),
     ],
 )
-@pytest.mark.parametrize("format", ["onnx", "torch_export"])
 def test_a_module_that_cant_be_exported_says_why(cls: type, said: str, format: Any, tmp_path: Path) -> None:
     url, out = str(tmp_path / "run"), tmp_path / "out"
     out.mkdir()
