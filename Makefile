@@ -8,6 +8,8 @@ PY := $(BIN)/python
 # Errors are shown, progress is not.
 PIP := $(PY) -m pip -qq --disable-pip-version-check
 SECONDS ?= 600
+# Processes that run tests, a file each at a time, in the order of the files: the short ones come last. 0: in this one.
+WORKERS ?= 2
 # More arguments for the tool behind a target: make test ARGS="-k restore", make demo ARGS="--iterations 12".
 ARGS ?=
 # Run by people, not imported by the package.
@@ -25,7 +27,7 @@ demo: $(VENV)/demo.stamp ## train, save, lose a node, restore: the whole story o
 	$(PY) -m rl_ckpt.demo $(ARGS)
 
 test: $(VENV)/test.stamp ## run all tests but the soak
-	$(PY) -m pytest -m "not soak" $(ARGS)
+	$(PY) -m pytest -m "not soak" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: $(VENV)/test.stamp ## SECONDS=600 of kills at random, what is lost and what leaks; then the long tests
 	$(PY) -m tests.soak --seconds $(SECONDS) $(ARGS)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.cluster_utils import Cluster
 
 import rl_ckpt
 from benchmarks.settings import WARM_UP
@@ -38,6 +39,23 @@ def cluster(cpus: int, store_bytes: int = 200 << 20) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def raylets(count: int, store_bytes: int) -> Iterator[list[str]]:
+    """A cluster of several raylets on this machine; their ids."""
+    reach_actors()
+    node = {"num_cpus": 2, "object_store_memory": max(store_bytes, 100 << 20)}
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    try:
+        for _ in range(count - 1):
+            cluster.add_node(**node, wait=False)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, log_to_driver=False)
+        yield [each["NodeID"] for each in ray.nodes()]
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def reach_actors() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-WARM_UP = 2
-"""Rounds that don't count: the first saves start actors and allocate both generations of staging memory."""
+WARM_UP = 3
+"""Rounds that don't count: the first saves start actors and allocate three generations of staging memory."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,12 @@ import pytest
 
 from tests.s3_servers import S3Server, ceph_is_installed, run_ceph, run_moto
 
+pytest_plugins = ("tests.crash.points",)
+
+# Before numpy and torch are there: their threads would fight over the cores with the file of tests that runs beside,
+# and on matrices as small as these they cost thirty times as much as they do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 _AWS_VARIABLES = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",

@@ -93,6 +93,11 @@ _RESTORE = (
 _CPU = (("restore", "", "every byte is read twice: all ranks verify before any rank is touched"),)
 _MEMORY = (
     (
+        "save",
+        "",
+        "the memory tier keeps the newest checkpoint in a third generation; with `memory_tier=False` there are two",
+    ),
+    (
         "restore",
         "",
         "a node's chunks stay in shared memory until every rank has verified its own, so that a restore that fails "
@@ -113,6 +118,19 @@ QUESTIONS: dict[str, Question] = {
     "frozen": Question("Stall where the state is an object that is immutable already", "none", "frozen"),
     "training": Question(
         "Training steps while a save is written", "steps while nothing is written", "training", reasons=_TRAINING
+    ),
+    "replication": Question(
+        "Training steps while a save is written and copied to other nodes",
+        "steps while nothing is written",
+        "replication",
+        reasons=(
+            (
+                "p99",
+                "",
+                "all nodes share one machine of 4 cores: trainers, writing, and both ends of every copy. On "
+                "machines of their own, a node has its own end alone",
+            ),
+        ),
     ),
     "durable": Question("Time to durable, local disk", _WRITE, "saving", reasons=_DURABLE),
     "s3": Question(

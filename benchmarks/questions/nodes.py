@@ -13,15 +13,13 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
-from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from benchmarks import harness
@@ -143,7 +141,7 @@ def measure(settings: Settings) -> list[Row]:
 
 def _case(settings: Settings, nodes: int) -> Row:
     part_bytes = (settings.mib << 20) * 2 // nodes // _PIECE_BYTES * _PIECE_BYTES or settings.mib << 20
-    with _raylets(nodes, 3 * part_bytes * nodes) as ids:
+    with harness.raylets(nodes, 3 * part_bytes * nodes) as ids:
         kind: Any = Node
         actors = [
             kind.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
@@ -176,20 +174,3 @@ def _ways(actors: list[Any]) -> harness.Ways:
         LIMIT: lambda _: {"took": harness.timed(lambda: harness.call_all(actors, "take_raw", ends))},
         "Ray object store": by_ray,
     }
-
-
-@contextmanager
-def _raylets(count: int, store_bytes: int) -> Iterator[list[str]]:
-    """A cluster of several raylets on this machine; their ids."""
-    harness.reach_actors()
-    node = {"num_cpus": 2, "object_store_memory": max(store_bytes, 100 << 20)}
-    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
-    try:
-        for _ in range(count - 1):
-            cluster.add_node(**node, wait=False)
-        cluster.wait_for_nodes()
-        ray.init(address=cluster.address, log_to_driver=False)
-        yield [each["NodeID"] for each in ray.nodes()]
-    finally:
-        ray.shutdown()
-        cluster.shutdown()

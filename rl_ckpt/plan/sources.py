@@ -42,6 +42,8 @@ class Known:
         self._bad_held: set[tuple[str, str, int]] = set()
         self._dead: set[str] = set()
         self._elsewhere: dict[ChunkId, list[InStore]] = {}
+        self.alone: dict[str, set[ChunkId]] = {}
+        """By server: chunks that no peer passes on to it; it brings them in itself."""
 
     def saved(self, chunk: ChunkId) -> Chunk:
         """The manifest's word on a chunk."""
@@ -133,11 +135,12 @@ def plan_sources(known: Known, needs: Mapping[str, Collection[ChunkId]], mappabl
         mappable: Whether workers read the store's files themselves.
 
     Returns:
-        The plan. A chunk that is fetched leaves the store once, whoever needs it. Held chunks that few nodes need are
-        pulled by each of them, level over the holders; what many need is pulled once and passed on.
+        The plan. A chunk that is fetched leaves the store once, whoever needs it (`Known.alone` apart). Held chunks
+        that few nodes need are pulled by each of them, level over the holders; what many need is pulled once and passed
+        on.
     """
     out = SourcePlan({server: NodePlan() for server in needs})
-    if known.holdings is None and not mappable and not known.bad():
+    if known.holdings is None and not mappable and not known.bad() and not known.alone:
         passed = {server: chunks if isinstance(chunks, set) else set(chunks) for server, chunks in needs.items()}
     else:
         passed = {server: set() for server in needs}
@@ -147,7 +150,7 @@ def plan_sources(known: Known, needs: Mapping[str, Collection[ChunkId]], mappabl
         node = out.nodes[server]
         node.peers = fetch.peers
         if known.holdings is None:
-            node.store = fetch.store
+            node.store = node.store + fetch.store if node.store else fetch.store
             continue
         for chunk in fetch.store:
             copies = known.held(chunk)
@@ -158,8 +161,8 @@ def plan_sources(known: Known, needs: Mapping[str, Collection[ChunkId]], mappabl
     if known.holdings is None:
         return out
     for server, node in out.nodes.items():
-        alone = sorted(set(needs[server]) - set(node.here) - set(node.files) - passed[server] - out.lost)
-        for chunk in alone:
+        placed = {*node.here, *node.files, *node.store, *passed[server], *out.lost}
+        for chunk in sorted(set(needs[server]) - placed):
             _pull(known, node, chunk, known.held(chunk), load)
     return out
 
@@ -187,18 +190,17 @@ def _one_by_one(
                 far.append(server)
         if not far:
             continue
-        if copies:
-            if len(far) > _TAKERS_A_HOLDER * len(here):
-                for server in far:
-                    passed[server].add(chunk)
-        elif known.stored(chunk) is None:
+        if not copies and known.stored(chunk) is None:
             out.lost.add(chunk)
-        elif mappable:
+        elif not copies and mappable:
             for server in far:
                 out.nodes[server].files.append(chunk)
-        else:
+        elif not copies or len(far) > _TAKERS_A_HOLDER * len(here):
             for server in far:
-                passed[server].add(chunk)
+                if chunk not in known.alone.get(server, ()):
+                    passed[server].add(chunk)
+                elif not copies:
+                    out.nodes[server].store.append(chunk)
 
 
 def _pull(known: Known, node: NodePlan, chunk: ChunkId, copies: Sequence[Held], load: dict[str, int]) -> None:

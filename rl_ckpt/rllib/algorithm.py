@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-
 from rl_ckpt.rllib.metrics import metrics_problems, metrics_tree, set_metrics
 from rl_ckpt.rllib.team import AnyAlgorithm
 

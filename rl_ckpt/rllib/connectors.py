@@ -43,13 +43,27 @@ def connectors_tree(pipeline: ConnectorPipelineV2 | None) -> dict[str, Any]:
         if not state:
             continue
         try:
-            tree[name] = to_data(_arrays(state), f"the state of the connector {name}")
+            tree[name] = state_tree(state, f"the state of the connector {name}")
         except UnsavableError as error:
             raise InvalidInputError(
                 f"{error}; let get_state() of {type(connector).__name__} return numbers, strings, arrays and "
                 "containers of them"
             ) from None
     return tree
+
+
+def state_tree(state: Any, at: str) -> Any:
+    """What a connector's `get_state` gave, as data.
+
+    Raises:
+        UnsavableError: Something in it can't be saved.
+    """
+    return to_data(_arrays(state), at)
+
+
+def state_from(tree: Any) -> Any:
+    """The reverse of `state_tree`, as a connector's `set_state` takes it."""
+    return _texts(from_data(tree))
 
 
 def connectors_problems(pipeline: ConnectorPipelineV2 | None, tree: dict[str, Any], where: str) -> list[str]:
@@ -67,7 +81,7 @@ def set_connectors(pipeline: ConnectorPipelineV2 | None, tree: dict[str, Any]) -
     """Sets every connector that has a saved state; `connectors_problems` must have found none."""
     for name, connector in _named(pipeline):
         if name in tree:
-            connector.set_state(_texts(from_data(tree[name])))
+            connector.set_state(state_from(tree[name]))
 
 
 def _named(pipeline: ConnectorPipelineV2 | None, above: str = "") -> Iterator[tuple[str, ConnectorV2]]:

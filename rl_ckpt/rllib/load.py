@@ -49,9 +49,13 @@ def read_description(spec: RunSpec, url: str, step: int | None, *parts: str) -> 
         InvalidInputError: It is not one of RLlib's things.
     """
     place = Place(f"describe-{uuid.uuid4().hex}", 0, 1)
-    with guarded(spec, place, "lost_restore"):
-        tree, _ = restore_rank(spec, place, RestoreRequest(step, list(parts), ranks=(0,)), None)
-    found: dict[str, Any] = tree if isinstance(tree, dict) else {}
+    found: dict[str, Any] = {}
+    try:
+        with guarded(spec, place, "lost_restore"):
+            found, _ = restore_rank(spec, place, RestoreRequest(step, list(parts), ranks=(0,)), None)
+    except InvalidInputError as error:
+        if "chooses nothing" not in str(error):  # which `check_about` says better
+            raise
     check_about(found, url)
     return found
 
@@ -69,8 +73,7 @@ def build(described: Mapping[str, Any], changes: Changes) -> Algorithm:
         raise InvalidInputError(f"{text}; `rl_ckpt.rllib.load_policy` reads it")
     if changes.policies is not None:
         check_policies(changes.policies, about["policies"])
-    config = _config(described, changes)
-    _narrow(config, changes)
+    config = configured(described, changes)
     algo: Algorithm = config.build_algo()
     return algo
 
@@ -79,6 +82,13 @@ def start_ray() -> None:
     """Starts Ray where it does not run yet, as RLlib itself does."""
     if not ray.is_initialized():
         ray.init()
+
+
+def configured(described: Mapping[str, Any], changes: Changes) -> AlgorithmConfig:
+    """The config of a checkpoint, as it is wanted; raises as `build`."""
+    config = _config(described, changes)
+    _narrow(config, changes)
+    return config
 
 
 def _config(described: Mapping[str, Any], changes: Changes) -> AlgorithmConfig:

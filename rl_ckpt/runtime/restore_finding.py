@@ -62,9 +62,23 @@ def take_failed(restore: Restore, server: str, done: FetchDone) -> None:
         chunk = chunks[item.offset]
         restore.missing.setdefault(server, set()).add(chunk)
         if item.last == AT_PEER:  # which says itself what was wrong with the place where it took it from
+            now.not_passed.setdefault(server, set()).add(chunk)
             continue
         stored = now.stored.get(chunk) or restore.known.named(chunk)
         _exclude(restore, chunk, stored if item.last == IN_STORE else now.nodes[server].pulls[chunk], item.flaw)
+
+
+def take_cut_off(restore: Restore) -> None:
+    """After a round: who could not have a chunk from a peer that has it brings it in alone from now on.
+
+    With another peer it might fare no better, and so with one after the other, a round for each.
+    """
+    assert restore.known is not None
+    now = restore.rounds[-1]
+    for server, chunks in now.not_passed.items():
+        for peer, passed in now.nodes[server].peers.items():
+            cut_off = chunks.intersection(passed) - restore.missing.get(peer, set())
+            restore.known.alone.setdefault(server, set()).update(cut_off)
 
 
 def take_bad(restore: Restore) -> dict[str, set[ChunkId]]:

@@ -243,6 +243,7 @@ class RestoreMachine:
         restore_finding.take_failed(restore, server, done)
         if restore.awaited:
             return []
+        restore_finding.take_cut_off(restore)
         missing, restore.missing = restore.missing, {}
         return self._find_sources(restore, missing) if missing else self._tell_sources(restore)
 

@@ -103,6 +103,8 @@ class Round:
     """File of each server's restore memory."""
     stored: dict[ChunkId, InStore] = field(default_factory=dict)
     """Where chunks of which a place was bad are taken from in the store; all others where the manifest says."""
+    not_passed: dict[str, set[ChunkId]] = field(default_factory=dict)
+    """By server: chunks that it could not have from a peer."""
 
 
 At = InStore | Held | Round

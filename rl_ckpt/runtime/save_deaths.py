@@ -9,6 +9,7 @@ writes, another node that has a copy of its staging memory writes in its place. 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 
@@ -39,7 +40,7 @@ from rl_ckpt.store.committer import SaveRequest
 _ENDED_KEPT = 256
 
 
-class SaveDeaths:
+class SaveDeaths(ABC):
     """See the module. A part of `SaveMachine`."""
 
     def __init__(self, options: Options) -> None:
@@ -54,29 +55,37 @@ class SaveDeaths:
 
     # Of the other parts.
 
+    @abstractmethod
     def _begin(self, key: str, request: SaveRequest, world_size: int) -> Save:
-        raise NotImplementedError
+        """A new save under a key."""
 
+    @abstractmethod
     def _current(self, token: str) -> Save | None:
-        raise NotImplementedError
+        """The save of a token, if it is still known and no later one has its key."""
 
+    @abstractmethod
     def _fail(self, save: Save, error: CheckpointError, also: int | None = None) -> list[Instruction]:
-        raise NotImplementedError
+        """Ends a save; who waits is told, and so is one rank more."""
 
+    @abstractmethod
     def _drop_told(self, save: Save) -> None:
-        raise NotImplementedError
+        """Forgets a save that failed, once all of its ranks have heard of it."""
 
+    @abstractmethod
     def _stage(self, save: Save) -> list[Instruction]:
-        raise NotImplementedError
+        """All memory is there: ranks are told to copy."""
 
+    @abstractmethod
     def _try_settle(self, save: Save) -> list[Instruction]:
-        raise NotImplementedError
+        """Goes on where all is staged."""
 
+    @abstractmethod
     def _land(self, save: Save) -> list[Instruction]:
-        raise NotImplementedError
+        """Commits in memory."""
 
+    @abstractmethod
     def _made_spare(self, token: str) -> list[Instruction]:
-        raise NotImplementedError
+        """The spare generation that a save had made is there, or is not waited for any more."""
 
     # Workers.
 

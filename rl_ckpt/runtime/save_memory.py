@@ -7,6 +7,8 @@ is made anew on a server where its file is missing or too small; the next save's
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 from rl_ckpt.errors import WorkerFailuresError
 from rl_ckpt.options import Options
 from rl_ckpt.runtime.generations import GENERATIONS, StagingFile
@@ -28,8 +30,9 @@ class SaveMemory(SaveDeaths):
 
     # Of the other part.
 
+    @abstractmethod
     def _try_commit(self) -> list[Instruction]:
-        raise NotImplementedError
+        """Commits the oldest save that holds a generation, if it is written."""
 
     # A save's own generation.
 

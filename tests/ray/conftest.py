@@ -1,4 +1,4 @@
-"""Clusters for the tests in this folder: one for each file, as starting Ray costs seconds."""
+"""Clusters for the tests in this folder, one for each file, as starting Ray costs seconds; and a store that waits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from tests.ray.gated_s3 import Gate, run_gated
 from tests.ray.holders import one_node, several_nodes
+from tests.s3_servers import S3Server
 
 
 @pytest.fixture(scope="module")
@@ -22,3 +24,10 @@ def three_nodes(_no_aws_settings_from_outside: None) -> Iterator[Any]:
     """A cluster of three nodes on this machine, connected."""
     with several_nodes(3) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def gate(moto_server: S3Server) -> Iterator[Gate]:
+    """An S3 server that does not take shard files while the test has closed its gate."""
+    with run_gated(moto_server) as made:
+        yield made

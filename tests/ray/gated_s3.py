@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from rl_ckpt import Checkpointer
 from tests.ray.holders import WAIT_S
 from tests.s3_servers import S3Server
 from tests.store.faulty_proxy import Fault, run_proxy
@@ -40,6 +41,14 @@ class Gate:
 
     def storage_options(self) -> dict[str, Any]:
         return self.server.storage_options()
+
+    def new_url(self) -> str:
+        """Of a run that is not there yet, in a bucket of its own."""
+        return f"s3://{self.server.new_bucket()}/run"
+
+    def new_run(self, **options: Any) -> Checkpointer:
+        """On such a run, behind the gate."""
+        return Checkpointer(self.new_url(), storage_options=self.storage_options(), **options)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from rl_ckpt.runtime import calls, service
 from rl_ckpt.runtime.messages import Failure, Restages
 from rl_ckpt.runtime.spec import NAMESPACE
 from rl_ckpt.store.run import Run
-from tests.ray.gated_s3 import Gate, run_gated
+from tests.ray.gated_s3 import Gate
 from tests.ray.holders import (
     WAIT_S,
     give,
@@ -33,7 +33,6 @@ from tests.ray.holders import (
     total,
     until,
 )
-from tests.s3_servers import S3Server
 
 CHUNK = 1 << 20
 SHARED = 24 * CHUNK
@@ -169,17 +168,6 @@ def test_declared_replicas_are_staged_once(workers: list[Any], tmp_path: Path) -
             same(found, {"w": values})
 
 
-@pytest.fixture(scope="module")
-def gate(moto_server: S3Server) -> Iterator[Gate]:
-    with run_gated(moto_server) as made:
-        yield made
-
-
-def gated_run(gate: Gate, moto_server: S3Server, **options: Any) -> Checkpointer:
-    url = f"s3://{moto_server.new_bucket()}/run"
-    return Checkpointer(url, storage_options=gate.storage_options(), chunk_bytes=CHUNK, **options)
-
-
 def grow(holder: Any) -> None:
     """A training step, in place."""
     holder.state["w"] += 1
@@ -187,10 +175,8 @@ def grow(holder: Any) -> None:
     holder.state["step"] += 1
 
 
-def test_save_returns_when_staged_and_training_does_not_change_what_is_saved(
-    workers: list[Any], gate: Gate, moto_server: S3Server
-) -> None:
-    with gated_run(gate, moto_server) as ckpt:
+def test_save_returns_when_staged_and_training_does_not_change_what_is_saved(workers: list[Any], gate: Gate) -> None:
+    with gate.new_run(chunk_bytes=CHUNK) as ckpt:
         give(workers, [state(rank) for rank in range(WORLD)])
         gate.close()
         pending = ckpt.save(0, workers)
@@ -206,11 +192,9 @@ def test_save_returns_when_staged_and_training_does_not_change_what_is_saved(
             same(found, state(rank))
 
 
-def test_two_generations_are_staged_and_the_third_save_waits(
-    workers: list[Any], gate: Gate, moto_server: S3Server
-) -> None:
+def test_two_generations_are_staged_and_the_third_save_waits(workers: list[Any], gate: Gate) -> None:
     three = workers[:3]
-    with gated_run(gate, moto_server) as ckpt:
+    with gate.new_run(chunk_bytes=CHUNK) as ckpt:
         gate.close()
         pending = []
         for step in (0, 1):
@@ -240,11 +224,9 @@ def test_two_generations_are_staged_and_the_third_save_waits(
     assert not names & shared_memory()
 
 
-def test_skip_refuses_the_third_save_and_leaves_the_others_alone(
-    workers: list[Any], gate: Gate, moto_server: S3Server
-) -> None:
+def test_skip_refuses_the_third_save_and_leaves_the_others_alone(workers: list[Any], gate: Gate) -> None:
     three = workers[:3]
-    with gated_run(gate, moto_server, when_busy="skip") as ckpt:
+    with gate.new_run(chunk_bytes=CHUNK, when_busy="skip") as ckpt:
         gate.close()
         pending = []
         for step in (0, 1):

@@ -16,7 +16,7 @@ import ray
 from rl_ckpt import Checkpointer
 from rl_ckpt.errors import SaveTimeoutError
 from rl_ckpt.format.digest import digest
-from tests.ray.gated_s3 import Gate, run_gated
+from tests.ray.gated_s3 import Gate
 from tests.ray.holders import (
     MEMORY,
     WAIT_S,
@@ -32,7 +32,6 @@ from tests.ray.holders import (
     states_of,
     until,
 )
-from tests.s3_servers import S3Server
 
 
 def state(rank: int, step: int) -> dict[str, Any]:
@@ -44,12 +43,6 @@ def state(rank: int, step: int) -> dict[str, Any]:
 def workers(_no_aws_settings_from_outside: None) -> Iterator[list[Any]]:
     with several_nodes(2):
         yield on_nodes(2)
-
-
-@pytest.fixture
-def gate(moto_server: S3Server) -> Iterator[Gate]:
-    with run_gated(moto_server) as made:
-        yield made
 
 
 def save(ckpt: Checkpointer, workers: list[Any], step: int, **how: Any) -> Any:
@@ -93,10 +86,8 @@ def test_the_newest_save_is_in_the_store_once_it_is_closed(tmp_path: Path, worke
     assert not any((MEMORY / name).exists() for name in names), "nothing is left in memory"
 
 
-def test_with_the_store_away_its_memory_stays_and_the_next_close_stores_it(
-    workers: list[Any], gate: Gate, moto_server: S3Server
-) -> None:
-    url, options = f"s3://{moto_server.new_bucket()}/run", gate.storage_options()
+def test_with_the_store_away_its_memory_stays_and_the_next_close_stores_it(workers: list[Any], gate: Gate) -> None:
+    url, options = gate.new_url(), gate.storage_options()
     ckpt = Checkpointer(url, storage_options=options, persist_every=2, write_timeout_s=3)
     save(ckpt, workers, 0)
     info = save(ckpt, workers, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +33,19 @@ def objects(run: Run) -> set[str]:
 
 
 def kill_everything(url: str, storage_options: dict[str, Any], after: int) -> list[psutil.Process]:
-    """A job saves `after` times, and is killed with all of its cluster amid the next save; returns what was killed."""
+    """A job saves `after` times, and is killed with all of its cluster as it writes the next save.
+
+    Returns:
+        What was killed.
+    """
     with arena(2) as ground:
-        ground.start_driver(url=url, storage_options=storage_options, seed=3, pause_s=0.0, options={})
+        ground.start_driver(url=url, storage_options=storage_options, seed=3, options={})
         committed = 0
         while True:
             event = ground.events.get(timeout=60)
             committed += event["event"] == "committed"
-            if committed >= after and event["event"] == "begun":
-                break
-        time.sleep(0.03)  # into the save
-        return ground.kill_all()
+            if committed >= after and event["event"] == "staged":
+                return ground.kill_all()
 
 
 @pytest.mark.parametrize("store", ["local", "s3"])

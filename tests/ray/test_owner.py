@@ -27,7 +27,7 @@ from rl_ckpt.runtime.spec import NAMESPACE
 from rl_ckpt.store.base import Store
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.urls import open_store
-from tests.ray.gated_s3 import Gate, run_gated
+from tests.ray.gated_s3 import Gate
 from tests.ray.holders import ROOT, WAIT_S, Holder, give, kill_process, link, pid_of, several_nodes, spec_of, until
 from tests.s3_servers import S3Server
 
@@ -117,12 +117,6 @@ def cluster(_no_aws_settings_from_outside: None) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def workers(cluster: Any) -> list[Any]:
     return [Holder.remote()]
-
-
-@pytest.fixture
-def gate(moto_server: S3Server) -> Iterator[Gate]:
-    with run_gated(moto_server) as made:
-        yield made
 
 
 def save(ckpt: Checkpointer, workers: list[Any], step: int) -> int:
@@ -320,11 +314,8 @@ def test_a_new_start_of_the_service_finds_no_users_of_the_last_one(tmp_path: Pat
     left.close()
 
 
-def test_a_close_that_would_wait_too_long_says_what_it_leaves(
-    workers: list[Any], gate: Gate, moto_server: S3Server
-) -> None:
-    url = f"s3://{moto_server.new_bucket()}/run"
-    with Checkpointer(url, storage_options=gate.storage_options()) as ckpt:
+def test_a_close_that_would_wait_too_long_says_what_it_leaves(workers: list[Any], gate: Gate) -> None:
+    with gate.new_run() as ckpt:
         save(ckpt, workers, 1)
         give(workers, [state(2)])
         gate.close()

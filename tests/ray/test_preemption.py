@@ -47,26 +47,17 @@ def cluster(_no_aws_settings_from_outside: None) -> Iterator[Any]:
         yield made
 
 
-@pytest.fixture
-def gate(moto_server: S3Server) -> Iterator[Gate]:
-    with run_gated(moto_server) as made:
-        yield made
-
-
-def gated_run(gate: Gate, server: S3Server) -> Checkpointer:
+def new_run(gate: Gate) -> Checkpointer:
     """Without the memory tier, which would have the save though the store does not (test_tier.py)."""
-    url = f"s3://{server.new_bucket()}/run"
-    return Checkpointer(url, storage_options=gate.storage_options(), join_timeout_s=20, memory_tier=False)
+    return gate.new_run(join_timeout_s=20, memory_tier=False)
 
 
 # Urgent saves.
 
 
-def test_a_store_that_does_not_answer_leaves_nothing_of_an_urgent_save(
-    cluster: Any, gate: Gate, moto_server: S3Server
-) -> None:
+def test_a_store_that_does_not_answer_leaves_nothing_of_an_urgent_save(cluster: Any, gate: Gate) -> None:
     team = on_nodes(2)
-    with gated_run(gate, moto_server) as ckpt:
+    with new_run(gate) as ckpt:
         give(team, [state(rank, 0) for rank in range(2)])
         assert ckpt.save(0, team, deadline_s=WAIT_S).result().step == 0
         give(team, [state(rank, 1) for rank in range(2)])
@@ -83,7 +74,7 @@ def test_a_store_that_does_not_answer_leaves_nothing_of_an_urgent_save(
 
 def test_a_commit_that_is_under_way_at_the_deadline_is_said_to_be_unknown(cluster: Any, moto_server: S3Server) -> None:
     team = on_nodes(2)
-    with run_gated(moto_server, "/commits/") as gate, gated_run(gate, moto_server) as ckpt:
+    with run_gated(moto_server, "/commits/") as gate, new_run(gate) as ckpt:
         give(team, [state(rank, 0) for rank in range(2)])
         ckpt.save(0, team).result(WAIT_S)
         give(team, [state(rank, 1) for rank in range(2)])
@@ -130,9 +121,9 @@ def save_alone(holder: Any, handle: Any, deadline_s: float) -> str:
     return "committed"
 
 
-def test_workers_that_save_by_themselves_have_deadlines_too(cluster: Any, gate: Gate, moto_server: S3Server) -> None:
+def test_workers_that_save_by_themselves_have_deadlines_too(cluster: Any, gate: Gate) -> None:
     team = on_nodes(2)
-    with gated_run(gate, moto_server) as ckpt:
+    with new_run(gate) as ckpt:
         handles = [ckpt.worker(rank, 2) for rank in range(2)]
         give(team, [state(rank, 1) for rank in range(2)])
         alone = ray.get(team[0].look.remote(save_alone, handles[0], 1.0), timeout=WAIT_S)  # the other never joins
@@ -216,10 +207,8 @@ def test_a_driver_that_gets_sigterm_saves_and_ends(tmp_path: Path) -> None:
             same(ckpt.load_state(rank=rank), state(rank, step))
 
 
-def test_a_driver_that_gets_sigterm_ends_in_time_though_the_store_does_not_answer(
-    gate: Gate, moto_server: S3Server
-) -> None:
-    url = f"s3://{moto_server.new_bucket()}/run"
+def test_a_driver_that_gets_sigterm_ends_in_time_though_the_store_does_not_answer(gate: Gate) -> None:
+    url = gate.new_url()
     options = gate.storage_options()
     with run_driver(url, json.dumps(options), 3) as driver:
         assert driver.stdout is not None

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ import ray
 from rl_ckpt import Checkpointer, LatestN
 from rl_ckpt.info import CheckpointInfo
 from rl_ckpt.runtime.spec import NAMESPACE
-from tests.ray.gated_s3 import Gate, run_gated
+from tests.ray.gated_s3 import Gate
 from tests.ray.holders import ROOT, WAIT_S, Holder, HolderBase, give, link, pid_of, same, shared_memory, states_of
-from tests.s3_servers import S3Server
 
 
 def state(rank: int, step: int = 0) -> dict[str, Any]:
@@ -29,12 +27,6 @@ def state(rank: int, step: int = 0) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def workers(_no_aws_settings_from_outside: None, ray_node: None) -> list[Any]:
     return [Holder.remote() for _ in range(2)]
-
-
-@pytest.fixture
-def gate(moto_server: S3Server) -> Iterator[Gate]:
-    with run_gated(moto_server) as made:
-        yield made
 
 
 def save(ckpt: Checkpointer, workers: list[Any], step: int) -> CheckpointInfo:
@@ -117,7 +109,7 @@ def test_the_rules_of_one_that_only_restores_drop_nothing(tmp_path: Path, worker
 
 
 def test_a_save_that_waits_long_for_memory_is_not_given_up(
-    workers: list[Any], gate: Gate, moto_server: S3Server, monkeypatch: pytest.MonkeyPatch
+    workers: list[Any], gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The driver's patience with its workers runs out several times while the save waits for a slow store."""
     rounds = threading.Semaphore(0)
@@ -129,8 +121,7 @@ def test_a_save_that_waits_long_for_memory_is_not_given_up(
             rounds.release()
         return ready, rest
 
-    url = f"s3://{moto_server.new_bucket()}/run"
-    with Checkpointer(url, storage_options=gate.storage_options(), join_timeout_s=2.0) as ckpt, gate.closed():
+    with gate.new_run(join_timeout_s=2.0) as ckpt, gate.closed():
         pending = []
 
         def third_save() -> None:
@@ -181,10 +172,8 @@ sys.stdin.readline()
 """
 
 
-def test_dropping_a_checkpointer_ends_nothing_and_the_drivers_end_ends_all(
-    workers: list[Any], gate: Gate, moto_server: S3Server
-) -> None:
-    url = f"s3://{moto_server.new_bucket()}/run"
+def test_dropping_a_checkpointer_ends_nothing_and_the_drivers_end_ends_all(workers: list[Any], gate: Gate) -> None:
+    url = gate.new_url()
     others = actors()
     gate.close()
     address = ray.get_runtime_context().gcs_address

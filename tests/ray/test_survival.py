@@ -20,7 +20,7 @@ from rl_ckpt import Checkpointer
 from rl_ckpt.errors import CheckpointError
 from rl_ckpt.runtime.owners_kept import dead_jobs
 from rl_ckpt.runtime.spec import NAMESPACE
-from tests.ray.gated_s3 import Gate, run_gated
+from tests.ray.gated_s3 import Gate
 from tests.ray.holders import (
     HEALTH,
     ROOT,
@@ -38,7 +38,6 @@ from tests.ray.holders import (
     states_of,
     until,
 )
-from tests.s3_servers import S3Server
 
 
 def state(rank: int, step: int = 0) -> dict[str, Any]:
@@ -54,16 +53,6 @@ def cluster(_no_aws_settings_from_outside: None) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def workers(cluster: Any) -> list[Any]:
     return on_nodes(3)
-
-
-@pytest.fixture
-def gate(moto_server: S3Server) -> Iterator[Gate]:
-    with run_gated(moto_server) as made:
-        yield made
-
-
-def gated_run(gate: Gate, server: S3Server) -> Checkpointer:
-    return Checkpointer(f"s3://{server.new_bucket()}/run", storage_options=gate.storage_options(), join_timeout_s=20)
 
 
 def traces(_: Any) -> tuple[int, int]:
@@ -103,11 +92,9 @@ def test_a_worker_has_no_thread_of_ours(tmp_path: Path, workers: list[Any]) -> N
         assert ray.get([worker.look.remote(own_threads) for worker in workers]) == [[], [], []]
 
 
-def test_a_worker_killed_after_save_returned_loses_nothing(
-    workers: list[Any], gate: Gate, moto_server: S3Server
-) -> None:
+def test_a_worker_killed_after_save_returned_loses_nothing(workers: list[Any], gate: Gate) -> None:
     team = [*workers[:2], on_nodes(3)[2]]
-    with gated_run(gate, moto_server) as ckpt:
+    with gate.new_run(join_timeout_s=20) as ckpt:
         give(team, [state(rank) for rank in range(3)])
         gate.close()
         pending = ckpt.save(0, team)
@@ -139,10 +126,8 @@ sys.stdin.read()
 """
 
 
-def test_a_driver_killed_after_save_returned_loses_nothing(
-    cluster: Any, workers: list[Any], gate: Gate, moto_server: S3Server
-) -> None:
-    url, before = f"s3://{moto_server.new_bucket()}/run", dead_jobs()
+def test_a_driver_killed_after_save_returned_loses_nothing(cluster: Any, workers: list[Any], gate: Gate) -> None:
+    url, before = gate.new_url(), dead_jobs()
     gate.close()
     command = [sys.executable, "-c", DRIVER, url, gate.server.endpoint_url, cluster.address]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -171,10 +156,8 @@ def test_a_driver_killed_after_save_returned_loses_nothing(
         assert ckpt.save(6, workers).result(WAIT_S).lineage[0] == found[0].id
 
 
-def test_the_coordinator_comes_back_and_says_what_became_of_the_save(
-    workers: list[Any], gate: Gate, moto_server: S3Server
-) -> None:
-    with gated_run(gate, moto_server) as ckpt:
+def test_the_coordinator_comes_back_and_says_what_became_of_the_save(workers: list[Any], gate: Gate) -> None:
+    with gate.new_run(join_timeout_s=20) as ckpt:
         give(workers, [state(rank) for rank in range(3)])
         ckpt.save(0, workers).result(WAIT_S)
         give(workers, [state(rank, 1) for rank in range(3)])
@@ -209,10 +192,8 @@ def test_a_shard_server_killed_between_saves_comes_back(tmp_path: Path, workers:
 
 
 @pytest.mark.soak  # on local disk: test_deaths.py
-def test_a_shard_server_killed_while_writing_comes_back_and_writes_again(
-    workers: list[Any], gate: Gate, moto_server: S3Server
-) -> None:
-    with gated_run(gate, moto_server) as ckpt:
+def test_a_shard_server_killed_while_writing_comes_back_and_writes_again(workers: list[Any], gate: Gate) -> None:
+    with gate.new_run(join_timeout_s=20) as ckpt:
         give(workers, [state(rank) for rank in range(3)])
         ckpt.save(0, workers).result(WAIT_S)
         give(workers, [state(rank, 1) for rank in range(3)])
@@ -301,12 +282,12 @@ def test_what_a_killed_cluster_left_is_removed_by_the_next_server(tmp_path: Path
         assert driver.stdout is not None
         word, *left = driver.stdout.readline().split()
         assert word == "left"
+        assert len(left) == 1
+        assert set(left) <= shared_memory()
         family = [psutil.Process(driver.pid), *psutil.Process(driver.pid).children(recursive=True)]
         for process in family:
             process.kill()
         psutil.wait_procs(family, WAIT_S)
-    assert len(left) == 1
-    assert set(left) <= shared_memory()
     alive = on_nodes(2)
     give(alive, [state(rank) for rank in range(2)])
     with Checkpointer(str(tmp_path / "next")) as ckpt:

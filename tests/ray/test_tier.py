@@ -20,7 +20,7 @@ from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.runtime.messages import FoundParts, HoldOrder, decode
 from rl_ckpt.runtime.spec import NAMESPACE
 from rl_ckpt.store.committer import SaveRequest
-from tests.ray.gated_s3 import Gate, run_gated
+from tests.ray.gated_s3 import Gate
 from tests.ray.holders import (
     HEALTH,
     MEMORY,
@@ -271,17 +271,8 @@ def test_another_coordinator_takes_up_what_memory_has(tmp_path: Path, workers: l
         assert set(copies(sorted(servers(ckpt)))) == {f"part-{after.id}-{name}" for name in servers(ckpt)}
 
 
-@pytest.fixture
-def gate(moto_server: S3Server) -> Iterator[Gate]:
-    with run_gated(moto_server) as made:
-        yield made
-
-
-def test_an_urgent_save_is_in_memory_though_the_store_is_stuck(
-    workers: list[Any], gate: Gate, moto_server: S3Server
-) -> None:
-    options = gate.storage_options()
-    with Checkpointer(f"s3://{moto_server.new_bucket()}/run", storage_options=options) as ckpt:
+def test_an_urgent_save_is_in_memory_though_the_store_is_stuck(workers: list[Any], gate: Gate) -> None:
+    with gate.new_run() as ckpt:
         first = save(ckpt, workers, 0)
         gate.close()
         give(workers, [state(rank, 1) for rank in range(3)])
@@ -292,12 +283,8 @@ def test_an_urgent_save_is_in_memory_though_the_store_is_stuck(
         assert save(ckpt, workers, 2).in_store
 
 
-def test_an_urgent_save_that_memory_has_no_room_for_is_cleanly_absent(
-    workers: list[Any], gate: Gate, moto_server: S3Server
-) -> None:
-    options = gate.storage_options()
-    url = f"s3://{moto_server.new_bucket()}/run"
-    with Checkpointer(url, storage_options=options, memory_bytes=0) as ckpt:
+def test_an_urgent_save_that_memory_has_no_room_for_is_cleanly_absent(workers: list[Any], gate: Gate) -> None:
+    with gate.new_run(memory_bytes=0) as ckpt:
         with pytest.warns(UserWarning, match="memory_bytes=0"):
             save(ckpt, workers, 0)
         gate.close()

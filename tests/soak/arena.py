@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 from ray.cluster_utils import Cluster
 
-from tests.ray.holders import HEALTH, importable
+from tests.ray.holders import HEALTH, LEAN, importable
 
 ROOT = Path(__file__).parents[2]
 _STORE_BYTES = 100 << 20
@@ -33,8 +33,8 @@ class Arena:
     """See the module."""
 
     def __init__(self, nodes: int) -> None:
-        head = {"num_cpus": 1, "object_store_memory": _STORE_BYTES, "include_dashboard": False}
-        self._cluster = Cluster(initialize_head=True, head_node_args={**head, "_system_config": HEALTH})
+        head = {"num_cpus": 1, "object_store_memory": _STORE_BYTES, **LEAN, "_system_config": HEALTH}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._nodes: list[Any] = []
         self._driver: subprocess.Popen[str] | None = None
         self._asked: dict[str, Any] = {}
@@ -48,7 +48,7 @@ class Arena:
     def add_node(self, wait: bool = True) -> None:
         """One more raylet for workers."""
         node = self._cluster.add_node(
-            num_cpus=8, resources={"worker": 1000}, object_store_memory=_STORE_BYTES, wait=False
+            num_cpus=2, resources={"worker": 1000}, object_store_memory=_STORE_BYTES, wait=False
         )
         self._nodes.append(node)
         if wait:

@@ -37,10 +37,9 @@ _saying = threading.Lock()
 class Driver:
     """One life of the driver."""
 
-    def __init__(self, ckpt: Checkpointer, seed: int, pause_s: float) -> None:
+    def __init__(self, ckpt: Checkpointer, seed: int) -> None:
         self._ckpt = ckpt
         self._seed = seed
-        self._pause_s = pause_s
 
     def run(self) -> None:
         """Until it is killed."""
@@ -89,8 +88,8 @@ class Driver:
             except CheckpointError as error:
                 _say_aborted(step, error)
                 raise
+            say("staged", step=step)
             threading.Thread(target=_watch, args=(pending,), daemon=True).start()
-            time.sleep(self._pause_s)
 
 
 def _pids(workers: Sequence[Any]) -> list[int]:
@@ -126,7 +125,7 @@ def main() -> None:
     )
     say("up", pid=os.getpid())
     try:
-        Driver(ckpt, asked["seed"], asked["pause_s"]).run()
+        Driver(ckpt, asked["seed"]).run()
     except Exception as error:
         say("ended", error=type(error).__name__, text=str(error)[:500])
         raise

@@ -28,7 +28,7 @@ class Sample:
     """Open file descriptors."""
     threads: dict[str, int]
     shared_bytes: int
-    """Of files in shared memory that are ours."""
+    """Of the run's files in shared memory."""
 
 
 def many_saves(
@@ -75,7 +75,7 @@ def _look(ckpt: Checkpointer, workers: Sequence[Any], saves: int) -> Sample:
         {name: process.memory_full_info().uss for name, process in found.items()},
         {name: process.num_fds() for name, process in found.items()},
         {name: process.num_threads() for name, process in found.items()},
-        sum(path.stat().st_blocks * 512 for path in MEMORY.rglob("*") if path.is_file()),
+        sum(path.stat().st_blocks * 512 for name in servers(ckpt) for path in (MEMORY / name).rglob("*")),
     )
 
 

@@ -9,6 +9,7 @@ be it stored or only in memory (`persist_every`; at most one node is killed betw
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import random
 import re
@@ -103,7 +104,6 @@ class Storm:
             url=self._url,
             storage_options=self._storage_options,
             seed=self.tally.seed,
-            pause_s=0.05,
             options=dict(options),
         )
         self._await("the first commit", lambda event: event["event"] == "committed")
@@ -126,7 +126,7 @@ class Storm:
         else:  # a restore is what follows on a kill
             self._kill(WORKER, again)
             self._await("a restore", lambda event: event["event"] == "restoring")
-        time.sleep(delay_s)
+        self._hear(delay_s)
         killed_at = time.time()
         for kind, pick in zip(kinds, picks, strict=True):
             self._kill(kind, pick)
@@ -147,10 +147,12 @@ class Storm:
     def _is_commit_since(self, event: Mapping[str, Any], killed_at: float) -> bool:
         return event["event"] == "committed" and self._begun_at.get(event["step"], 0.0) > killed_at
 
-    def _hear(self) -> None:
-        """Takes what the driver has said so far."""
-        while not self._arena.events.empty():
-            self._note(self._arena.events.get())
+    def _hear(self, seconds: float = 0.0) -> None:
+        """Takes what the driver has said so far, and what it says for so long."""
+        by = time.monotonic() + seconds
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._note(self._arena.events.get(timeout=max(0.0, by - time.monotonic())))
 
     def _await(self, what: str, wanted: Callable[[Mapping[str, Any]], bool]) -> Mapping[str, Any]:
         """Takes what the driver says until it is what is waited for; starts the driver again where it ended."""

@@ -52,6 +52,11 @@ def _create(url: str, options: dict[str, Any], names: list[str], barrier: Any, w
         won.put(name)
 
 
+ONE_CLIENT = pytest.mark.parametrize("client_options", ["sockets"], indirect=True)
+"""For what goes the same way with both: all but parts and reads."""
+
+
+@ONE_CLIENT
 def test_of_racing_processes_exactly_one_creates(store: Store):
     context = multiprocessing.get_context("spawn")
     names = [f"commits/{n:08d}.json" for n in range(10)]
@@ -110,6 +115,7 @@ def test_a_whole_bucket_can_be_the_run(s3_server: S3Server):
     assert [o.name for o in store.list("commits/")] == ["commits/1"]
 
 
+@ONE_CLIENT
 def test_list_of_more_than_one_page(store: Store):
     names = [f"many/{n:05d}" for n in range(1001)]
     with ThreadPoolExecutor(16) as pool:

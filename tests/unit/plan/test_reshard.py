@@ -111,13 +111,16 @@ def test_what_differs_between_ranks_stays_with_its_rank(old: int, new: int, grou
 
 def test_what_one_rank_alone_declares_replicated_is_on_offer_to_every_reader() -> None:
     whole = np.arange(4.0)
-    saved = [
+    saved: list[dict[str, Any]] = [
         {"driver": {"iteration": 7}, "about": Replicated({"a": "b", "none": {}})},
         {"runners": {"1": Replicated({"rng": [1, 2], "w": whole, "empty": {}})}},
         {"runners": {"2": {"mine": 3, "nothing": {}}}, "driver": {}},
     ]
     checkpoint = save(saved, ["a", "b", "a"])
-    on_offer = {"about": {"a": "b", "none": {}}, "runners": {"1": {"rng": [1, 2], "w": whole, "empty": {}}}}
+    on_offer: dict[str, Any] = {
+        "about": {"a": "b", "none": {}},
+        "runners": {"1": {"rng": [1, 2], "w": whole, "empty": {}}},
+    }
     assert_same(load(checkpoint, 0), {"driver": {"iteration": 7}, **on_offer})
     assert_same(load(checkpoint, 7), {"about": on_offer["about"], "runners": on_offer["runners"]})
     last = {"runners": {"2": saved[2]["runners"]["2"], **on_offer["runners"]}, "driver": {}, "about": on_offer["about"]}

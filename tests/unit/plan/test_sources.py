@@ -65,6 +65,7 @@ def worlds(draw: st.DrawFn) -> World:
             world.bad.add(places[0])
     for place in world.bad:
         known.exclude(place)
+    known.alone = draw(st.dictionaries(st.sampled_from(sorted(world.needs)), chunk_sets))
     world.dead = draw(st.sets(st.sampled_from("ab")))
     for server in world.dead:
         known.lose(server)
@@ -92,8 +93,10 @@ def test_every_chunk_has_the_nearest_source_that_is_left(world: World) -> None:
         for peer, chunks in node.peers.items():
             assert peer != server
             assert set(chunks) <= {*plan.nodes[peer].store, *plan.nodes[peer].pulls}, "no chains"
+            assert not known.alone.get(server, set()) & set(chunks)
             assert not any(copy.server == server for chunk in chunks for copy in known.held(chunk))
-    read = Counter(chunk for node in plan.nodes.values() for chunk in node.store)
+    alone = known.alone
+    read = Counter(c for name, node in plan.nodes.items() for c in node.store if c not in alone.get(name, ()))
     assert set(read.values()) <= {1}, "each chunk leaves the store once"
     for chunk in plan.lost:
         assert not known.held(chunk)

@@ -69,12 +69,17 @@ class Bench:
         candidates: tuple[str, ...] = ("2-new", "1-old"),
         holdings: Holdings | None = None,
         search: bool = True,
+        servers: int = 2,
+        passing: bool = True,
     ) -> None:
         self.machine = RestoreMachine(Options())
         self.mappable = mappable
         self.candidates = candidates
         self.holdings = holdings
         self.search_at_once = search
+        self.servers = servers
+        self.passing = passing
+        """Whether servers can have anything from one another."""
         self.elsewhere: dict[bytes, list[tuple[str, int]]] = {}
         """Digest → places in other checkpoints."""
         self.loads: list[rm.Load] = []
@@ -117,6 +122,9 @@ class Bench:
                 case rm.Answer(key, rank, reply):
                     self.replies.setdefault((key, rank), []).append(reply)
 
+    def server(self, rank: int) -> str:
+        return f"server-{rank % self.servers}"
+
     def search(self) -> None:
         ask = self.searches.pop(0)
         found = {(digest, size): self.elsewhere.get(digest, []) for digest, size in ask.wanted}
@@ -131,7 +139,7 @@ class Bench:
         return reply
 
     def open(self, rank: int, *, world: int = 2, step: int | None = None, key: str = "r") -> None:
-        self.do(self.machine.open(OpenRestore(key, rank, world, step, f"server-{rank % 2}")))
+        self.do(self.machine.open(OpenRestore(key, rank, world, step, self.server(rank))))
 
     def load(self) -> None:
         """Answers the oldest Load as the coordinator does."""
@@ -149,8 +157,8 @@ class Bench:
         return found[-1].token if found else "none"
 
     def match(self, rank: int, problems: Problems | None = None, key: str = "r") -> None:
-        server, needs = f"server-{rank % 2}", Needs.of(all_chunks())
-        matched = Matched(key, self.token(rank, key), rank, server, problems or Problems(), needs)
+        needs = Needs.of(all_chunks())
+        matched = Matched(key, self.token(rank, key), rank, self.server(rank), problems or Problems(), needs)
         self.do(self.machine.match(matched))
 
     def fetch(self, ask: rm.Fetch, damaged: str = "", code: str = "corruption") -> None:
@@ -165,7 +173,8 @@ class Bench:
                 self.broken.add((order.key, item.digest))
                 failed.append(NotFetched(item.offset, last, flaw))
         passed = [i for items in order.peers.values() for i in items]
-        failed += [NotFetched(i.offset, AT_PEER, flaw) for i in passed if (order.key, i.digest) in self.broken]
+        lacking = [i for i in passed if not self.passing or (order.key, i.digest) in self.broken]
+        failed += [NotFetched(i.offset, AT_PEER, flaw) for i in lacking]
         left_out = {item.offset for item in failed}
         sizes: dict[str, Iterable[Iterable[Item]]] = {
             "store": order.files.values(),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from rl_ckpt.errors import WorkerFailuresError
+from rl_ckpt.plan import sources as plan_sources
+from rl_ckpt.plan.parts import Holdings
 from rl_ckpt.runtime import restore_orders
 from rl_ckpt.runtime import restore_steps as rm
 from rl_ckpt.runtime.messages import FETCHED, HELD, STORED, Apply, Candidate, Source, Sources
@@ -89,8 +91,8 @@ def test_timers_of_an_earlier_round_do_not_end_a_later_one() -> None:
     bench.verify(0, damaged="a flipped bit")
     bench.verify(1)
     bench.do(bench.machine.timed_out(early.token, early.state, early.round))
-    assert isinstance(bench.reply(0), Sources), "the second round has its own time"
     bench.verify(0)
+    assert isinstance(bench.reply(0), Sources), "the second round has its own time, and rank 0 waits for rank 1"
     bench.time_out(rm.VERIFYING)
     assert "in time" in bench.failure(0).message
 
@@ -128,6 +130,49 @@ def test_what_the_store_does_not_give_is_an_error_and_no_older_checkpoint() -> N
     bench.fetch_all()
     assert [bench.failure(rank).code for rank in (0, 1)] == ["storage", "storage"]
     assert "503" in bench.failure(0).message
+
+
+@pytest.mark.parametrize("holdings", [None, held_by("server-9")], ids=["store", "memory"])
+def test_peers_that_can_have_nothing_from_one_another_cost_one_more_round(
+    holdings: Holdings | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_sources, "_TAKERS_A_HOLDER", 0)  # all is passed on
+    bench, world = Bench(holdings=holdings, servers=4, passing=False), 4
+    for rank in range(world):
+        bench.open(rank, world=world)
+    bench.load()
+    for rank in range(world):
+        bench.match(rank)
+    assert all(ask.order.peers for ask in bench.fetches)
+    for ask in list(bench.fetches):
+        bench.fetch(ask)
+    assert len(bench.fetches) == world
+    assert not any(ask.order.peers for ask in bench.fetches), "each brings in the rest alone"
+    bench.fetch_all()
+    for rank in range(world):
+        assert isinstance(bench.reply(rank), Sources)
+        bench.verify(rank)
+    reply = bench.reply(0)
+    assert isinstance(reply, Apply)
+    read = {name: size for name, size in reply.bytes_from.items() if size}
+    assert (read, reply.repaired) == ({"store" if holdings is None else "peers_memory": world * TOTAL}, {})
+
+
+def test_what_a_peer_failed_to_bring_is_still_passed_on_afterwards() -> None:
+    bench = Bench()
+    bench.elsewhere = {bytes.fromhex(c.digest): [("shards/older", 0)] for a in manifest("x").arrays for c in a.chunks}
+    bench.to_fetching()
+    for ask in list(bench.fetches):
+        bench.fetch(ask, damaged="a flipped bit")
+    assert len(bench.fetches) == 2
+    assert any(ask.order.peers for ask in bench.fetches)
+    bench.fetch_all()
+    for rank in (0, 1):
+        assert isinstance(bench.reply(rank), Sources)
+        bench.verify(rank)
+    reply = bench.reply(0)
+    assert isinstance(reply, Apply)
+    assert len(reply.repaired) == 2
 
 
 def test_a_server_that_is_restarted_is_told_again_and_not_for_ever() -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from rl_ckpt import Checkpointer
 from rl_ckpt.errors import CheckpointNotFoundError, CorruptionError, StorageError
+from rl_ckpt.format import records
 from rl_ckpt.options import Options
 from rl_ckpt.plan.parts import Holdings, Remembered
 from rl_ckpt.runtime import restore_work
@@ -167,6 +168,18 @@ def test_a_search_that_the_store_does_not_answer_is_an_error_and_not_nothing(
     monkeypatch.setattr(restore_work, "find_elsewhere", fail)
     with pytest.raises(StorageError, match="no connection"):
         asyncio.run(work.search(wanted, ()))
+
+
+@pytest.mark.parametrize("how", ["no run", "damaged"])
+def test_a_search_where_nothing_can_be_found_is_empty(run: Run, how: str) -> None:
+    """The restore goes on with what else there is, and says itself what it lacks."""
+    work = RestoreWork(RunSpec(run.store.url, {}, (), Options(), "get", "set"), Tier(), lambda _: None)
+    chunk = run.manifest(run.log.read().commits[0]).arrays[0].chunks[0]
+    if how == "no run":
+        shutil.rmtree(folder(run))
+    else:
+        (folder(run) / records.RUN_FILE).write_bytes(b"garbage")
+    assert asyncio.run(work.search(((bytes.fromhex(chunk.digest), chunk.bytes),), ())) == {}
 
 
 def test_what_was_tried_is_not_given_again(run: Run) -> None:
