@@ -22,7 +22,6 @@ from rl_ckpt.store.repair import load_repaired
 
 METADATA = "__metadata__"
 _BATCH_BYTES = 64 << 20
-_TIME = (1980, 1, 1, 0, 0, 0)  # the same for all files: equal weights of a checkpoint give equal bytes
 
 
 def write_npz(source: Source, path: Path) -> tuple[str, list[str]]:
@@ -64,5 +63,5 @@ def _of_numpys_own(host: Host) -> Host:
 
 
 def _add(archive: zipfile.ZipFile, name: str, host: Host) -> None:
-    with archive.open(zipfile.ZipInfo(f"{name}.npy", _TIME), "w", force_zip64=True) as member:
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
         np.lib.format.write_array(member, host, allow_pickle=False)

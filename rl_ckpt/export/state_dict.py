@@ -56,7 +56,8 @@ def write_state_dict(source: Source, path: Path) -> tuple[str, list[str]]:
     with path.open("wb") as file:
         torch.save(tensors, file)
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(f"{_FOLDER}/{RECORD}", json.dumps(source.metadata(found)))
+        record = zipfile.ZipInfo(f"{_FOLDER}/{RECORD}")  # with no time of now: equal weights give equal files
+        archive.writestr(record, json.dumps(source.metadata(found)))
     return found, notices
 
 

@@ -12,7 +12,7 @@ from ray.rllib.core.distribution.torch.torch_distribution import TorchDiagGaussi
 from ray.rllib.core.rl_module.torch import TorchRLModule
 
 OBS = gym.spaces.Box(-1, 1, (4,), np.float32)
-ACTION = gym.spaces.Discrete(3)
+ACTION: Any = gym.spaces.Discrete(3)
 NESTED = gym.spaces.Dict(
     {
         "image": gym.spaces.Box(0, 255, (5, 5, 1), np.uint8),
@@ -27,7 +27,8 @@ class Linear(TorchRLModule):
     """One layer, in the dtype that `model_config` names."""
 
     def setup(self) -> None:
-        self.dtype = getattr(torch, self.model_config.get("dtype", "float32"))
+        config: Any = self.model_config
+        self.dtype = getattr(torch, config.get("dtype", "float32"))
         self.layer = torch.nn.Linear(4, 3).to(self.dtype)
 
     def _forward(self, batch: dict[str, Any], **_: Any) -> dict[str, Any]:
@@ -123,8 +124,9 @@ class Interrupted(Linear):
     """Gets a signal while it is traced."""
 
     def _forward(self, batch: dict[str, Any], **_: Any) -> dict[str, Any]:
+        config: Any = self.model_config
         if torch.compiler.is_exporting():
-            os.kill(os.getpid(), self.model_config["signal"])
+            os.kill(os.getpid(), config["signal"])
         return {"action_dist_inputs": self.layer(batch["obs"])}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -18,7 +19,7 @@ from tests.rllib.small import built, multi_config
 
 @pytest.fixture
 def ray_small() -> Iterator[None]:
-    ray.init("local", num_cpus=16, include_dashboard=False, object_store_memory=100 << 20, logging_level="ERROR")
+    ray.init("local", num_cpus=16, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -28,7 +29,7 @@ def test_a_policy_of_an_algorithm(ray_small: None, tmp_path: Path) -> None:
     with built(multi_config(3)) as algo:
         algo.train()
         save(algo, url)
-        module = algo.get_module("p1")
+        module: Any = algo.get_module("p1")
         obs = np.random.default_rng(0).uniform(-1, 1, (9, 3)).astype(np.float32)
         with torch.no_grad():
             expected = module.forward_inference({"obs": torch.from_numpy(obs)})["action_dist_inputs"].numpy()

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rl_ckpt import Checkpointer, CorruptionError, InvalidInputError
-from rl_ckpt.export import export_arrays, export_model
+from rl_ckpt.export import Format, export_arrays, export_model
 from rl_ckpt.export import safetensors as writer
 from rl_ckpt.export.__main__ import main
 from rl_ckpt.export.stream import Target
@@ -138,7 +138,7 @@ def test_numpy_keeps_foreign_dtypes_as_integers_and_says_so(run: str, tmp_path: 
 
 
 def test_the_digest_is_the_same_in_every_format_and_another_for_other_weights(run: str, tmp_path: Path) -> None:
-    formats = ("safetensors", "numpy", "state_dict")
+    formats: list[Format] = ["safetensors", "numpy", "state_dict"]
     reports = [export_model(run, format=f, path=tmp_path / f) for f in formats]
     assert len({report.weights_digest for report in reports}) == 1
     changed = module()
@@ -151,11 +151,12 @@ def test_the_digest_is_the_same_in_every_format_and_another_for_other_weights(ru
 
 
 def test_equal_checkpoints_give_equal_files(run: str, tmp_path: Path) -> None:
-    for format in ("safetensors", "numpy"):
+    for format in ("safetensors", "numpy", "state_dict"):
         files = [export_model(run, format=format, path=tmp_path / f"{i}.{format}").path for i in range(2)]
         assert Path(files[0]).read_bytes() == Path(files[1]).read_bytes()
-    with zipfile.ZipFile(files[0]) as archive:  # and not because they were made within the same two seconds
-        assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+        if format != "safetensors":  # and not because they were made within the same two seconds
+            with zipfile.ZipFile(files[0]) as archive:
+                assert {info.date_time[0] for info in archive.infolist()} == {1980}
 
 
 def test_a_policy_with_a_slash_gets_a_file_of_its_own(
