@@ -119,9 +119,14 @@ def test_a_hold_waits_for_the_update_under_way_and_lets_no_other_begin(built: An
 
 def test_holds_are_nested(built: Any) -> None:
     learner = built(IMPALA)
+    give(learner, IMPALA, 0)
+    finish(learner)
     with held(learner):
         with held(learner):
-            give(learner, IMPALA, 0)
+            learner._weights_seq_no = 0  # as a rollback does
+            give(learner, IMPALA, 1)
+        while learner._learner_thread_in_queue.qsize():  # until the thread has taken it
+            assert learner._learner_thread.is_alive()
         assert learner._learner_thread_in_queue.unfinished_tasks == 1
         assert learner._weights_seq_no == 0
     finish(learner)
