@@ -44,21 +44,27 @@ def steps_of(algo: Any) -> dict[str, list[float]]:
     return {name: [float(state["step"]) for state in one.state.values()] for name, one in optimizers.items()}
 
 
+def chunks_of(url: str, info: rl_ckpt.CheckpointInfo) -> dict[str, str]:
+    """By policy: in which checkpoint's file the values of its module lie."""
+    manifest = json.loads(next(Path(url).glob(f"manifests/{info.id}*")).read_bytes())
+    return manifest
+
+
 def test_frozen_policies_cost_no_bytes_later(league: dict[str, Any]) -> None:
     first, second, third = league["infos"]
     tree = rl_ckpt.Checkpointer(league["url"]).load_state(select="policies/**")["policies"]
     sizes = {id_: sum(t.nbytes for t in policy["module"].values()) for id_, policy in tree.items()}
-    frozen = sum(size for id_, size in sizes.items() if id_ not in ("p3", "p42", "p99"))
+    frozen = sum(size for id_, size in sizes.items() if id_ not in TRAINED)
     assert len(sizes) == MANY
-    assert frozen > 0.5 * first.bytes
-    manifests = [manifest_bytes(league["url"], info) for info in league["infos"]]
-    for info, manifest in zip((second, third), manifests[1:], strict=True):
-        # What is not metadata: three policies with their optimizers, generators and what runs in the runner.
-        assert info.bytes_written - manifest < first.bytes - frozen
-    assert frozen == sum(sizes.values()) - sum(sizes[id_] for id_ in ("p3", "p42", "p99"))
+    assert frozen > 20_000
+    for info in (second, third):
+        assert info.bytes == first.bytes
+        arrays = info.bytes_written - metadata_bytes(league["url"], info)
+        assert 0 < arrays <= first.bytes - frozen
 
 
-def manifest_bytes(url: str, info: rl_ckpt.CheckpointInfo) -> int:
+def metadata_bytes(url: str, info: rl_ckpt.CheckpointInfo) -> int:
+    """Of the manifest, and of what surrounds arrays in shard files."""
     return next(Path(url).glob(f"manifests/{info.id}*")).stat().st_size
 
 
