@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol, runtime_checkable
 
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.format.records import CommitRecord
+from rl_ckpt.state import leaves
 
 
 @runtime_checkable
@@ -55,6 +58,35 @@ class EveryNSteps:
     def keep(self, commits: Sequence[CommitRecord]) -> set[str]:
         """See `KeepRule.keep`."""
         return {commit.id for commit in commits if commit.step % self.n == 0}
+
+
+@dataclass(frozen=True, slots=True)
+class BestN:
+    """Keeps the `n` checkpoints with the best value of a metric; of equal ones the newer."""
+
+    metric: str
+    """Name, as given at save."""
+    mode: str = "max"
+    """Which is the best: "max" or "min"."""
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        """Checks `mode`, and `n`: an integer of at least 1."""
+        if self.mode not in ("max", "min"):
+            raise InvalidInputError(f"BestN(mode={self.mode!r}): mode must be 'max' or 'min'")
+        if not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < 1:
+            raise InvalidInputError(f"BestN(n={self.n!r}): n must be an integer of at least 1")
+
+    def keep(self, commits: Sequence[CommitRecord]) -> set[str]:
+        """See `KeepRule.keep`."""
+        values = {commit.id: leaves.decode(commit.metrics.get(self.metric)) for commit in commits}
+        sign = 1 if self.mode == "max" else -1
+        numbers = [(sign * value, place, id_) for place, (id_, value) in enumerate(values.items()) if _is_number(value)]
+        return {id_ for _, _, id_ in sorted(numbers)[-self.n :]}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def to_drop(commits: Sequence[CommitRecord], rules: Sequence[KeepRule]) -> list[CommitRecord]:

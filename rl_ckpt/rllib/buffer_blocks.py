@@ -52,7 +52,9 @@ def cut(layout: Layout, first: int, steps: Sequence[int], block_steps: int) -> l
         First and last number (exclusive) of each block.
     """
     after = first + len(steps)
-    ends = [end for end in layout.ends if first < end <= after]  # others are of evicted episodes, or of a run rolled back
+    ends = [
+        end for end in layout.ends if first < end <= after
+    ]  # others are of evicted episodes, or of a run rolled back
     filled = 0
     for number in range(ends[-1] if ends else first, after):
         filled += steps[number - first]

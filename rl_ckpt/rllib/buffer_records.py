@@ -9,19 +9,17 @@ needs into which an environment still puts steps (the last observation added); a
 from __future__ import annotations
 
 import functools
-import json
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 from ray.rllib.env.multi_agent_episode import MultiAgentEpisode
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.env.utils.infinite_lookback_buffer import InfiniteLookbackBuffer
-from ray.rllib.utils.serialization import gym_space_from_dict, gym_space_to_dict
 
-from rl_ckpt.errors import CorruptionError, InvalidInputError
+from rl_ckpt.errors import InvalidInputError
+from rl_ckpt.rllib.spaces import space_from, space_tree
 
 Record = dict[str, Any]
 MappingFn = Callable[[Any, Any], str]
@@ -30,38 +28,39 @@ MappingFn = Callable[[Any, Any], str]
 class SpaceTable:
     """Spaces, each once: every episode has copies of its own, and a buffer holds thousands of them."""
 
-    def __init__(self, tree: Sequence[str] = ()) -> None:
+    def __init__(self, saved: Sequence[Mapping[str, Any]] = ()) -> None:
         """Takes what `tree` gave.
 
         Raises:
             CorruptionError: It can't be read.
         """
-        try:
-            self._spaces: list[gym.Space[Any]] = [gym_space_from_dict(json.loads(text)) for text in tree]
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorruptionError(f"a space of the replay buffer can't be read: {error}") from error
-        self._texts = list(tree)
+        self._spaces: list[gym.Space[Any]] = [space_from(tree) for tree in saved]
         self._places: dict[Hashable, int] = {}
 
-    def tree(self) -> list[str]:
+    def tree(self) -> list[dict[str, Any]]:
         """As plain data."""
-        return list(self._texts)
+        return [space_tree(space) for space in self._spaces]
 
     def place(self, space: gym.Space[Any] | None) -> int | None:
         """Where a space stands in the table; it is added where there is no equal one.
 
         Raises:
-            InvalidInputError: RLlib can't turn such a space into data.
+            InvalidInputError: A space of a class that can't be stored.
         """
         if space is None:
             return None
         key = _key(space)
-        place = self._places.get(key)
+        place = None if key is None else self._places.get(key)
         if place is None:
-            text = _text(space)
-            if text not in self._texts:
-                self._texts.append(text)
-            place = self._places[key] = self._texts.index(text)
+            place = next(
+                (i for i, known in enumerate(self._spaces) if type(known) is type(space) and known == space), None
+            )
+        if place is None:
+            space_tree(space)  # now, where the error can be told of this space
+            self._spaces.append(space)
+            place = len(self._spaces) - 1
+        if key is not None:
+            self._places[key] = place
         return place
 
     def at(self, place: int | None) -> gym.Space[Any] | None:
@@ -69,36 +68,16 @@ class SpaceTable:
         return None if place is None else self._spaces[place]
 
 
-def _key(space: gym.Space[Any]) -> Hashable:
-    """Equal for equal spaces; without the price of turning each into text."""
+def _key(space: gym.Space[Any]) -> Hashable | None:
+    """Equal for equal spaces, and quickly made; None for spaces that have to be compared."""
     kind = type(space)
     if kind is gym.spaces.Box:
         assert isinstance(space, gym.spaces.Box)
         return (kind, space.dtype, space.shape, space.low.tobytes(), space.high.tobytes())
     if kind is gym.spaces.Discrete:
         assert isinstance(space, gym.spaces.Discrete)
-        return (kind, int(space.n), int(space.start))
-    if kind is gym.spaces.Dict:
-        assert isinstance(space, gym.spaces.Dict)
-        return (kind, *((key, _key(inner)) for key, inner in space.spaces.items()))
-    if kind is gym.spaces.Tuple:
-        assert isinstance(space, gym.spaces.Tuple)
-        return (kind, *map(_key, space.spaces))
-    return _text(space)
-
-
-def _text(space: gym.Space[Any]) -> str:
-    try:
-        return json.dumps(gym_space_to_dict(space), default=_plain)
-    except (TypeError, ValueError) as error:
-        raise InvalidInputError(f"the replay buffer's episodes have a space that can't be stored: {error}") from error
-
-
-def _plain(value: object) -> object:
-    """numpy's numbers and arrays, of which some spaces have some."""
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    raise TypeError(f"{type(value).__qualname__} is no plain data")
+        return (kind, space.dtype, int(space.n), int(space.start))
+    return None
 
 
 def record_of(episode: Any, spaces: SpaceTable) -> Record:
@@ -152,7 +131,7 @@ def _single_record(episode: SingleAgentEpisode, spaces: SpaceTable) -> Record:
 
 
 def _single_episode(record: Record, spaces: SpaceTable) -> SingleAgentEpisode:
-    episode = SingleAgentEpisode(id_=record["id"])
+    episode: Any = SingleAgentEpisode(id_=record["id"])
     episode.agent_id = record["agent_id"]
     episode.module_id = record["module_id"]
     episode.multi_agent_episode_id = record["multi_agent_episode_id"]
@@ -173,7 +152,8 @@ def _single_episode(record: Record, spaces: SpaceTable) -> SingleAgentEpisode:
     episode._start_time = record["start_time"]
     episode._last_step_time = record["last_step_time"]
     episode._custom_data = record["custom_data"]
-    return episode
+    single: SingleAgentEpisode = episode
+    return single
 
 
 def _column(buffer: InfiniteLookbackBuffer, spaces: SpaceTable) -> Record:

@@ -1,9 +1,10 @@
 """Replay buffers of DQN and SAC (RLlib's new API stack) as state trees, and back.
 
 Owns: everything that a buffer's next `add`, `sample` and `update_priorities` depend on: episodes, the order of index
-entries, priorities, free leaves, counters, its random generator and its metrics. Promises: the restored buffer gives the
-very batches that the saved one would have given; a save writes only what was added (see `buffer_blocks`); nothing of a
-buffer is changed unless all of it can be. Does not store: what the constructor takes (capacity, batch sizes, alpha).
+entries, priorities, free leaves, counters, its random generator and its metrics. Promises: the restored buffer gives
+the very batches that the saved one would have given; a save writes only what was added (see `buffer_blocks`); nothing
+of a buffer is changed unless all of it can be. Does not store: what the constructor takes (capacity, batch sizes,
+alpha).
 
 The tree, all of it `replay_buffer/…` of a checkpoint:
 
@@ -27,7 +28,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 from ray.rllib.utils.replay_buffers.episode_replay_buffer import EpisodeReplayBuffer
 from ray.rllib.utils.replay_buffers.multi_agent_episode_buffer import MultiAgentEpisodeReplayBuffer
 from ray.rllib.utils.replay_buffers.multi_agent_prioritized_episode_buffer import (
@@ -47,8 +47,6 @@ from rl_ckpt.rllib.buffer_blocks import (
     indices_tree,
 )
 from rl_ckpt.rllib.buffer_priorities import (
-    columns_from,
-    columns_tree,
     free_from,
     free_tree,
     leaves_from,
@@ -57,6 +55,7 @@ from rl_ckpt.rllib.buffer_priorities import (
 )
 from rl_ckpt.rllib.buffer_records import MappingFn, SpaceTable, episode_of, record_of
 from rl_ckpt.rllib.columns import decode, encode
+from rl_ckpt.rllib.metrics import metrics_tree, set_metrics
 
 Tree = dict[str, Any]
 
@@ -118,7 +117,7 @@ def buffer_tree(buffer: Any) -> Tree:
         "capacity": buffer.capacity,
         "counters": _counters(buffer, multi),
         "rng": {"class": type(buffer.rng.bit_generator).__name__, "state": buffer.rng.bit_generator.state},
-        "metrics": columns_tree(encode(_metrics(buffer.metrics), "the replay buffer's metrics")),
+        "metrics": metrics_tree(buffer.metrics),
         "blocks": _blocks(buffer, layout, spaces, schemas),
         "indices": indices_tree(buffer._indices, buffer.capacity, agents=False),
     }
@@ -190,7 +189,6 @@ def set_buffer(buffer: Any, tree: Tree, mapping_fn: MappingFn | None = None) -> 
     own = _part(tree)
     modules = [_part(module) for module in tree.get("modules", ())]
     rng = _generator(tree["rng"])
-    stats = decode(columns_from(tree["metrics"]), "the replay buffer's metrics")
     # Everything is read; from here on the buffer is changed.
     counters = tree["counters"]
     for name in (*_COUNTERS, *(_AGENT_COUNTERS if multi else ())):
@@ -200,7 +198,7 @@ def set_buffer(buffer: Any, tree: Tree, mapping_fn: MappingFn | None = None) -> 
     buffer.episode_id_to_index = {episode.id_: first + place for place, episode in enumerate(episodes)}
     buffer._indices = own.indices
     buffer.rng = rng
-    _set_metrics(buffer.metrics, stats)
+    set_metrics(buffer.metrics, tree["metrics"])
     if prioritised:
         _set_own_priorities(buffer, tree["priorities"], own)
     if multi:
@@ -236,8 +234,8 @@ def _class_name(buffer: Any) -> str:
 
 @functools.cache
 def _attributes(kind: type[EpisodeReplayBuffer]) -> frozenset[str]:
-    """What RLlib's class itself keeps."""
-    return frozenset(vars(kind(capacity=1)))
+    """What RLlib's class itself keeps; the last attribute is made by a sample, and of use where there are priorities."""
+    return frozenset(vars(kind(capacity=1))) | {"_last_sampled_indices"}
 
 
 def _traits(kind: type[EpisodeReplayBuffer]) -> tuple[bool, bool]:
@@ -283,7 +281,7 @@ def _ends(blocks: Tree) -> list[int]:
 
 
 def _modules(buffer: Any) -> list[str]:
-    """Module ids, in the order in which RLlib samples them. (Asking by id would make what is not there.)"""
+    """Module ids, in the order in which RLlib samples them; asking by id would make what is not there."""
     return list(buffer._module_to_indices)
 
 
@@ -313,7 +311,7 @@ def _module_priorities(buffer: Any, module: str) -> _Priorities:
         buffer._module_to_free_nodes[module],
         buffer._module_to_max_priority[module],
         buffer._module_to_max_idx[module],
-        buffer._module_to_last_sampled_indices[module],
+        buffer._module_to_last_sampled_indices.get(module, []),
     )
 
 
@@ -368,30 +366,6 @@ def _set_module_priorities(buffer: Any, module: str, saved: Tree, part: _Part) -
     buffer._module_to_tree_idx_to_sample_idx[module] = {entry[-1]: place for place, entry in enumerate(part.indices)}
 
 
-def _metrics(logger: MetricsLogger) -> list[Any]:
-    """Each value that the logger follows: its path and its state. (The logger's own method joins paths with "--".)"""
-    found: list[Any] = []
-
-    def walk(path: tuple[Any, ...], stats: Any) -> None:
-        if isinstance(stats, dict):
-            for key, inner in stats.items():
-                walk((*path, key), inner)
-        else:
-            found.append((list(path), stats.get_state()))
-
-    with logger._threading_lock:
-        walk((), logger.stats)
-    return found
-
-
-def _set_metrics(logger: MetricsLogger, stats: list[Any]) -> None:
-    made = [(tuple(path), logger.stats_cls_lookup[s["stats_cls_identifier"]].from_state(state=s)) for path, s in stats]
-    with logger._threading_lock:
-        logger.stats = {}
-        for path, one in made:
-            logger._set_key(path, one)
-
-
 def _generator(saved: Tree) -> np.random.Generator:
     """The buffer's random generator.
 
@@ -404,4 +378,3 @@ def _generator(saved: Tree) -> np.random.Generator:
     bits = kind()
     bits.state = saved["state"]
     return np.random.Generator(bits)
-

@@ -21,6 +21,7 @@ from rl_ckpt.rllib.inside import restage_in_algorithm, save_in_algorithm
 from rl_ckpt.rllib.load import Changes, build, read_description, start_ray
 from rl_ckpt.rllib.report import AlgorithmRestore
 from rl_ckpt.rllib.restoring import restore_algorithm
+from rl_ckpt.rllib.resuming import tell_restored, without_resuming
 from rl_ckpt.rllib.team import Team, check_algorithm, policies_of, team_of
 from rl_ckpt.store.committer import SaveRequest
 from rl_ckpt.store.pending import PendingSave, raise_untold
@@ -138,6 +139,7 @@ class AlgorithmCheckpointer:
         report = self.last_restore = restore_algorithm(spec, algo, plan, wanted, begun)
         if policies is None:
             self._ckpt._branch.restored(report.id)
+            tell_restored(algo, self.url, report.id)
         return report
 
     def load(
@@ -173,7 +175,8 @@ class AlgorithmCheckpointer:
         spec = self._ckpt._running_service().spec
         changes = Changes(dict(given or {}), config, policies, policy_mapping_fn, policies_to_train)
         described = read_description(spec, self.url, wanted, "about", "config")
-        algo = build(described, changes)
+        with without_resuming():
+            algo = build(described, changes)
         try:
             plan = plan_of(described["about"], policies_of(algo), policies, goes_on=True)
             report = self.last_restore = restore_algorithm(spec, algo, plan, wanted, begun)
@@ -181,7 +184,16 @@ class AlgorithmCheckpointer:
             algo.stop()
             raise
         self._ckpt._branch.restored(report.id)
+        tell_restored(algo, self.url, report.id)
         return algo
+
+    def continues(self, checkpoint: str) -> None:
+        """The Algorithm was restored from a checkpoint of this run by another AlgorithmCheckpointer.
+
+        Args:
+            checkpoint: Its id; the next save continues it.
+        """
+        self._ckpt._branch.restored(checkpoint)
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """All checkpoints of the run in the store, oldest first."""

@@ -380,9 +380,7 @@ def _decode_arrays(schema: Schema, arrays: dict[str, Array], name: str, rows: in
 _DECODERS: dict[str, Callable[[Schema, dict[str, Array], str, int], list[Any]]] = {
     "empty": lambda schema, arrays, name, rows: [],
     "none": lambda schema, arrays, name, rows: [None] * rows,
-    "hex": lambda schema, arrays, name, rows: [
-        int(v, 16) for v in _decode(schema["of"], arrays, name, rows)
-    ],
+    "hex": lambda schema, arrays, name, rows: [int(v, 16) for v in _decode(schema["of"], arrays, name, rows)],
     "str": _decode_str,
     "coded": _decode_coded,
     "bytes": _decode_bytes,
@@ -397,4 +395,3 @@ _DECODERS: dict[str, Callable[[Schema, dict[str, Array], str, int], list[Any]]] 
     "array": _decode_arrays,
     "scalar": lambda schema, arrays, name, rows: list(arrays[name]),
 }
-

@@ -24,7 +24,7 @@ from rl_ckpt.rllib.policy import policy_about
 from rl_ckpt.rllib.refs import class_ref
 from rl_ckpt.rllib.rng import rng_tree
 from rl_ckpt.rllib.runner import runner_problems, runner_tree, set_runner, set_weights
-from rl_ckpt.rllib.team import Role, team_of
+from rl_ckpt.rllib.team import AnyAlgorithm, Role, team_of
 
 
 class Applied(msgspec.Struct, frozen=True, tag="applied"):
@@ -39,7 +39,7 @@ class Applied(msgspec.Struct, frozen=True, tag="applied"):
     notices: tuple[str, ...] = ()
 
 
-def local_roles(algo: Algorithm) -> tuple[Role, ...]:
+def local_roles(algo: AnyAlgorithm) -> tuple[Role, ...]:
     """What lives in the driver's process beside the Algorithm."""
     out = [Role("learner", 0)] if algo.learner_group._learner is not None else []
     out += [Role("env_runner", 0)] if algo.env_runner is not None else []
@@ -74,7 +74,7 @@ def part_tree(target: Any, role: Role, key: str) -> Iterator[dict[str, Any]]:
         yield tree
 
 
-def driver_tree(algo: Algorithm) -> dict[str, Any]:
+def driver_tree(algo: AnyAlgorithm) -> dict[str, Any]:
     """What the Algorithm's process contributes beside its learner and runners."""
     team = team_of(algo)
     roles = (*team.roles, *local_roles(algo))
@@ -154,10 +154,11 @@ def apply_part(target: Any, parts: Sequence[Role], tree: Mapping[str, Any], plan
         else:
             notices += _set_runner(thing, tree, role, plan)
         digests[role.kind].append(weights_digest(thing.module))
-    return Applied(*(tuple(digests[kind]) for kind in ("learner", "env_runner", "eval_env_runner")), tuple(notices))
+    learners, runners, eval_runners = map(tuple, digests.values())
+    return Applied(learners, runners, eval_runners, tuple(notices))
 
 
-def _driver_problems(algo: Algorithm, tree: Mapping[str, Any], plan: Plan) -> list[str]:
+def _driver_problems(algo: AnyAlgorithm, tree: Mapping[str, Any], plan: Plan) -> list[str]:
     if not plan.whole:
         return []
     out = algorithm_problems(algo, tree.get("algorithm", {}))
@@ -171,7 +172,7 @@ def _driver_problems(algo: Algorithm, tree: Mapping[str, Any], plan: Plan) -> li
     return out
 
 
-def _set_driver(algo: Algorithm, tree: Mapping[str, Any], plan: Plan) -> list[str]:
+def _set_driver(algo: AnyAlgorithm, tree: Mapping[str, Any], plan: Plan) -> list[str]:
     if not plan.whole:
         return []
     notices = set_algorithm(algo, tree["algorithm"])
@@ -214,7 +215,7 @@ def _set_runner(runner: Any, tree: Mapping[str, Any], role: Role, plan: Plan) ->
 def _missing(parts: Sequence[Role], tree: Mapping[str, Any], plan: Plan) -> list[str]:
     """Components that a checkpoint should have and has not: another program wrote it, or part of it was left out."""
     kinds = {role.kind for role in parts}
-    wanted = [("about",)]
+    wanted: list[tuple[str, ...]] = [("about",)]
     of_policy = ("about", "module", "optimizers", "learner") if "learner" in kinds else ("module",)
     if kinds != {"driver"}:
         wanted += [("policies", saved, part) for saved in plan.policies for part in of_policy]

@@ -43,6 +43,8 @@ def start_coordinator(spec: RunSpec) -> RunSpec:
         max_restarts=-1,
         num_cpus=0,
         max_concurrency=_RANKS_AT_ONCE,
+        # Not in a placement group that whoever starts it is in (a trial of Ray Tune): it would end with that.
+        scheduling_strategy="DEFAULT",
     ).remote(spec, uuid.uuid4().hex)
     service: str = handle._actor_id.hex()
     _coordinators[service] = handle

@@ -14,7 +14,6 @@ import pytest
 
 from rl_ckpt.rllib import save
 from tests.rllib.small import (
-    appo_config,
     built,
     dqn_config,
     full_digest,
@@ -31,18 +30,17 @@ ROOT = Path(__file__).resolve().parents[2]
 CASES: dict[str, Callable[[], Any]] = {
     "ppo": lambda: (
         ppo_config()
-        .env_runners(num_env_runners=2)
+        .env_runners(num_env_runners=1)
         .evaluation(evaluation_interval=1, evaluation_num_env_runners=1, evaluation_duration=1)
     ),
     "dqn": dqn_config,
     "sac": sac_config,
     "impala": impala_config,
-    "appo": appo_config,
     "multi": multi_config,
     "own": own_config,
     "lstm": lstm_config,
-    "bf16": lambda: own_config("bfloat16").env_runners(num_env_runners=1),
-    "f64": lambda: own_config("float64").env_runners(num_env_runners=1),
+    "bf16": lambda: own_config("bfloat16"),
+    "f64": lambda: own_config("float64"),
     "two learners": lambda: ppo_config().learners(num_learners=2),
 }
 
@@ -84,7 +82,7 @@ def saved(ray_small: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def loaded(saved: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a fresh process found, that had nothing but the urls."""
     urls = json.dumps({name: case["url"] for name, case in saved.items()})
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local", "RAY_DEDUP_LOGS": "0"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, "-c", FRESH, urls], cwd=ROOT, capture_output=True, text=True, timeout=170, env=environment
     )
@@ -105,14 +103,6 @@ def test_a_fresh_process_loads_from_the_url_alone(name: str, saved: dict[str, An
 
 
 def test_every_copy_is_looked_at(loaded: dict[str, Any]) -> None:
-    assert set(loaded["ppo"]["copies"]) == {
-        "learner 0",
-        "runner 0",
-        "runner 1",
-        "runner 2",
-        "eval runner 0",
-        "eval runner 1",
-    }
-    assert {"learner 0", "runner 1", "runner 2", "server"} <= set(loaded["impala"]["copies"])
-    assert {"learner 0", "runner 1", "runner 2", "server"} <= set(loaded["appo"]["copies"])
+    assert set(loaded["ppo"]["copies"]) == {"learner 0", "runner 0", "runner 1", "eval runner 0", "eval runner 1"}
+    assert {"learner 0", "runner 1", "server"} <= set(loaded["impala"]["copies"])
     assert {"learner 0", "learner 1", "runner 0"} == set(loaded["two learners"]["copies"])

@@ -1,0 +1,292 @@
+"""Checkpointing as a part of an AlgorithmConfig: `config.callbacks(checkpointing("s3://bucket/run-7", …))`.
+
+Owns: when an Algorithm is saved, and that it goes on from its newest checkpoint when the job starts again. Promises:
+training waits for the staging of a save alone; a save that fails in the background is raised by the next `algo.train()`
+or `algo.stop()`; `algo.stop()` waits until everything staged is committed. What it puts into the config is plain data,
+so it goes to Tune's trials and into checkpoints like any other setting. Does not: save in the middle of an iteration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.callbacks.callbacks import RLlibCallback
+
+from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError, SaveSkippedError
+from rl_ckpt.info import Preemption
+from rl_ckpt.plan.retention import BestN, KeepRule
+from rl_ckpt.rllib.checkpointer import AlgorithmCheckpointer
+from rl_ckpt.rllib.result import at, recorded
+from rl_ckpt.rllib.resuming import is_resuming
+from rl_ckpt.rllib.team import team_of
+from rl_ckpt.runtime.preemption import PreemptionWatch
+from rl_ckpt.store.pending import PendingSave, raise_untold
+
+_log = logging.getLogger(__name__)
+
+_RESERVE = 0.8  # of the time before a preemption that an urgent save may take
+TERMINATED = 143  # exit status of a process that SIGTERM ended
+
+
+@dataclass
+class Hidden:
+    """Storage options: on their way to other processes like the rest, but no field, so that no checkpoint holds them.
+
+    A config that comes out of a checkpoint has none, and takes credentials from the environment.
+    """
+
+    __slots__ = ("_take",)
+
+    def __init__(self, options: Mapping[str, Any] | None) -> None:
+        self._take = partial(dict, options or {})
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As they were given."""
+        take: Callable[[], dict[str, Any]] = getattr(self, "_take", dict)
+        return take()
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """Settings of `checkpointing`, in a config; called by RLlib, it makes the callback."""
+
+    url: str
+    every_iterations: int | None
+    every_seconds: float | None
+    best: tuple[str, str] | None
+    keep: tuple[KeepRule, ...]
+    on_preemption: bool
+    grace_s: float
+    resume: bool
+    options: dict[str, Any] = field(default_factory=dict)
+    storage: Hidden = field(default_factory=lambda: Hidden(None))
+
+    def __call__(self) -> CheckpointCallback:
+        """The callback; RLlib makes one in the Algorithm's process and one in each env runner."""
+        return CheckpointCallback(self)
+
+
+def checkpointing(
+    url: str,
+    *,
+    every_iterations: int | None = None,
+    every_seconds: float | None = None,
+    best: tuple[str, str] | None = None,
+    keep: Sequence[KeepRule] = (),
+    on_preemption: bool = True,
+    grace_s: float = 30.0,
+    resume: bool = True,
+    storage_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Checkpointing:
+    """Saves an Algorithm while it trains, and lets it go on from its newest checkpoint when the job starts again.
+
+    For `AlgorithmConfig.callbacks(...)`, alone or in a list beside other callbacks. A job that was killed is started
+    again by the very same script: `config.build_algo()` finds the newest checkpoint and restores it.
+
+    Args:
+        url: Of the run. In Ray Tune "{trial_id}" and "{trial_name}" stand for the trial's; without either, each trial's
+            run is `<url>/<trial_id>`.
+        every_iterations: Saves when so many iterations have passed. With none of the three, after every iteration.
+        every_seconds: Saves at the end of the first iteration after so many seconds.
+        best: Path of a metric in the result ("env_runners/episode_return_mean") and "max" or "min": saves when it is
+            better than ever, and keeps that checkpoint whatever `keep` says.
+        keep: Retention rules, as for `Checkpointer`. None: all checkpoints stay.
+        on_preemption: Saves at the end of the iteration when this process gets SIGTERM, or Ray drains a node that the
+            Algorithm uses. Where this process has to go, `algo.train()` then raises SystemExit(143).
+        grace_s: How long there is from such a notice that tells no time, in seconds.
+        resume: Whether to restore the newest checkpoint, if there is any, when the Algorithm is built.
+        storage_options: As for `Checkpointer`. They are not stored with the config in checkpoints.
+        options: Others of `Checkpointer`: `when_busy`, `memory_tier`, `persist_every`, …
+
+    Raises:
+        InvalidInputError: An argument is out of range.
+    """
+    for name, number in (("every_iterations", every_iterations), ("every_seconds", every_seconds)):
+        if number is not None and not (type(number) in (int, float) and 0 < number < math.inf):
+            raise InvalidInputError(f"{name}={number!r} must be a number greater than 0")
+    if every_iterations is not None and type(every_iterations) is not int:
+        raise InvalidInputError(f"every_iterations={every_iterations!r} must be an integer")
+    AlgorithmCheckpointer(_filled(url, "x", "x"), keep=keep, **options)  # says what is wrong with these
+    PreemptionWatch(grace_s, 1.0)
+    rules = list(keep)
+    if best is not None:
+        if not (isinstance(best, tuple) and len(best) == 2 and isinstance(best[0], str) and best[1] in ("max", "min")):
+            raise InvalidInputError(f'best={best!r} must be like ("env_runners/episode_return_mean", "max")')
+        rules += [BestN(*best)] if rules else []
+    elif every_iterations is None and every_seconds is None:
+        every_iterations = 1
+    return Checkpointing(
+        url,
+        every_iterations,
+        every_seconds,
+        best,
+        tuple(rules),
+        on_preemption,
+        grace_s,
+        resume,
+        dict(options),
+        Hidden(storage_options),
+    )
+
+
+class CheckpointCallback(RLlibCallback):
+    """Does what `checkpointing` says. In env runners it does nothing."""
+
+    def __init__(self, settings: Checkpointing) -> None:
+        self.settings = settings
+        self.checkpointer: AlgorithmCheckpointer | None = None
+        """Of the Algorithm's run, while it lives."""
+        self._best: float | None = None
+        self._pending: list[PendingSave] = []
+        self._saved_at = (0, 0.0)  # iteration, and time.monotonic()
+        self._watch: PreemptionWatch | None = None
+        self._told: tuple[str, ...] | None = None
+        self._closing = contextlib.ExitStack()
+
+    def get_state(self) -> dict[str, Any]:
+        """What goes into the checkpoint with the rest: the best value so far."""
+        return {"best": self._best}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Takes it back."""
+        self._best = state["best"]
+
+    def on_algorithm_init(self, *, algorithm: Algorithm, **_more: Any) -> None:
+        """Opens the run, and restores its newest checkpoint.
+
+        Raises:
+            CheckpointError: It can't be restored.
+        """
+        settings = self.settings
+        self.checkpointer = AlgorithmCheckpointer(
+            run_url(settings.url, algorithm),
+            keep=settings.keep,
+            storage_options=settings.storage.options,
+            **settings.options,
+        )
+        # RLlib has no callback for the end: the Algorithm's own method is wrapped.
+        algorithm.cleanup = partial(self._cleanup, algorithm.cleanup)  # type: ignore[method-assign]
+        try:
+            if settings.resume and is_resuming():
+                with contextlib.suppress(CheckpointNotFoundError):
+                    self.checkpointer.restore(algorithm)
+            if settings.on_preemption:
+                self._watch = self._closing.enter_context(PreemptionWatch(settings.grace_s, 1.0))
+        except BaseException:
+            self.close()
+            raise
+        self._saved_at = (algorithm.iteration, time.monotonic())
+
+    def on_restored(self, algorithm: Algorithm, url: str, checkpoint: str) -> None:
+        """The Algorithm was restored, by whatever means: the next save continues that checkpoint."""
+        if self.checkpointer is not None and self.checkpointer.url == url:
+            self.checkpointer.continues(checkpoint)
+        self._saved_at = (algorithm.iteration, time.monotonic())
+
+    def on_train_result(self, *, algorithm: Algorithm, result: Mapping[str, Any], **_more: Any) -> None:
+        """Saves where it is time to.
+
+        Raises:
+            CheckpointError: This save, or one before, failed.
+            SystemExit: This process has to go; everything is saved.
+        """
+        assert self.checkpointer is not None, "RLlib calls on_algorithm_init first"
+        raise_untold(self._pending)
+        self._pending = [pending for pending in self._pending if not pending.settled()]
+        better = self._better(result)
+        metrics = recorded(result, self.settings.best)
+        notice = self._notice(algorithm)
+        if notice is not None:
+            self._urgent(self.checkpointer, algorithm, metrics, notice)
+        elif better or self._is_time(algorithm.iteration):
+            with contextlib.suppress(SaveSkippedError):  # earlier ones are being written: at the next iteration
+                self._pending.append(self.checkpointer.save(algorithm, metrics=metrics))
+                self._saved_at = (algorithm.iteration, time.monotonic())
+
+    def close(self) -> None:
+        """Waits until everything staged is committed, and lets the run go.
+
+        Raises:
+            CheckpointError: A save failed, and nobody was told yet.
+        """
+        checkpointer, self.checkpointer = self.checkpointer, None
+        self._closing.close()
+        self._watch = None
+        if checkpointer is not None:
+            checkpointer.close()
+
+    def _cleanup(self, cleanup: Callable[[], None]) -> None:
+        try:
+            cleanup()
+        finally:
+            self.close()
+
+    def _is_time(self, iteration: int) -> bool:
+        settings, (saved, when) = self.settings, self._saved_at
+        if settings.every_iterations is not None and iteration - saved >= settings.every_iterations:
+            return True
+        return settings.every_seconds is not None and time.monotonic() - when >= settings.every_seconds
+
+    def _better(self, result: Mapping[str, Any]) -> bool:
+        """Whether the metric is better than ever; it is from here on the best."""
+        if self.settings.best is None:
+            return False
+        path, mode = self.settings.best
+        value = at(result, path)
+        if value is None:
+            _log.warning("the result has no number %r (%s)", path, ", ".join(map(str, result)))
+            return False
+        if self._best is not None and not (value > self._best if mode == "max" else value < self._best):
+            return False
+        self._best = value
+        return True
+
+    def _notice(self, algorithm: Algorithm) -> Preemption | None:
+        """A notice of preemption that was not seen before."""
+        if self._watch is None or self._watch.notice() is None:
+            return None
+        actors = team_of(algorithm).handles[1:]
+        notice = self._watch.notice(actors)
+        if notice is None or self._told == notice.nodes:
+            return None
+        self._told = notice.nodes
+        return notice
+
+    def _urgent(
+        self, checkpointer: AlgorithmCheckpointer, algorithm: Algorithm, metrics: Mapping[str, Any], notice: Preemption
+    ) -> None:
+        """Saves before the deadline, and waits for it."""
+        _log.warning("%s: saving iteration %d at once", notice.reason, algorithm.iteration)
+        left = max(notice.seconds_left * _RESERVE, 1.0)
+        checkpointer.save(algorithm, metrics=metrics, deadline_s=left).result()
+        self._saved_at = (algorithm.iteration, time.monotonic())
+        if notice.this_process:
+            raise SystemExit(TERMINATED)
+
+
+def run_url(url: str, algorithm: Any) -> str:
+    """The url of an Algorithm's run: in a trial of Ray Tune, one of its own.
+
+    Raises:
+        InvalidInputError: The url names a trial, and there is none.
+    """
+    trial = algorithm.trial_id
+    if "{trial_id}" not in url and "{trial_name}" not in url:
+        return url if trial in (None, "default") else f"{url.rstrip('/')}/{trial}"
+    if trial in (None, "default"):
+        raise InvalidInputError(f"url={url!r} names a trial of Ray Tune, and this Algorithm is none")
+    return _filled(url, trial, algorithm.trial_name)
+
+
+def _filled(url: str, trial_id: str, trial_name: str) -> str:
+    return url.replace("{trial_id}", trial_id).replace("{trial_name}", trial_name)
