@@ -36,6 +36,7 @@ from ray.rllib.core.rl_module.rl_module import RLModule, RLModuleSpec
 from ray.rllib.env.multi_agent_env_runner import MultiAgentEnvRunner
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME, WEIGHTS_SEQ_NO
+from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
 from rl_ckpt.checkpointer import Checkpointer
 from rl_ckpt.errors import InvalidInputError, StorageError
@@ -44,6 +45,7 @@ from rl_ckpt.rllib.connectors import state_from
 from rl_ckpt.rllib.data import from_data
 from rl_ckpt.rllib.fit import check_policies
 from rl_ckpt.rllib.load import Changes, configured
+from rl_ckpt.rllib.metrics import set_metrics
 from rl_ckpt.rllib.native.writing import native_optimizer, native_weights, write_component
 from rl_ckpt.rllib.policy import build_module
 from rl_ckpt.rllib.refs import resolve
@@ -109,12 +111,10 @@ def _write_algorithm(folder: Path, tree: Mapping[str, Any], config: AlgorithmCon
     if not (isinstance(algorithm, type) and issubclass(algorithm, Algorithm)):
         raise InvalidInputError(f"{tree['about']['algorithm']} is no class of Algorithm here")
     own = tree["algorithm"]
-    state = {
-        COMPONENT_METRICS_LOGGER: {
-            "stats": {"--".join(map(str, item["path"])): item["state"] for item in own["metrics"]}
-        },
-        "training_iteration": own["iteration"],
-    }
+    known: Any = config.stats_cls_lookup
+    logger = MetricsLogger(root=True, stats_cls_lookup=known)
+    set_metrics(logger, own["metrics"])
+    state = {COMPONENT_METRICS_LOGGER: logger.get_state(), "training_iteration": own["iteration"]}
     _write_learner(folder / COMPONENT_LEARNER_GROUP, tree, config, policies)
     _write_runner(folder / COMPONENT_ENV_RUNNER, tree, config)
     args = (config.get_state(),)

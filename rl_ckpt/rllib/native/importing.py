@@ -185,7 +185,7 @@ def _set_learner(directory: NativeDirectory, objects: Objects, learner: TorchLea
         learner.set_state(state)  # what the learner's own class adds
 
 
-def _metrics(config: AlgorithmConfig, saved: Any, file: str) -> list[dict[str, Any]]:
+def _metrics(config: AlgorithmConfig, saved: Any, file: str) -> dict[str, Any]:
     """Of a native metrics logger's state, as we keep it. RLlib's own reading knows the forms of all its releases."""
     known: Any = config.stats_cls_lookup
     logger = MetricsLogger(root=True, stats_cls_lookup=known)

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import ray
 import torch
+from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
 from rl_ckpt import Checkpointer
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.rllib.config import config_from
+from rl_ckpt.rllib.metrics import set_metrics
 from rl_ckpt.rllib.native import import_native, load_old_policy
 from rl_ckpt.rllib.policy import load_policy
 from tests.rllib.native.golden import FOLDER, filtered, small_ppo
@@ -61,7 +63,9 @@ def test_new_stack(name, file, tmp_path):
     check_policy(tree, name, "default_policy", file)
     assert tree["algorithm"]["iteration"] == unpickled(name, "algorithm_state.pkl")["training_iteration"] == 1
     stats = unpickled(name, "algorithm_state.pkl")["metrics_logger"]["stats"]
-    saved = {"--".join(item["path"]): item["state"] for item in tree["algorithm"]["metrics"]}
+    logger = MetricsLogger(root=True)
+    set_metrics(logger, tree["algorithm"]["metrics"])
+    saved = logger.get_state()["stats"]
     assert saved.keys() == stats.keys()
     sampled = "env_runners--num_env_steps_sampled_lifetime"
     assert repr(saved[sampled]) == repr(stats[sampled])
