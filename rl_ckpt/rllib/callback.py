@@ -47,7 +47,7 @@ class Hidden:
     __slots__ = ("_take",)
 
     def __init__(self, options: Mapping[str, Any] | None) -> None:
-        self._take = partial(dict, options or {})
+        self._take: Callable[[], dict[str, Any]] = partial(dict, options or {})
 
     @property
     def options(self) -> dict[str, Any]:

@@ -88,7 +88,7 @@ class _Trial(Algorithm):
     _rl_ckpt: AlgorithmCheckpointer | None = None
     _rl_ckpt_last: Pointer | None = None
 
-    def setup(self, config: AlgorithmConfig) -> None:
+    def setup(self, config: AlgorithmConfig) -> None:  # type: ignore[override]  # as Algorithm's own
         """Builds the Algorithm; one of a trial that was ended before Tune knew of its checkpoints goes on from them.
 
         Where Tune does know one, it restores that afterwards.
@@ -111,7 +111,7 @@ class _Trial(Algorithm):
             last = self._rl_ckpt_last = self._pointer(ckpt, pending.checkpoint)
         write(checkpoint_dir, last)
 
-    def load_checkpoint(self, checkpoint_dir: str) -> None:
+    def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]  # as Algorithm's own
         """Restores what a pointer names: this trial's, or another one's.
 
         Raises:
