@@ -18,13 +18,16 @@ CODE := rl_ckpt tests requirements $(SCRIPTS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test soak lint format bench docs pins clean
+.PHONY: help demo demo-rllib test soak lint format bench docs pins clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/demo.stamp ## train, save, lose a node, restore: the whole story on this machine
 	$(PY) -m rl_ckpt.demo $(ARGS)
+
+demo-rllib: $(VENV)/rllib.stamp ## an RLlib job that is killed, started again, and goes on by itself
+	$(PY) examples/rllib_resume.py $(ARGS)
 
 test: $(VENV)/test.stamp ## run all tests but the soak
 	$(PY) -m pytest -m "not soak" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
