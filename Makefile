@@ -27,7 +27,7 @@ demo: $(VENV)/demo.stamp ## train, save, lose a node, restore: the whole story o
 	$(PY) -m rl_ckpt.demo $(ARGS)
 
 test: $(VENV)/test.stamp ## run all tests but the soak
-	$(PY) -m pytest -m "not soak" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PY) -m pytest -m "not soak" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
 
 soak: $(VENV)/test.stamp ## SECONDS=600 of kills at random, what is lost and what leaks; then the long tests
 	$(PY) -m tests.soak --seconds $(SECONDS) $(ARGS)
