@@ -30,7 +30,7 @@ demo-rllib: $(VENV)/rllib.stamp ## an RLlib job that is killed, started again, a
 	$(PY) examples/rllib_resume.py $(ARGS)
 
 test: $(VENV)/test.stamp ## run all tests but the soak
-	$(PY) -m pytest -m "not soak" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PY) -m pytest -m "not soak" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
 
 soak: $(VENV)/test.stamp ## SECONDS=600 of kills at random, what is lost and what leaks; then the long tests
 	$(PY) -m tests.soak --seconds $(SECONDS) $(ARGS)

@@ -328,7 +328,7 @@ class TestArguments:
             Checkpointer(str(tmp_path), keep=keep)
 
     @pytest.mark.parametrize(
-        "metrics", [{"a": np.ones(2)}, {"a": [1]}, {"a": {}}, {"a": object()}, {1: 2}, {"ok": 1, "b": {1}}], ids=repr
+        "metrics", [{"a": np.ones(2)}, {"a": [1]}, {"a": {}}, {"a": object}, {1: 2}, {"ok": 1, "b": {1}}], ids=repr
     )
     def test_metrics_that_are_not_plain(self, folder: Path, ckpt: Checkpointer, metrics: Any) -> None:
         before = listing(folder)
