@@ -18,9 +18,19 @@ from rl_ckpt.rllib import load, save
 from rl_ckpt.rllib.native import export_native, import_native
 
 
+def ppo() -> PPOConfig:
+    """Small, so that an iteration takes a second."""
+    return (
+        PPOConfig()
+        .environment("CartPole-v1")
+        .env_runners(num_env_runners=0)
+        .training(train_batch_size=256, minibatch_size=64, num_epochs=2)
+    )
+
+
 def main(folder: Path) -> None:
     """RLlib → rl_ckpt → RLlib."""
-    algo = PPOConfig().environment("CartPole-v1").env_runners(num_env_runners=0).build_algo()
+    algo = ppo().build_algo()
     algo.train()
     algo.save_to_path(str(folder / "native"))
     algo.stop()

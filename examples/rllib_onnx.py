@@ -19,9 +19,19 @@ from rl_ckpt.export import export_model
 from rl_ckpt.rllib import save
 
 
+def ppo() -> PPOConfig:
+    """Small, so that an iteration takes a second."""
+    return (
+        PPOConfig()
+        .environment("CartPole-v1")
+        .env_runners(num_env_runners=0)
+        .training(train_batch_size=256, minibatch_size=64, num_epochs=2)
+    )
+
+
 def main(folder: Path) -> None:
     """Trains, saves, exports, runs."""
-    algo = PPOConfig().environment("CartPole-v1").env_runners(num_env_runners=0).build_algo()
+    algo = ppo().build_algo()
     algo.train()
     save(algo, str(folder / "run"))
     algo.stop()

@@ -1,6 +1,6 @@
 """Deploy a policy: load one RLModule from a checkpoint of an algorithm, with no algorithm, environment or Ray.
 
-    python examples/rllib_policy.py [URL]
+python examples/rllib_policy.py [URL]
 """
 
 from __future__ import annotations
@@ -17,10 +17,20 @@ from ray.rllib.algorithms.ppo import PPOConfig
 from rl_ckpt.rllib import load_policy, save
 
 
+def ppo() -> PPOConfig:
+    """Small, so that an iteration takes a second."""
+    return (
+        PPOConfig()
+        .environment("CartPole-v1")
+        .env_runners(num_env_runners=0)
+        .training(train_batch_size=256, minibatch_size=64, num_epochs=2)
+    )
+
+
 def train(url: str) -> None:
     """A few iterations of PPO, and a checkpoint."""
     ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
-    algo = PPOConfig().environment("CartPole-v1").env_runners(num_env_runners=0).build_algo()
+    algo = ppo().build_algo()
     for _ in range(3):
         algo.train()
     save(algo, url)

@@ -29,7 +29,7 @@ def train(url: str, iterations: int, kill_after: int | None) -> None:
         PPOConfig()
         .environment("CartPole-v1")
         .env_runners(num_env_runners=2)
-        .training(train_batch_size=512, minibatch_size=128, num_epochs=4)
+        .training(train_batch_size=256, minibatch_size=64, num_epochs=2)
         .callbacks(checkpointing(url, every_iterations=1, keep=[LatestN(3)]))
     )
     algo = config.build_algo()

@@ -1,6 +1,6 @@
 """Out of a checkpoint with many policies, build an algorithm with two of them; play against a frozen older self.
 
-    python examples/rllib_subset.py [URL]
+python examples/rllib_subset.py [URL]
 """
 
 from __future__ import annotations
