@@ -36,7 +36,7 @@ def main(folder: Path) -> None:
     algo.stop()
 
     imported = import_native(str(folder / "native"), str(folder / "run"), allow_pickle=True)
-    print(f"imported: {imported.info.id}, {imported.info.bytes:,} bytes")
+    print(f"imported: {imported.checkpoint.id}, {imported.checkpoint.bytes:,} bytes")
 
     algo = load(str(folder / "run"))
     print(f"goes on after iteration {algo.iteration}")

@@ -20,8 +20,23 @@ try:
 except ImportError as error:
     raise ImportError(f"rl_ckpt.rllib needs RLlib and torch ({error}): pip install 'rl-ckpt[rllib]'") from error
 
+from rl_ckpt.rllib.callback import checkpointing
 from rl_ckpt.rllib.checkpointer import AlgorithmCheckpointer, load, restore, save
 from rl_ckpt.rllib.policy import load_policy, save_policy
 from rl_ckpt.rllib.report import AlgorithmRestore
+from rl_ckpt.rllib.train_loop import TrainLoop, TrainWorker
+from rl_ckpt.rllib.tune import tune_trainable
 
-__all__ = ["AlgorithmCheckpointer", "AlgorithmRestore", "load", "load_policy", "restore", "save", "save_policy"]
+__all__ = [
+    "AlgorithmCheckpointer",
+    "AlgorithmRestore",
+    "TrainLoop",
+    "TrainWorker",
+    "checkpointing",
+    "load",
+    "load_policy",
+    "restore",
+    "save",
+    "save_policy",
+    "tune_trainable",
+]
