@@ -25,8 +25,8 @@ from rl_ckpt.rllib.modules import module_extra, module_tree
 
 _ARGS = "class_and_ctor_args.pkl"
 _CHANGED = (
-    "{}: RLlib's own reading of a checkpoint would change {}, since it makes float32 and int32 of wider ones (and builds "
-    "modules in the dtypes of their constructors); nothing was written"
+    "{}: RLlib's own reading of a checkpoint would change {}, since it makes float32 and int32 of wider ones (and "
+    "builds modules in the dtypes of their constructors); nothing was written"
 )
 
 
