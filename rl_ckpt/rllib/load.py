@@ -70,7 +70,8 @@ def build(described: Mapping[str, Any], changes: Changes) -> Algorithm:
     about = described["about"]
     if about["kind"] != "algorithm":
         text = f"the checkpoint is of one {about['kind']}, not of an Algorithm"
-        raise InvalidInputError(f"{text}; `rl_ckpt.rllib.load_policy` reads it")
+        reader = "native.load_old_policy" if about["kind"] == "old_stack" else "load_policy"
+        raise InvalidInputError(f"{text}; `rl_ckpt.rllib.{reader}` reads it")
     if changes.policies is not None:
         check_policies(changes.policies, about["policies"])
     config = configured(described, changes)

@@ -164,14 +164,12 @@ def _driver_problems(algo: AnyAlgorithm, tree: Mapping[str, Any], plan: Plan) ->
         return []
     out = algorithm_problems(algo, tree.get("algorithm", {}))
     buffer, saved = algo.local_replay_buffer, tree.get("replay_buffer")
-    if buffer is not None and saved is None and _is_import(tree):
-        pass  # RLlib's own checkpoints have none
-    elif buffer is not None and saved is None:
-        out.append("the checkpoint has no part `replay_buffer`, and this Algorithm has a replay buffer")
-    elif buffer is None and saved is not None:
-        out.append("the checkpoint has a replay buffer, and this Algorithm has none")
-    elif buffer is not None:
+    if buffer is not None and saved is not None:
         out += buffer_problems(buffer, saved)
+    elif buffer is not None and "imported_from" not in tree["about"]:  # RLlib's own checkpoints have none
+        out.append("the checkpoint has no part `replay_buffer`, and this Algorithm has a replay buffer")
+    elif saved is not None:
+        out.append("the checkpoint has a replay buffer, and this Algorithm has none")
     return out
 
 
@@ -186,10 +184,6 @@ def _set_driver(algo: AnyAlgorithm, tree: Mapping[str, Any], plan: Plan) -> list
     else:
         notices.append("the checkpoint was imported and has no replay buffer: this Algorithm's stays as it is")
     return notices
-
-
-def _is_import(tree: Mapping[str, Any]) -> bool:
-    return "imported_from" in tree["about"]
 
 
 def _weights(tree: Mapping[str, Any], plan: Plan) -> dict[str, Any]:

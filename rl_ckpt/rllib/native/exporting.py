@@ -46,8 +46,9 @@ from rl_ckpt.rllib.data import from_data
 from rl_ckpt.rllib.fit import check_policies
 from rl_ckpt.rllib.load import Changes, configured
 from rl_ckpt.rllib.metrics import set_metrics
-from rl_ckpt.rllib.native.writing import native_optimizer, native_weights, write_component
-from rl_ckpt.rllib.policy import build_module
+from rl_ckpt.rllib.modules import set_module
+from rl_ckpt.rllib.native.writing import check_read_back, native_optimizer, native_state, write_component
+from rl_ckpt.rllib.policy import _take_dtypes, build_module
 from rl_ckpt.rllib.refs import resolve
 
 _READ = ("about", "config", "algorithm", "policies", "learner", "env_runners/*/connectors", "env_runners/*/counters")
@@ -100,7 +101,7 @@ def export_native(
         return _finished(target, lambda folder: _write_algorithm(folder, tree, config, policies or about["policies"]))
     if about["kind"] == "policy":
         (policy,) = about["policies"]
-        return _finished(target, lambda folder: _write_module(folder, policy, tree["policies"][policy])[0])
+        return _finished(target, lambda folder: _write_module(folder, policy, tree["policies"][policy]))
     raise InvalidInputError(
         f"{checkpointer.url} holds a checkpoint of the kind {about['kind']!r}, which has no counterpart in version 2.1"
     )
@@ -127,7 +128,7 @@ def _write_learner(folder: Path, tree: Mapping[str, Any], config: AlgorithmConfi
     optimizers: dict[str, Any] = {}
     for policy in policies:
         _check_name(policy)
-        module = _write_module(modules / policy, policy, tree["policies"][policy])[1]
+        module = _write_module(modules / policy, policy, tree["policies"][policy])
         specs[policy] = RLModuleSpec.from_module(module)
         optimizers |= _optimizers(policy, tree["policies"][policy]["optimizers"])
     shared = tree["learner"]
@@ -154,12 +155,16 @@ def _write_learner(folder: Path, tree: Mapping[str, Any], config: AlgorithmConfi
     write_component(folder, LearnerGroup, (), known, {})
 
 
-def _write_module(folder: Path, policy: str, tree: Mapping[str, Any]) -> tuple[None, RLModule]:
-    module = build_module(tree["about"])
-    state = {**from_data(tree.get("extra", {})), **native_weights(tree["module"], policy)}
+def _write_module(folder: Path, policy: str, tree: Mapping[str, Any]) -> RLModule:
+    module: Any = build_module(tree["about"])
+    fresh = build_module(tree["about"])
+    _take_dtypes(module, tree["module"])
+    set_module(module, tree["module"], from_data(tree.get("extra", {})))
+    state = native_state(module)
+    check_read_back(fresh, state, tree["module"], policy)
     args, kwargs = module.get_ctor_args_and_kwargs()
     write_component(folder, type(module), args, kwargs, state, stem="module_state")
-    return None, module
+    return fresh
 
 
 def _optimizers(policy: str, tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,7 +212,7 @@ def _check_free(target: Path) -> None:
         raise InvalidInputError(f"{target} is not empty, and is not overwritten; give another directory, or remove it")
 
 
-def _finished(target: Path, write: Callable[[Path], None]) -> str:
+def _finished(target: Path, write: Callable[[Path], object]) -> str:
     """Lets a directory be written beside its place, and then moves it there."""
     part = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
     try:

@@ -222,7 +222,7 @@ def _runner(directory: NativeDirectory, objects: Objects, described: Described) 
             "env_to_module": _connectors(directory, objects, above + COMPONENT_ENV_TO_MODULE_CONNECTOR),
             "module_to_env": _connectors(directory, objects, above + COMPONENT_MODULE_TO_ENV_CONNECTOR),
         },
-        "metrics": {},
+        "metrics": metrics_tree(MetricsLogger()),
         "env": {},
         "episodes": {},
         "notices": [],

@@ -15,12 +15,19 @@ from typing import Any
 import ray
 import ray.cloudpickle as cloudpickle
 import torch
+from ray.rllib.core.rl_module.rl_module import RLModule
+from ray.rllib.core.rl_module.torch.torch_rl_module import TorchRLModule
 from ray.rllib.utils.checkpoints import CHECKPOINT_VERSION_LEARNER_AND_ENV_RUNNER
 from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 
 from rl_ckpt.errors import InvalidInputError
+from rl_ckpt.rllib.modules import module_extra, module_tree
 
 _ARGS = "class_and_ctor_args.pkl"
+_CHANGED = (
+    "{}: RLlib's own reading of a checkpoint would change {}, since it makes float32 and int32 of wider ones (and "
+    "builds modules in the dtypes of their constructors); nothing was written"
+)
 
 
 def write_component(
@@ -62,19 +69,37 @@ def _dump(path: Path, value: Any) -> None:
         cloudpickle.dump(value, file)
 
 
-def native_weights(module: Mapping[str, Any], policy: str) -> dict[str, Any]:
-    """A module's tensors as RLlib keeps them in files: numpy arrays by name.
+def native_state(module: RLModule) -> dict[str, Any]:
+    """A module's state as RLlib keeps it in files: numpy arrays by name, or what its own `get_state` gives."""
+    if module_extra(module) or type(module).get_state is not TorchRLModule.get_state:
+        return dict(module.get_state())
+    return {name: _as_numpy(value) for name, value in module_tree(module).items()}
+
+
+def check_read_back(fresh: RLModule, state: Mapping[str, Any], tensors: Mapping[str, Any], policy: str) -> None:
+    """Whether RLlib's own reading of a state gives the tensors that it was made of.
 
     Args:
-        module: Tensors by name, of any dtype.
+        fresh: A module as RLlib will build it; it is set.
+        state: As `native_state` gave it.
+        tensors: By name, as they were saved.
         policy: Its id, for messages.
 
     Raises:
-        InvalidInputError: RLlib's own reading would give other values; names the tensors.
+        InvalidInputError: It gives others; names them.
     """
-    tensors = {name: value for name, value in module.items() if isinstance(value, torch.Tensor)}
-    _check_kept(tensors, f"policy {policy!r}")
-    return {name: _as_numpy(value) for name, value in module.items()}
+    try:
+        fresh.set_state(dict(state))
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        raise InvalidInputError(f"policy {policy!r}: {type(fresh).__qualname__}.set_state failed: {error}") from error
+    read = module_tree(fresh)
+    changed = [
+        f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor) and not (name in read and _same(read[name], tensor))
+    ]
+    if changed:
+        raise InvalidInputError(_CHANGED.format(f"policy {policy!r}", ", ".join(changed[:8])))
 
 
 def native_optimizer(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -100,14 +125,17 @@ def _check_kept(tensors: Mapping[str, torch.Tensor], what: str) -> None:
     """Whether RLlib's way of reading them gives the same values back."""
     changed = []
     for name, tensor in tensors.items():
-        read = convert_to_torch_tensor(_as_numpy(tensor)).to(tensor.dtype)
-        if not torch.equal(read.nan_to_num(), tensor.nan_to_num()) or not torch.equal(read.isnan(), tensor.isnan()):
+        if not _same(convert_to_torch_tensor(_as_numpy(tensor)).to(tensor.dtype), tensor):
             changed.append(f"{name} ({str(tensor.dtype).removeprefix('torch.')})")
     if changed:
-        raise InvalidInputError(
-            f"{what}: RLlib's own reading of a checkpoint would change the values of {', '.join(changed[:8])}, since "
-            "it makes float32 of wider ones; nothing was written"
-        )
+        raise InvalidInputError(_CHANGED.format(what, ", ".join(changed[:8])))
+
+
+def _same(one: Any, other: torch.Tensor) -> bool:
+    """Equal in dtype and values, of which NaNs are equal too."""
+    if not isinstance(one, torch.Tensor) or (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return torch.equal(one.nan_to_num(), other.nan_to_num()) and torch.equal(one.isnan(), other.isnan())
 
 
 def _as_numpy(value: Any) -> Any:
