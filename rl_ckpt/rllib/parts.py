@@ -53,8 +53,9 @@ def _object(target: Any, role: Role) -> Any:
     """What a role stands for: in an actor of its own, or in the driver's process."""
     if not isinstance(target, Algorithm):
         return target
-    found = {"learner": target.learner_group._learner, "env_runner": target.env_runner}
-    return found.get(role.kind, target.eval_env_runner)
+    algo: AnyAlgorithm = target
+    found = {"learner": algo.learner_group._learner, "env_runner": algo.env_runner}
+    return found.get(role.kind, algo.eval_env_runner)
 
 
 @contextlib.contextmanager
@@ -170,7 +171,7 @@ def _driver_problems(algo: AnyAlgorithm, tree: Mapping[str, Any], plan: Plan) ->
         out.append("the checkpoint has no part `replay_buffer`, and this Algorithm has a replay buffer")
     elif buffer is None and saved is not None:
         out.append("the checkpoint has a replay buffer, and this Algorithm has none")
-    elif buffer is not None:
+    elif saved is not None:
         out += buffer_problems(buffer, saved)
     return out
 
