@@ -10,16 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ray.rllib.algorithms.algorithm import Algorithm
-
 from rl_ckpt.rllib.metrics import metrics_problems, metrics_tree, set_metrics
+from rl_ckpt.rllib.team import AnyAlgorithm
 
 _TOTALS = ("_time_total", "_timesteps_total", "_episodes_total")
 _SINCE_RESTORE = ("_time_since_restore", "_timesteps_since_restore", "_iterations_since_restore")
 _QUEUES = ("data_to_place_on_learner", "_batch_being_built", "_episode_packs_being_built")  # IMPALA's and APPO's
 
 
-def algorithm_tree(algo: Algorithm) -> dict[str, Any]:
+def algorithm_tree(algo: AnyAlgorithm) -> dict[str, Any]:
     """The Algorithm's own state."""
     tree: dict[str, Any] = {
         "iteration": algo.iteration,
@@ -33,7 +32,7 @@ def algorithm_tree(algo: Algorithm) -> dict[str, Any]:
     return tree
 
 
-def algorithm_problems(algo: Algorithm, tree: Mapping[str, Any]) -> list[str]:
+def algorithm_problems(algo: AnyAlgorithm, tree: Mapping[str, Any]) -> list[str]:
     """Why `set_algorithm` would fail; changes nothing."""
     missing = [name for name in ("iteration", "totals", "counters", "metrics") if name not in tree]
     if missing:
@@ -41,7 +40,7 @@ def algorithm_problems(algo: Algorithm, tree: Mapping[str, Any]) -> list[str]:
     return metrics_problems(algo.metrics, tree["metrics"])
 
 
-def set_algorithm(algo: Algorithm, tree: Mapping[str, Any]) -> list[str]:
+def set_algorithm(algo: AnyAlgorithm, tree: Mapping[str, Any]) -> list[str]:
     """Puts the Algorithm's own state back.
 
     Returns:
@@ -66,7 +65,7 @@ def set_algorithm(algo: Algorithm, tree: Mapping[str, Any]) -> list[str]:
     return notices
 
 
-def forget_requests(algo: Algorithm) -> None:
+def forget_requests(algo: AnyAlgorithm) -> None:
     """Drops what is under way of before the restore: its samples and gradients are of other weights.
 
     The actors run such requests to their end, before what we ask of them later; nobody looks at the results.
@@ -81,14 +80,14 @@ def forget_requests(algo: Algorithm) -> None:
         built.clear()
 
 
-def _managers(algo: Algorithm) -> Iterator[Any]:
+def _managers(algo: AnyAlgorithm) -> Iterator[Any]:
     groups = (algo.env_runner_group, algo.eval_env_runner_group, algo.learner_group)
     for manager in (*(group._worker_manager for group in groups if group is not None), algo._aggregator_actor_manager):
         if manager is not None:
             yield manager
 
 
-def _stateful_callbacks(algo: Algorithm) -> Iterator[tuple[int, Any]]:
+def _stateful_callbacks(algo: AnyAlgorithm) -> Iterator[tuple[int, Any]]:
     """Callbacks of the user that have `get_state` and `set_state`."""
     for i, callback in enumerate(algo.callbacks):
         if callable(getattr(callback, "get_state", None)) and callable(getattr(callback, "set_state", None)):

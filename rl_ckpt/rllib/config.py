@@ -24,7 +24,7 @@ from ray.rllib.policy.policy import PolicySpec
 from ray.tune.registry import ENV_CREATOR, _global_registry, register_env
 
 from rl_ckpt.errors import InvalidInputError
-from rl_ckpt.rllib.values import TAG, Decoder, Encoder, same
+from rl_ckpt.rllib.values import TAG, Decoder, Encoder, compact, same
 from rl_ckpt.state.paths import join
 
 _NOT_STORED = frozenset(("_is_frozen", "_per_module_overrides"))
@@ -90,7 +90,7 @@ class _Encoder(Encoder):
         for name in vars(config).keys() - _NOT_STORED:
             tree = self._setting(name, vars(config)[name])
             if not (name in defaults and same(tree, defaults[name])):
-                settings[name] = tree
+                settings[name] = compact(tree)
         removed = [name for name in defaults if name not in vars(config)]
         return {"class": self.encode(cls), "settings": dict(sorted(settings.items())), "removed": removed}
 

@@ -114,10 +114,14 @@ def set_env(env: Any, tree: dict[str, Any]) -> None:
 
 def layers(env: Any) -> Iterator[Any]:
     """The wrappers of an environment from the outermost inward, and the environment."""
-    while isinstance(env, gym.Wrapper | gym.vector.VectorWrapper):
+    while _is_wrapper(env):
         yield env
         env = env.env
     yield env
+
+
+def _is_wrapper(layer: Any) -> bool:
+    return isinstance(layer, gym.Wrapper | gym.vector.VectorWrapper)
 
 
 def _name(layer: Any) -> str:
@@ -149,7 +153,7 @@ def _layer_tree(layer: Any) -> dict[str, Any]:
 
 
 def _is_stateless(layer: Any) -> bool:
-    if not isinstance(layer, gym.Wrapper | gym.vector.VectorWrapper):
+    if not _is_wrapper(layer):
         return False
     return type(layer).__module__.startswith("gymnasium.") or not set(vars(layer)) - _WRAPPERS_OWN
 
@@ -157,7 +161,7 @@ def _is_stateless(layer: Any) -> bool:
 def _advice(layer: Any, name: str) -> str:
     if isinstance(layer, gym.vector.AsyncVectorEnv):
         return "gym_env_vectorize_mode='async' runs environments in processes of their own; their state can't be had"
-    if isinstance(layer, gym.Wrapper | gym.vector.VectorWrapper):
+    if _is_wrapper(layer):
         return f"the wrapper {name} has no get_state() and set_state(state) (for what it holds itself)"
     return f"the environment {name} has no get_state() and set_state(state)"
 
@@ -173,13 +177,19 @@ def _get(layer: Any, field: str, name: str) -> Any:
 def _generators(layer: Any, name: str) -> dict[str, Any]:
     """By attribute, of the layer's own `np_random` and of its spaces; None for one that was not used yet."""
     own: dict[str, Any] = {}
-    if not isinstance(layer, gym.Wrapper | gym.vector.VectorWrapper) and "_np_random" in vars(layer):
+    if not _is_wrapper(layer) and "_np_random" in vars(layer):
         own["np_random"] = to_data(layer._np_random, f"{name}.np_random")
-    for attribute in _SPACES:
-        space = vars(layer).get(attribute)
+    for attribute, space in _spaces(layer).items():
         if space is not None:
             own[attribute] = [to_data(part._np_random, f"{name}.{attribute}") for part in _parts(space)]
     return own
+
+
+def _spaces(layer: Any) -> dict[str, Any]:
+    """A wrapper's own spaces, not those that it passes on; an environment's may be its class's."""
+    if _is_wrapper(layer):
+        return {name: vars(layer).get(name) for name in _SPACES}
+    return {name: getattr(layer, name, None) for name in _SPACES}
 
 
 def _parts(space: Any) -> Iterator[gym.Space[Any]]:
@@ -224,8 +234,8 @@ def _set_layer(layer: Any, saved: dict[str, Any]) -> None:
 def _set_generators(layer: Any, saved: dict[str, Any]) -> None:
     if "np_random" in saved:
         layer._np_random = _set_generator(layer._np_random, saved["np_random"])
-    for attribute in _SPACES:
-        for part, state in zip(_parts(vars(layer).get(attribute)), saved.get(attribute, ()), strict=False):
+    for attribute, space in _spaces(layer).items():
+        for part, state in zip(_parts(space), saved.get(attribute, ()), strict=False):
             part._np_random = _set_generator(part._np_random, state)
 
 

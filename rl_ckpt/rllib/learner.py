@@ -25,8 +25,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ray.rllib.core import ALL_MODULES
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
-from ray.rllib.utils.metrics import ALL_MODULES
 
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.rllib.connectors import connectors_problems, connectors_tree, set_connectors

@@ -57,7 +57,8 @@ def policy_state(learner: TorchLearner, policy: str) -> dict[str, Any]:
         value = values.get(policy)  # makes no default, unlike values[policy]
         if isinstance(value, Scheduler):
             if value.use_schedule:
-                tree[name] = value.get_current_value().detach()
+                current: Any = value.get_current_value()
+                tree[name] = current.detach()
         elif isinstance(value, torch.Tensor):
             tree[name] = value.detach()
         elif isinstance(value, _SCALARS):
@@ -96,7 +97,7 @@ def set_policy_state(learner: TorchLearner, policy: str, tree: Mapping[str, Any]
     for name, values in _attributes(learner):
         if name in tree:
             _set(values, policy, tree[name])
-        elif isinstance(values, defaultdict) and not isinstance(values.get(policy), Scheduler | torch.nn.Parameter):
+        elif isinstance(values, defaultdict) and not isinstance(values.get(policy), torch.nn.Parameter):
             values.pop(policy, None)
     if learner._grad_scalers is not None:
         learner._grad_scalers.pop(policy, None)
@@ -110,7 +111,8 @@ def _set(values: dict[str, Any], policy: str, saved: Any) -> None:
     here = values.get(policy)
     if isinstance(here, Scheduler):
         if here.use_schedule:  # else the coefficient is a fixed one of the config here
-            here.get_current_value().data = saved.clone().to(here.get_current_value().device)
+            current: Any = here.get_current_value()
+            current.data = saved.clone().to(current.device)
     elif isinstance(here, torch.Tensor):
         here.data.copy_(saved)  # in place: an optimizer may know it
     else:
@@ -144,7 +146,7 @@ def set_custom_state(learner: TorchLearner, tree: Mapping[str, Any]) -> None:
 
 def policies_to_train(learner: TorchLearner) -> Any:
     """Which policies the learner trains, as data: None (all), a list of ids, or the name of a function."""
-    chosen = learner.config.policies_to_train
+    chosen: Any = learner.config.policies_to_train
     if chosen is None:
         return None
     if callable(chosen):

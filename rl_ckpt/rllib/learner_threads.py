@@ -54,7 +54,7 @@ class _Gate:
         self.discarded = 0
         self.holders = 0
 
-    def __call__(self, **arguments: Any) -> Any:
+    def __call__(self, /, **arguments: Any) -> Any:  # RLlib passes the learner as `self=`
         """In place of the learner's update; runs in its thread."""
         with self._changed:
             while self._limit is not None and self._learner._weights_seq_no >= self._limit:

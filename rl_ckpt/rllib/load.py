@@ -49,9 +49,13 @@ def read_description(spec: RunSpec, url: str, step: int | None, *parts: str) -> 
         InvalidInputError: It is not one of RLlib's things.
     """
     place = Place(f"describe-{uuid.uuid4().hex}", 0, 1)
-    with guarded(spec, place, "lost_restore"):
-        tree, _ = restore_rank(spec, place, RestoreRequest(step, list(parts), ranks=(0,)), None)
-    found: dict[str, Any] = tree if isinstance(tree, dict) else {}
+    found: dict[str, Any] = {}
+    try:
+        with guarded(spec, place, "lost_restore"):
+            found, _ = restore_rank(spec, place, RestoreRequest(step, list(parts), ranks=(0,)), None)
+    except InvalidInputError as error:
+        if "chooses nothing" not in str(error):  # which `check_about` says better
+            raise
     check_about(found, url)
     return found
 
@@ -96,7 +100,7 @@ def _config(described: Mapping[str, Any], changes: Changes) -> AlgorithmConfig:
     return config_from(described["config"], given=given)
 
 
-def _narrow(config: AlgorithmConfig, changes: Changes) -> None:
+def _narrow(config: Any, changes: Changes) -> None:
     """Leaves policies out, and puts other functions in."""
     if changes.policy_mapping_fn is not None:
         config.multi_agent(policy_mapping_fn=changes.policy_mapping_fn)
@@ -115,8 +119,10 @@ def _narrow(config: AlgorithmConfig, changes: Changes) -> None:
         config.multi_agent(policies_to_train=[id_ for id_ in trained if id_ in wanted])
     modules = config._rl_module_spec
     if isinstance(modules, MultiRLModuleSpec):
-        kept = {id_: spec for id_, spec in modules.rl_module_specs.items() if id_ in wanted}
-        modules.rl_module_specs = modules.module_specs = kept
+        specs: Any = modules
+        specs.rl_module_specs = specs.module_specs = {
+            id_: spec for id_, spec in specs.rl_module_specs.items() if id_ in wanted
+        }
     overrides = config.algorithm_config_overrides_per_module
     config.algorithm_config_overrides_per_module = {id_: v for id_, v in overrides.items() if id_ in wanted}
 

@@ -129,10 +129,15 @@ def _problems(
     for path, value in tree.get("parameters", {}).items():
         if path in shapes and tuple(value.shape) != shapes[path]:
             yield f"{path}: shape {tuple(value.shape)} was saved, {shapes[path]} is here"
-    saved = [item["class"] for item in tree.get("schedulers", ())]
-    classes = [_class_name(getattr(cls, "func", cls)) for cls in _scheduler_classes(learner, policy)]  # or partials
-    if saved and saved != classes:
-        yield f"lr schedulers {saved} were saved, {classes} are configured here"
+    yield from _scheduler_problems([item["class"] for item in tree.get("schedulers", ())], learner, policy)
+
+
+def _scheduler_problems(saved: list[str], learner: TorchLearner, policy: str) -> Iterator[str]:
+    here = [getattr(made, "func", made) for made in _scheduler_classes(learner, policy)]  # classes, partials, functions
+    names = [_class_name(cls) for cls in here]
+    unlike = [one != other for one, other, cls in zip(saved, names, here, strict=False) if isinstance(cls, type)]
+    if saved and (len(saved) != len(here) or any(unlike)):
+        yield f"lr schedulers {saved} were saved, {names} are configured here"
 
 
 def set_optimizers(
@@ -220,7 +225,7 @@ def class_name(thing: object) -> str:
     return _class_name(type(thing))
 
 
-def _class_name(cls: type) -> str:
+def _class_name(cls: Any) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
@@ -272,7 +277,8 @@ def _keep_fixed_lr(learner: TorchLearner, optimizer: torch.optim.Optimizer) -> N
     """A fixed learning rate is the config's: RLlib sets it after each update, so the first one must not differ."""
     schedule = learner._optimizer_lr_schedules.get(optimizer)
     if schedule is not None and not schedule.use_schedule and learner._lr_scheduler_classes is None:
-        learner._set_optimizer_lr(optimizer, lr=schedule.get_current_value())
+        fixed: Any = schedule.get_current_value()
+        learner._set_optimizer_lr(optimizer, lr=fixed)
 
 
 def _scheduler_classes(learner: TorchLearner, policy: str) -> list[Any]:

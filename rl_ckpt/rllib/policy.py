@@ -22,8 +22,9 @@ from rl_ckpt import Checkpointer
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.info import CheckpointInfo
 from rl_ckpt.rllib.about import about_tree, check_about
-from rl_ckpt.rllib.modules import module_tree, set_module
-from rl_ckpt.rllib.values import Decoder, Encoder
+from rl_ckpt.rllib.data import UnsavableError, from_data, to_data
+from rl_ckpt.rllib.modules import module_extra, module_tree, set_module
+from rl_ckpt.rllib.values import Decoder, Encoder, compact
 from rl_ckpt.state.paths import escape, literal
 
 DEFAULT_POLICY = "default_policy"
@@ -44,9 +45,9 @@ def policy_about(module: RLModule) -> dict[str, Any]:
     encoder = Encoder()
     return {
         "class": encoder.encode(type(inner)),
-        "observation_space": encoder.encode(inner.observation_space),
-        "action_space": encoder.encode(inner.action_space),
-        "model_config": encoder.encode(inner.model_config),
+        "observation_space": compact(encoder.encode(inner.observation_space)),
+        "action_space": compact(encoder.encode(inner.action_space)),
+        "model_config": compact(encoder.encode(inner.model_config)),
         "catalog_class": None if inner.catalog is None else encoder.encode(type(inner.catalog)),
         "inference_only": bool(inner.inference_only),
         "learner_only": bool(inner.learner_only),
@@ -119,7 +120,7 @@ def save_policy(
         raise InvalidInputError(
             f"module is a {type(module).__name__}; give an RLModule, as `algorithm.get_module(policy_id)` returns it"
         )
-    parts = {"about": policy_about(module), "module": module_tree(module)}
+    parts = {"about": policy_about(module), "module": module_tree(module), **_extra(module)}
     tree = {"about": about_tree("policy", [policy_id]), "policies": {policy_id: parts}}
     with Checkpointer(url, storage_options=storage_options) as checkpointer:
         return checkpointer.save_state(step, tree, metrics=metrics, tag=tag).result()
@@ -159,7 +160,7 @@ def load_policy(
     """
     checkpointer = Checkpointer(url, storage_options=storage_options)
     below = f"policies/{escape(policy_id)}"
-    parts = ("about", "module") if inference_only is None else ("about",)
+    parts = ("about", "extra", "module") if inference_only is None else ("about", "extra")
     tree = _load(checkpointer, step, ["about", *(literal(f"{below}/{part}") for part in parts)])
     known = check_about(tree, checkpointer.url)["policies"]
     saved = tree.get("policies", {}).get(policy_id)
@@ -167,18 +168,22 @@ def load_policy(
         raise InvalidInputError(f"{checkpointer.url} has no policy {policy_id!r}; its policies are {_listed(known)}")
     values = dict(given or {}) if module_class is None else {**(given or {}), "class": module_class}
     module = build_module(saved["about"], inference_only=inference_only, given=values)
-    if inference_only is not None:
-        names = [literal(f"{below}/module/{escape(name)}") for name in module.unwrapped().state_dict()]
-        saved = _load(checkpointer, step, names).get("policies", {}).get(policy_id, {})
     weights = saved.get("module", {})
-    _take_dtypes(module, weights)
-    set_module(module, weights)
-    module.eval()
+    if inference_only is not None:
+        names = [literal(f"{below}/module/{escape(name)}") for name in module_tree(module)]
+        weights = _load(checkpointer, step, names)["policies"][policy_id]["module"] if names else {}
+    if isinstance(module, torch.nn.Module):
+        _take_dtypes(module, weights)
+        module.eval()
+    set_module(module, weights, from_data(saved.get("extra", {})))
     return module
 
 
 def _load(checkpointer: Checkpointer, step: int | None, select: list[str]) -> dict[str, Any]:
-    tree = checkpointer.load_state(step, select=select)
+    try:
+        tree = checkpointer.load_state(step, select=select)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"no policy can be loaded from {checkpointer.url}: {error}") from error
     assert isinstance(tree, dict)
     return tree
 
@@ -199,7 +204,16 @@ def _has_target_networks(module: RLModule) -> bool:
         return False
 
 
-def _take_dtypes(module: Any, weights: Mapping[str, Any]) -> None:
+def _extra(module: RLModule) -> dict[str, Any]:
+    """What the module's own `get_state` adds to its tensors, as a part of its tree; no part where it adds nothing."""
+    extra = module_extra(module)
+    try:
+        return {"extra": to_data(extra)} if extra else {}
+    except UnsavableError as why:
+        raise InvalidInputError(f"what get_state() of the module adds can't be saved: {why}") from why
+
+
+def _take_dtypes(module: torch.nn.Module, weights: Mapping[str, Any]) -> None:
     """Gives the new module's parameters and buffers the saved dtypes: a constructor makes float32 ones."""
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         saved = weights.get(name)
@@ -214,10 +228,7 @@ def _listed(ids: list[str]) -> str:
 def _said(problems: Mapping[str, str], unknown: list[str]) -> str:
     lines = [f"{place}: {why}" for place, why in problems.items()]
     lines += [f"{place}: is given, but the policy has no such part" for place in unknown]
-    ask = ["module_class=... of load_policy, or given={'class': ...}"] if "class" in problems else []
-    ask += [f"given={{{place!r}: ...}}" for place in problems if place != "class"]
-    return (
-        "the policy can't be built here:\n  "
-        + "\n  ".join(lines)
-        + (f"\nGive what is missing: {', '.join(ask)}" if ask else "")
-    )
+    others = ", ".join(f"{place!r}: ..." for place in problems if place != "class")
+    ask = ["module_class=... of load_policy (given={'class': ...} of build_module)"] if "class" in problems else []
+    ask += [f"given={{{others}}}"] if others else []
+    return "the policy can't be built here:\n  " + "\n  ".join(lines) + (f"\nGive {', '.join(ask)}" if ask else "")

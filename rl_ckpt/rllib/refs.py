@@ -2,7 +2,8 @@
 
 Owns: the names under which a checkpoint knows code. Promises: a name is given only to what is found under it again, and
 nothing of a checkpoint's is run to find it, except that its modules are imported. What has no such name (lambdas,
-closures, classes made in functions) is described for a person instead. Does not do: pickling, of anything.
+closures, classes made in functions, where no variable of a module holds them) is described for a person instead. Does
+not do: pickling, of anything.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib
 import sys
 import types
+import weakref
 from pathlib import PurePath
 from typing import Any
 
@@ -35,7 +37,7 @@ def class_ref(obj: object) -> str:
     """
     module, name = _names(obj)
     if "<" in name:
-        raise InvalidInputError(f"{describe(obj)}, which has no name to find it by")
+        return _variable(module, obj)
     _check_allowed(module, name, obj)
     loaded = sys.modules.get(module)
     if loaded is not None:  # else it came by value from another process, which is asked when it is resolved
@@ -65,7 +67,9 @@ def resolve(ref: str) -> Any:
         raise InvalidInputError(f"{ref!r} is not found here ({_why(module, error)})") from error
     if not isinstance(found, (type, types.MethodType, *_FUNCTIONS)):
         raise InvalidInputError(f"{ref!r} is a {type(found).__name__} here, and no class or function")
-    if class_ref(found) != ref:  # `numpy:os.system` leads to code that the name does not tell of
+    if "<" in getattr(found, "__qualname__", "") and "." not in name:
+        _check_allowed(module, name, found)
+    elif class_ref(found) != ref:  # `torch:os.system` leads to code that the name does not tell of
         raise InvalidInputError(f"{ref!r} leads to {class_ref(found)!r} here, which is something else")
     return found
 
@@ -104,6 +108,24 @@ def _names(obj: Any) -> tuple[str, str]:
     if isinstance(obj, (type, *_FUNCTIONS)) and isinstance(module, str) and isinstance(name, str):
         return module, name
     raise InvalidInputError(f"{describe(obj)}, which is neither data nor found by a name")
+
+
+_nameless: weakref.WeakSet[Any] = weakref.WeakSet()
+"""What no variable held when it was looked for, which takes 20 ms; every save asks for the same lambdas."""
+
+
+def _variable(module: str, obj: Any) -> str:
+    """The name of the module's variable that holds a lambda, or what a function made: `MyEnv = make_env(...)`."""
+    if obj not in _nameless:
+        loaded = {key: found for key, found in list(sys.modules.items()) if isinstance(found, types.ModuleType)}
+        # Where it was made first; then in one order, so that the same config is the same checkpoint.
+        for key in [module, *sorted(loaded)]:
+            if key in loaded and key.partition(".")[0] not in sys.stdlib_module_names:
+                for name, value in list(vars(loaded[key]).items()):
+                    if value is obj:
+                        return f"{key}:{name}"
+        _nameless.add(obj)
+    raise InvalidInputError(f"{describe(obj)}, which has no name to find it by")
 
 
 def _check_allowed(module: str, name: str, obj: object) -> None:

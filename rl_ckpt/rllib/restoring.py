@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import ray
-from ray.rllib.algorithms.algorithm import Algorithm
 
 from rl_ckpt.errors import CheckpointError, InvalidInputError, WorkerFailuresError
 from rl_ckpt.rllib.algorithm import forget_requests
@@ -31,7 +30,7 @@ from rl_ckpt.rllib.inside import (
 from rl_ckpt.rllib.parts import Applied, local_roles
 from rl_ckpt.rllib.report import AlgorithmRestore
 from rl_ckpt.rllib.served import replace_served
-from rl_ckpt.rllib.team import Team, team_of
+from rl_ckpt.rllib.team import AnyAlgorithm, Team, team_of
 from rl_ckpt.runtime.calls import Own, call_all, new_key
 from rl_ckpt.runtime.losses import in_one_line
 from rl_ckpt.runtime.messages import Failure, Ok, decode
@@ -41,7 +40,9 @@ from rl_ckpt.runtime.spec import RunSpec
 _PHASES = 3  # in which a process may use up `join_timeout_s`, as in runtime/calls.py
 
 
-def restore_algorithm(spec: RunSpec, algo: Algorithm, plan: Plan, step: int | None, begun: float) -> AlgorithmRestore:
+def restore_algorithm(
+    spec: RunSpec, algo: AnyAlgorithm, plan: Plan, step: int | None, begun: float
+) -> AlgorithmRestore:
     """Restores an Algorithm in place.
 
     Args:

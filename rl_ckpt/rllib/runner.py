@@ -6,6 +6,9 @@ and metrics. Promises: after `set_runner` the runner samples, bit for bit, what 
 these weights; where an environment or an episode can't be saved or does not fit, running episodes are dropped, the
 environment is reset before the first sample, and a notice says why. Weights are not in the tree: all runners have the
 learner's. Does not know: the actors, the store, callbacks' own state.
+
+Where RLlib itself is not deterministic, this can't be: it walks through sets of agent ids, whose order, for ids that
+are strings, is another one in each process unless PYTHONHASHSEED is the same. Metrics that measure time differ.
 """
 
 from __future__ import annotations
@@ -18,8 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from ray.rllib.callbacks.callbacks import RLlibCallback
-from ray.rllib.core import DEFAULT_MODULE_ID
-from ray.rllib.core.rl_module.multi_rl_module import MultiRLModule
 from ray.rllib.env.multi_agent_env_runner import MultiAgentEnvRunner
 
 from rl_ckpt.errors import InvalidInputError
@@ -27,13 +28,15 @@ from rl_ckpt.rllib import episodes
 from rl_ckpt.rllib.connectors import connectors_problems, connectors_tree, set_connectors
 from rl_ckpt.rllib.data import UnsavableError, from_data, to_data
 from rl_ckpt.rllib.env_state import MismatchError, env_tree, set_env
+from rl_ckpt.rllib.metrics import metrics_problems, metrics_tree, set_metrics
+from rl_ckpt.rllib.modules import module_problems, policies_of, set_module
 from rl_ckpt.rllib.rng import rng_tree, set_rng
 from rl_ckpt.state.tree import flatten
 
 _DROPPED = "running episodes are dropped and the environments are reset before the first sample"
 Runner = Any
 """A `SingleAgentEnvRunner` or `MultiAgentEnvRunner`; RLlib's own types leave most of their attributes out."""
-Weights = Mapping[str, Mapping[str, torch.Tensor]]
+Weights = Mapping[str, Mapping[str, Any]]
 """By module id, by name in the module's state dict."""
 
 
@@ -57,7 +60,7 @@ def runner_tree(runner: Runner) -> dict[str, Any]:
             "env_to_module": connectors_tree(runner._env_to_module),
             "module_to_env": connectors_tree(runner._module_to_env),
         },
-        "metrics": to_data(runner.metrics.get_state(), "the metrics"),
+        "metrics": metrics_tree(runner.metrics),
         "env": {},
         "episodes": {},
         "notices": [],
@@ -84,7 +87,7 @@ def runner_problems(runner: Runner, tree: Mapping[str, Any], weights: Weights | 
     for part in ("env_to_module", "module_to_env"):
         pipeline, saved = getattr(runner, f"_{part}"), tree["connectors"][part]
         problems += connectors_problems(pipeline, saved, f"{_name(runner)}, {part}")
-    return problems
+    return problems + [f"{_name(runner)}: {text}" for text in metrics_problems(runner.metrics, tree["metrics"])]
 
 
 def set_runner(
@@ -117,7 +120,7 @@ def set_runner(
         set_connectors(runner._module_to_env, tree["connectors"]["module_to_env"])
         runner.num_env_steps_sampled_lifetime = tree["counters"]["num_env_steps_sampled_lifetime"]
     if tree and own:
-        runner.metrics.set_state(from_data(tree["metrics"]))
+        set_metrics(runner.metrics, tree["metrics"])
         notices = _continue(runner, tree)
     else:
         _start_anew(runner)
@@ -128,17 +131,12 @@ def set_runner(
 
 def weights_problems(runner: Runner, weights: Weights) -> list[str]:
     """Names, shapes and dtypes of weights that a runner's modules want in another way; changes nothing."""
-    problems = []
-    for module_id, module in _modules(runner).items():
-        saved = weights.get(module_id)
-        for name, tensor in module.state_dict().items() if saved is not None else ():
-            there = None if saved is None else saved.get(name)
-            if there is None:
-                problems.append(f"{_name(runner)}: module {module_id!r} has {name!r}, and the checkpoint does not")
-            elif (there.shape, there.dtype) != (tensor.shape, tensor.dtype):
-                has, wants = f"{there.dtype} {tuple(there.shape)}", f"{tensor.dtype} {tuple(tensor.shape)}"
-                problems.append(f"{_name(runner)}: {name!r} of module {module_id!r} is {wants} here, and was {has}")
-    return problems
+    return [
+        f"{_name(runner)}, policy {policy!r}: {text}"
+        for policy, module in _modules(runner).items()
+        if policy in weights
+        for text in module_problems(module, weights[policy])
+    ]
 
 
 def set_weights(runner: Runner, weights: Weights, weights_seq_no: int | None = None) -> None:
@@ -146,25 +144,21 @@ def set_weights(runner: Runner, weights: Weights, weights_seq_no: int | None = N
 
     Args:
         runner: The runner.
-        weights: By module id; names that an inference-only module does not have are passed over.
+        weights: By module id; what an inference-only module leaves out is passed over.
         weights_seq_no: See `set_runner`.
+
+    Raises:
+        InvalidInputError: A module does not fit; it was not changed.
     """
-    for module_id, module in _modules(runner).items():
-        if module_id in weights:
-            with torch.no_grad():
-                for name, tensor in module.state_dict().items():
-                    tensor.copy_(weights[module_id][name])
+    for policy, module in _modules(runner).items():
+        if policy in weights:
+            set_module(module, weights[policy])
     if weights_seq_no is not None:
         runner._weights_seq_no = weights_seq_no
 
 
 def _modules(runner: Runner) -> dict[str, Any]:
-    module = runner.module
-    if module is None:
-        return {}
-    if isinstance(module, MultiRLModule):
-        return {module_id: part.unwrapped() for module_id, part in module.items()}
-    return {DEFAULT_MODULE_ID: module.unwrapped()}
+    return {} if runner.module is None else policies_of(runner.module)
 
 
 def _kind(runner: Runner) -> str:

@@ -11,18 +11,18 @@ from typing import Any
 
 import ray
 import torch
-from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import COMPONENT_RL_MODULE
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME, WEIGHTS_SEQ_NO
 
 from rl_ckpt.errors import WorkerFailuresError
 from rl_ckpt.rllib.modules import inference_tensors, tensors_digest
+from rl_ckpt.rllib.team import AnyAlgorithm
 from rl_ckpt.runtime.losses import in_one_line
 
 _ANSWER_S = 120.0
 
 
-def replace_served(algo: Algorithm) -> list[dict[str, str]]:
+def replace_served(algo: AnyAlgorithm) -> list[dict[str, str]]:
     """Gives the server the weights of the first learner.
 
     Returns:
@@ -51,7 +51,7 @@ def replace_served(algo: Algorithm) -> list[dict[str, str]]:
     return [{id_: tensors_digest(tensors) for id_, tensors in modules.items()}]
 
 
-def _of_the_learner(algo: Algorithm) -> tuple[Any, int]:
+def _of_the_learner(algo: AnyAlgorithm) -> tuple[Any, int]:
     """A reference to the weights that act, and their number."""
     group = algo.learner_group
     if group._learner is not None:

@@ -77,14 +77,14 @@ def _dtype(dtype: Any) -> str:
 
 
 def _one_or_all(values: np.ndarray[Any, Any]) -> Any:
-    """An array of equal values (the bounds of most images) as one scalar."""
+    """An array of equal values (the bounds of most images) as one number."""
     flat = values.reshape(-1)
-    return flat[0] if flat.size and bool(np.all(flat == flat[0])) else values
+    return flat[0].item() if flat.size and bool(np.all(flat == flat[0])) else values
 
 
 def _box(space: spaces.Box) -> Tree:
     parts = {"low": space.low, "high": space.high, "below": space.bounded_below, "above": space.bounded_above}
-    return {"shape": space.shape, "dtype": _dtype(space.dtype), **{k: _one_or_all(v) for k, v in parts.items()}}
+    return {"shape": list(space.shape), "dtype": _dtype(space.dtype), **{k: _one_or_all(v) for k, v in parts.items()}}
 
 
 def _make_box(tree: Mapping[str, Any]) -> spaces.Box:
@@ -96,11 +96,11 @@ def _make_box(tree: Mapping[str, Any]) -> spaces.Box:
     return box
 
 
-def _discrete(space: spaces.Discrete) -> Tree:
+def _discrete(space: spaces.Discrete[Any]) -> Tree:
     return {"n": int(space.n), "start": int(space.start), "dtype": _dtype(space.dtype)}
 
 
-def _make_discrete(tree: Mapping[str, Any]) -> spaces.Discrete:
+def _make_discrete(tree: Mapping[str, Any]) -> spaces.Discrete[Any]:
     return spaces.Discrete(tree["n"], start=tree["start"], dtype=dtype_from_name(tree["dtype"]))  # type: ignore[arg-type]
 
 
@@ -135,7 +135,8 @@ def _make_graph(tree: Mapping[str, Any]) -> spaces.Graph:
 
 
 def _dict(space: spaces.Dict) -> Tree:
-    odd = [key for key in space.spaces if type(key) not in (str, int)]
+    keys: list[Any] = list(space.spaces)
+    odd = [key for key in keys if type(key) not in (str, int)]
     if odd:
         raise InvalidInputError(f"a Dict space with the key {odd[0]!r}; keys must be str or int")
     return {"keys": list(space.spaces), "spaces": [space_tree(inner) for inner in space.spaces.values()]}
@@ -155,14 +156,19 @@ def _all(tree: Mapping[str, Any]) -> list[Space]:
 
 
 def _simplex(space: Simplex) -> Tree:
-    return {"shape": space.shape, "concentration": np.asarray(space.concentration), "dtype": _dtype(space.dtype)}
+    return {
+        "shape": list(space.shape or ()),
+        "concentration": np.asarray(space.concentration),
+        "dtype": _dtype(space.dtype),
+    }
 
 
 def _make_simplex(tree: Mapping[str, Any]) -> Simplex:
     return Simplex(tuple(tree["shape"]), tree["concentration"], dtype_from_name(tree["dtype"]))
 
 
-_Take, _Make = Callable[[Any], Tree], Callable[[Mapping[str, Any]], Any]
+_Take = Callable[[Any], Tree]
+_Make = Callable[[Mapping[str, Any]], Any]
 _KNOWN: dict[type, tuple[str, _Take, _Make]] = {
     spaces.Box: ("Box", _box, _make_box),
     spaces.Discrete: ("Discrete", _discrete, _make_discrete),

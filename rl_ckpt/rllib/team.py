@@ -19,6 +19,9 @@ from rl_ckpt.runtime.losses import in_one_line, is_loss
 
 _ANSWER_S = 300.0  # a learner may have updates to do before
 
+AnyAlgorithm = Any
+"""An `Algorithm`; RLlib's own types say of most of its attributes that they may be None."""
+
 Kind = Literal["driver", "learner", "env_runner", "eval_env_runner"]
 
 
@@ -55,7 +58,7 @@ class Team:
         )
 
 
-def team_of(algo: Algorithm) -> Team:
+def team_of(algo: AnyAlgorithm) -> Team:
     """The processes of an Algorithm as they are now.
 
     Raises:
@@ -97,7 +100,7 @@ def check_algorithm(algo: Any) -> None:
         raise InvalidInputError(
             f"{type(algo).__name__} is not an RLlib Algorithm; give what `config.build_algo()` returned"
         )
-    config = algo.config
+    config: Any = algo.config
     if not (config.enable_rl_module_and_learner and config.enable_env_runner_and_connector_v2):
         raise InvalidInputError(
             f"{type(algo).__name__} is on RLlib's old API stack, which has no RLModules; see docs/rllib-versions.md"
@@ -106,7 +109,7 @@ def check_algorithm(algo: Any) -> None:
         raise InvalidInputError(f"{type(algo).__name__} has no learners: it was stopped")
 
 
-def policies_of(algo: Algorithm) -> list[str]:
+def policies_of(algo: AnyAlgorithm) -> list[str]:
     """Ids of an Algorithm's policies, as its first learner has them.
 
     Raises:

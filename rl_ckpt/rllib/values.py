@@ -6,7 +6,8 @@ type. What can't be stored (code without a name, objects) is recorded as missing
 it is needed: nothing is pickled, and no save fails because of it.
 
 A tagged value is a dict with the key "$"; a dict that has that key itself, or keys that are no str or int, is tagged
-too. Every value has a place, the path of keys that leads to it, by which it is given where it is missing.
+too. `compact` makes one leaf of what is plain data throughout: a hundred policies have thousands of settings. Every
+value has a place, the path of keys that leads to it, by which it is given where it is missing.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import collections
 import dataclasses
 import enum
 import functools
+import json
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -33,8 +35,24 @@ from rl_ckpt.state.leaves import is_utf8
 from rl_ckpt.state.paths import join
 
 TAG = "$"
+_SMALL = 6  # nodes; a text in their stead takes three
 _PLAIN = frozenset((type(None), bool, int, float, complex, str, bytes))
 _LISTS: dict[type, str] = {set: "set", frozenset: "frozenset", collections.deque: "deque", range: "range"}
+
+
+def compact(tree: Any) -> Any:
+    """An encoded value with fewer leaves: its parts that JSON holds without loss as JSON, where they are large."""
+    if _nodes(tree) <= _SMALL:
+        return tree
+    if _is_json(tree):
+        return {TAG: "json", "v": json.dumps(tree, separators=(",", ":"))}
+    if type(tree) in (list, tuple):
+        return type(tree)(map(compact, tree))
+    if type(tree) in (dict, OrderedDict) and TAG not in tree:
+        return type(tree)((key, compact(item)) for key, item in tree.items())
+    if type(tree) is dict and "fields" in tree:  # of other tagged values, not all parts are values themselves
+        return {**tree, "fields": {name: compact(item) for name, item in tree["fields"].items()}}
+    return tree
 
 
 def missing(why: str) -> dict[str, Any]:
@@ -98,7 +116,7 @@ class Encoder:
             if name is None:
                 raise InvalidInputError(f"the dtype {value}")
             return {TAG: "dtype", "v": name}
-        if isinstance(value, PurePath):
+        if isinstance(value, Path):
             return {TAG: "path", "v": str(value)}
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(value, torch.dtype | torch.device):
@@ -123,8 +141,12 @@ class Encoder:
 
     def _dataclass(self, value: Any) -> Any:
         names = [field.name for field in dataclasses.fields(value)]
-        names += [name for name in getattr(value, "__dict__", {}) if name not in names]
+        if hasattr(value, "__post_init__"):  # it is not called again; other attributes are caches, or hidden on purpose
+            names += [name for name in getattr(value, "__dict__", {}) if name not in names]
         fields = {name: self.encode(getattr(value, name)) for name in names if hasattr(value, name)}
+        for name, default in _field_defaults(type(value)).items():
+            if name in fields and same(fields[name], Encoder().encode(default)):
+                del fields[name]
         return {TAG: "dataclass", "class": self.encode(type(value)), "fields": fields}
 
 
@@ -220,18 +242,15 @@ class Decoder:
         return functools.partial(function, *args, **kwargs) if len(self.problems) == before else None
 
     def _dataclass(self, tree: Mapping[str, Any], place: str) -> Any:
-        cls = self.cls(tree["class"], join(place, "class"), object, "a dataclass")
+        cls: Any = self.cls(tree["class"], join(place, "class"), object, "a dataclass")
         fields = {name: self.decode(item, join(place, name)) for name, item in tree["fields"].items()}
         if cls is None:
             return None
         if not dataclasses.is_dataclass(cls):
             return self.problem(join(place, "class"), f"{describe(cls)} is no dataclass here")
         # Not through its constructor: that would make what it makes of its arguments once more.
-        made = object.__new__(cls)
-        for field in dataclasses.fields(cls):
-            if field.default_factory is not dataclasses.MISSING:  # of one that is newer than what was saved
-                object.__setattr__(made, field.name, field.default_factory())
-        for name, value in fields.items():
+        made: Any = object.__new__(cls)  # type: ignore[arg-type]  # mypy doubts that it is a class
+        for name, value in {**_field_defaults(cls), **fields}.items():
             object.__setattr__(made, name, value)
         return made
 
@@ -252,6 +271,7 @@ def _torch_value(kind: str) -> Callable[[Decoder, Mapping[str, Any], str], Any]:
 
 _DECODERS: dict[str, Callable[[Decoder, Mapping[str, Any], str], Any]] = {
     "dict": Decoder._dict,
+    "json": lambda d, t, p: d.decode(json.loads(t["v"]), p),
     "set": lambda d, t, p: set(d._list(t, p)),
     "frozenset": lambda d, t, p: frozenset(d._list(t, p)),
     "deque": lambda d, t, p: collections.deque(d._list(t, p), t["maxlen"]),
@@ -268,6 +288,38 @@ _DECODERS: dict[str, Callable[[Decoder, Mapping[str, Any], str], Any]] = {
 }
 
 
+def _field_defaults(cls: Any) -> dict[str, Any]:
+    """What fields of a dataclass are where nothing else is said."""
+    out = {}
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING:
+            out[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            out[field.name] = field.default_factory()
+    return out
+
+
+def _nodes(tree: Any) -> int:
+    """How many nodes of a state tree it is, or somewhat more than `_SMALL`."""
+    if type(tree) not in (dict, OrderedDict, list, tuple):
+        return 1
+    count = 1
+    for item in tree.values() if isinstance(tree, dict) else tree:
+        count += _nodes(item)
+        if count > _SMALL:
+            break
+    return count
+
+
+def _is_json(tree: Any) -> bool:
+    """Whether Python's JSON gives it back as it is (infinities and integers of any size, too)."""
+    if type(tree) is dict:
+        return all(type(key) is str and _is_json(item) for key, item in tree.items())
+    if type(tree) is list:
+        return all(map(_is_json, tree))
+    return type(tree) in (type(None), bool, int, float, str) and tree == tree  # one NaN is not as the other
+
+
 def same(one: Any, other: Any) -> bool:
     """Whether two encoded values are equal, in types, dtypes and bits too."""
     if type(one) is not type(other):
@@ -277,9 +329,10 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, float):
-        return one.hex() == other.hex()
+        return bool(one.hex() == other.hex())
     if isinstance(one, np.ndarray | np.generic):
-        return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+        looks = one.dtype == other.dtype and one.shape == other.shape
+        return bool(looks and one.tobytes() == other.tobytes())
     if type(one) in _PLAIN:
         return bool(one == other)
     return one is other  # arrays of torch and jax, which no default holds

@@ -6,11 +6,21 @@ from collections.abc import Iterator
 
 import pytest
 import ray
+import torch
 
 
 @pytest.fixture(scope="module")
 def ray_small() -> Iterator[None]:
     """A cluster of one node, connected."""
-    ray.init("local", num_cpus=16, include_dashboard=False, object_store_memory=200 << 20, logging_level="ERROR")
+    ray.init("local", num_cpus=16, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """For torch here, as in Ray's workers: tiny nets on several threads mostly wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

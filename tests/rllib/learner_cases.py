@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+import tree  # type: ignore[import-untyped]
 from ray.rllib.algorithms.appo import APPOConfig
 from ray.rllib.algorithms.dqn import DQNConfig
 from ray.rllib.algorithms.impala import IMPALAConfig
@@ -26,10 +27,12 @@ from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME, NUM_ENV_STEP
 from rl_ckpt.rllib.learner_threads import held
 
 OBS = gym.spaces.Box(-1, 1, (4,), np.float32)
-DISCRETE = gym.spaces.Discrete(2)
+DISCRETE: Any = gym.spaces.Discrete(2)
 BOX = gym.spaces.Box(-1, 1, (2,), np.float32)
 MODEL = {"fcnet_hiddens": [8], "head_fcnet_hiddens": []}
 STEPS = 20  # of one fabricated episode
+
+torch.set_num_threads(1)  # nets are tiny; and a sum by several threads need not be the same twice
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +52,16 @@ class Case:
         return BOX if self.continuous else DISCRETE
 
 
-def build(case: Case, seed: int = 0, **changes: Any) -> TorchLearner:
+def build(case: Case, seed: int = 0, learner_class: Any = None, **changes: Any) -> Any:
     """A learner with weights of its own seed."""
     torch.manual_seed(seed)
-    config = case.config()
-    if changes:
-        config = config.training(**changes)
-    learner: TorchLearner = config.build_learner(spaces={policy: (OBS, case.actions) for policy in case.policies})
-    return learner
+    config = case.config().training(**changes)
+    if learner_class is not None:
+        config = config.learners(learner_class=learner_class)
+    return config.build_learner(spaces=dict.fromkeys(case.policies, (OBS, case.actions)))
 
 
-def train(learner: TorchLearner, case: Case, updates: int, start: int = 0) -> None:
+def train(learner: Any, case: Case, updates: int, start: int = 0) -> None:
     """So many updates, on batches that depend on their number alone."""
     for at in range(start, start + updates):
         steps = {NUM_ENV_STEPS_SAMPLED_LIFETIME: 100 * at, NUM_ENV_STEPS_TRAINED_LIFETIME: 100 * at}
@@ -81,7 +83,7 @@ def stop(learner: Any) -> None:
     learner.shutdown()
 
 
-def episodes(learner: TorchLearner, case: Case, seed: int) -> list[Any]:
+def episodes(learner: Any, case: Case, seed: int) -> list[Any]:
     """Fabricated samples of all policies."""
     rng = np.random.default_rng(seed)
     out = []
@@ -91,7 +93,7 @@ def episodes(learner: TorchLearner, case: Case, seed: int) -> list[Any]:
     return out
 
 
-def _episode(learner: TorchLearner, case: Case, policy: str, rng: np.random.Generator) -> SingleAgentEpisode:
+def _episode(learner: Any, case: Case, policy: str, rng: np.random.Generator) -> SingleAgentEpisode:
     width = 4 if case.continuous else 2
     if case.continuous:
         acts = list(rng.uniform(-1, 1, (STEPS, 2)).astype(np.float32))
@@ -102,8 +104,9 @@ def _episode(learner: TorchLearner, case: Case, policy: str, rng: np.random.Gene
         "action_dist_inputs": list(rng.normal(size=(STEPS, width)).astype(np.float32)),
     }
     if learner.module[policy].is_stateful():
-        first = learner.module[policy].get_initial_state()
-        extra["state_out"] = [{k: np.asarray(v, np.float32) for k, v in first.items()} for _ in range(STEPS)]
+        first = tree.map_structure(lambda v: np.asarray(v, np.float32), learner.module[policy].get_initial_state())
+        extra["state_out"] = [first for _ in range(STEPS)]
+    several: dict[str, Any] = {"agent_id": policy, "module_id": policy, "multi_agent_episode_id": "e"}
     return SingleAgentEpisode(
         observation_space=OBS,
         action_space=case.actions,
@@ -113,7 +116,7 @@ def _episode(learner: TorchLearner, case: Case, policy: str, rng: np.random.Gene
         extra_model_outputs=extra,
         terminated=True,
         len_lookback_buffer=0,
-        **({"agent_id": policy, "module_id": policy, "multi_agent_episode_id": "e"} if len(case.policies) > 1 else {}),
+        **(several if len(case.policies) > 1 else {}),
     )
 
 
@@ -138,7 +141,7 @@ def _small(config: Any, **training: Any) -> Any:
 
 
 def _multi(config: Any, *policies: str) -> Any:
-    return config.multi_agent(policies=set(policies), policy_mapping_fn=lambda agent, *_args, **_kw: agent)
+    return config.multi_agent(policies=list(policies), policy_mapping_fn=lambda agent, *_args, **_kw: agent)
 
 
 PPO = Case(
@@ -195,7 +198,7 @@ class DtypesLearner(TorchLearner):
     """SGD of its own loss, with an optimizer over several parameter groups."""
 
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
-        module = self._module[module_id].unwrapped()
+        module: Any = self.module[module_id].unwrapped()
         low = [p for p in module.parameters() if p.dtype is torch.bfloat16]
         high = [p for p in module.parameters() if p.dtype is torch.float64]
         groups = [{"params": low, "lr": 0.02}, {"params": high, "weight_decay": 0.01}]
@@ -203,7 +206,8 @@ class DtypesLearner(TorchLearner):
         self.register_optimizer(module_id=module_id, optimizer=optimizer, params=low + high)
 
     def compute_loss_for_module(self, *, module_id: str, config: Any, batch: Any, fwd_out: Any) -> Any:
-        self.module[module_id].unwrapped().steps += 1
+        module: Any = self.module[module_id].unwrapped()
+        module.steps += 1
         return fwd_out["action_dist_inputs"].square().mean()
 
 
@@ -211,7 +215,7 @@ DTYPES = Case(
     "dtypes",
     lambda: (
         PPOConfig()
-        .training(learner_class=DtypesLearner)
+        .learners(learner_class=DtypesLearner)
         .rl_module(rl_module_spec=RLModuleSpec(module_class=DtypesModule))
     ),
 )
@@ -223,7 +227,7 @@ CASES = [
         lambda: PPO.config().rl_module(model_config={**MODEL, "use_lstm": True, "lstm_cell_size": 8, "max_seq_len": 5}),
         update={"num_epochs": 2},
     ),
-    Case("ppo-multi", lambda: _multi(PPO.config(), "a/b", "a_b"), policies=("a/b", "a_b"), update={"num_epochs": 2}),
+    Case("ppo-multi", lambda: _multi(PPO.config(), "a--b", "a_b"), policies=("a--b", "a_b"), update={"num_epochs": 2}),
     DQN,
     SAC,
     MARWIL,

@@ -88,38 +88,41 @@ class Unsavable(Pictures):
 
 
 class Turns(MultiAgentEnv):
-    """Two players in turn, so that actions hang; a third comes later, one goes early. Can be saved."""
+    """Two players in turn, so that actions hang; a third comes later, one goes early. Can be saved.
+
+    Numbers for names: RLlib walks through sets of agents, whose order is another one for strings in each process.
+    """
 
     def __init__(self, config: Any = None) -> None:
         space = gym.spaces.Box(-1.0, 100.0, (2,), np.float32)
-        self.possible_agents = ["p0", "p1", "late"]
+        self.possible_agents = [0, 1, 2]
         self.agents = list(self.possible_agents)
         self.observation_spaces = dict.fromkeys(self.possible_agents, space)
         self.action_spaces = {name: gym.spaces.Discrete(2) for name in self.possible_agents}
         super().__init__()
         self.t = 0
 
-    def _obs(self, names: list[str]) -> dict[str, Any]:
+    def _obs(self, names: list[int]) -> dict[Any, Any]:
         return {name: np.array([self.t, self.np_random.random()], np.float32) for name in names}
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
         gym.Env.reset(self, seed=seed)
         self.t = 0
-        return self._obs(["p0"]), {}
+        return self._obs([0]), {}
 
     def step(self, actions: Any) -> Any:
         self.t += 1
-        names = [f"p{self.t % 2}"] if self.t < 13 else ["p0"]
-        names += ["late"] if self.t >= 7 else []
-        rewards = {name: 1.0 + self.t + sum(actions.values()) for name in ("p0", "p1")}
+        names = [self.t % 2] if self.t < 13 else [0]
+        names += [2] if self.t >= 7 else []
+        rewards = {name: 1.0 + self.t + sum(actions.values()) for name in (0, 1)}
         if self.t > 12:
-            rewards.pop("p1")
-        rewards |= {"late": 0.5} if self.t > 7 else {}
-        ends = {"p1": True} if self.t == 12 else {}
-        names += ["p1"] if self.t == 12 and "p1" not in names else []
+            rewards.pop(1)
+        rewards |= {2: 0.5} if self.t > 7 else {}
+        ends = {1: True} if self.t == 12 else {}
+        names += [1] if self.t == 12 and 1 not in names else []
         done = self.t == 17
         if done:
-            names = ["p0", "late"]
+            names = [0, 2]
         return self._obs(names), rewards, ends | {"__all__": done}, {"__all__": False}, {}
 
     def get_state(self) -> dict[str, Any]:
@@ -165,7 +168,7 @@ def _lstm(config: PPOConfig) -> PPOConfig:
 
 
 def _agent_to_module(agent: Any, _episode: Any, **_kwargs: Any) -> str:
-    return "even" if agent in (0, 2, "p0") else "odd"
+    return "even" if agent in (0, 2) else "odd"
 
 
 def _multi(config: PPOConfig) -> PPOConfig:
@@ -242,12 +245,17 @@ def known_ids(runner: Any) -> list[str]:
     return ids
 
 
+def sample(runner: Any) -> Any:
+    """One fragment of each environment."""
+    steps = runner.config.rollout_fragment_length * runner.num_envs
+    return runner.sample(num_timesteps=steps, random_actions=runner.config.env_config.get("random", False))
+
+
 def sampled(runner: Any, known: list[str], samples: int = SAMPLES) -> list[str]:
     """What the next samples are: a digest for every episode chunk, and one for the metrics after each sample."""
     found = []
-    steps = runner.config.rollout_fragment_length * runner.num_envs
     for _ in range(samples):
-        chunks = runner.sample(num_timesteps=steps, random_actions=runner.config.env_config.get("random", False))
+        chunks = sample(runner)
         found += [_digest(_episode(chunk, known)) for chunk in chunks]
         metrics = runner.get_metrics()
         names = ("episode_len_mean", "episode_return_mean", "num_episodes_lifetime", "num_env_steps_sampled_lifetime")

@@ -13,7 +13,6 @@ import ray
 import torch
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
-from ray.rllib.algorithms.appo import APPOConfig
 from ray.rllib.algorithms.dqn import DQNConfig
 from ray.rllib.algorithms.impala import IMPALAConfig
 from ray.rllib.algorithms.ppo import PPOConfig
@@ -40,7 +39,7 @@ def dqn_config(seed: int | None = 7, **training: Any) -> DQNConfig:
     settings = {"train_batch_size_per_learner": 16, "num_steps_sampled_before_learning_starts": 32} | training
     config = DQNConfig().environment("CartPole-v1").training(**settings).rl_module(model_config=TINY)
     config.env_runners(num_env_runners=0, rollout_fragment_length=8).debugging(seed=seed)
-    return config.reporting(min_sample_timesteps_per_iteration=64, min_time_s_per_iteration=None)
+    return config.reporting(min_sample_timesteps_per_iteration=40, min_time_s_per_iteration=None)
 
 
 def sac_config(seed: int | None = 7, **training: Any) -> SACConfig:
@@ -48,23 +47,15 @@ def sac_config(seed: int | None = 7, **training: Any) -> SACConfig:
     settings = {"train_batch_size_per_learner": 16, "num_steps_sampled_before_learning_starts": 32} | training
     config = SACConfig().environment("Pendulum-v1").training(**settings).rl_module(model_config=TINY)
     config.env_runners(num_env_runners=0, rollout_fragment_length=8).debugging(seed=seed)
-    return config.reporting(min_sample_timesteps_per_iteration=64, min_time_s_per_iteration=0)
+    return config.reporting(min_sample_timesteps_per_iteration=40, min_time_s_per_iteration=0)
 
 
 def impala_config(seed: int | None = 7, **training: Any) -> IMPALAConfig:
-    """IMPALA with one remote learner and two remote runners, that take their weights from the state server."""
+    """IMPALA with a remote learner and a remote runner, which takes its weights from the state server."""
     config = IMPALAConfig().environment("CartPole-v1").training(train_batch_size_per_learner=40, **training)
-    config.env_runners(num_env_runners=2, rollout_fragment_length=20).learners(num_learners=1)
+    config.env_runners(num_env_runners=1, rollout_fragment_length=20).learners(num_learners=1)
     config.rl_module(model_config=TINY).debugging(seed=seed)
-    return config.reporting(min_time_s_per_iteration=0, min_sample_timesteps_per_iteration=200)
-
-
-def appo_config(seed: int | None = 7, **training: Any) -> APPOConfig:
-    """APPO, as `impala_config`."""
-    config = APPOConfig().environment("CartPole-v1").training(train_batch_size_per_learner=40, **training)
-    config.env_runners(num_env_runners=2, rollout_fragment_length=20).learners(num_learners=1)
-    config.rl_module(model_config=TINY).debugging(seed=seed)
-    return config.reporting(min_time_s_per_iteration=0, min_sample_timesteps_per_iteration=200)
+    return config.reporting(min_time_s_per_iteration=0, min_sample_timesteps_per_iteration=120)
 
 
 class Pairs(MultiAgentEnv):
@@ -145,6 +136,10 @@ def _shown(thing: Any) -> dict[str, Any]:
     return {id_: {n: t.detach().clone() for n, t in part.items()} for id_, part in parameters_of(thing.module).items()}
 
 
+def _own(value: Any) -> torch.Tensor:
+    return value if isinstance(value, torch.Tensor) else torch.from_numpy(np.array(value))
+
+
 def copies_of(algo: Algorithm) -> dict[str, dict[str, Any]]:
     """Weights by who has them: every learner, env runner and evaluation runner, and the state server."""
     out: dict[str, dict[str, Any]] = {}
@@ -165,7 +160,7 @@ def copies_of(algo: Algorithm) -> dict[str, dict[str, Any]]:
     if state is not None:
         served = state["rl_module"]
         served = ray.get(served) if isinstance(served, ray.ObjectRef) else served
-        out["server"] = {id_: {n: torch.as_tensor(t) for n, t in part.items()} for id_, part in served.items()}
+        out["server"] = {id_: {n: _own(t) for n, t in part.items()} for id_, part in served.items()}
     return out
 
 
@@ -186,7 +181,10 @@ def assert_all_hold(algo: Algorithm, expected: dict[str, str]) -> None:
 
 def full_digest(algo: Algorithm) -> dict[str, str]:
     """Of everything that learner 0's modules have, by policy."""
-    return {id_: digest_of(part, part) for id_, part in copies_of(algo)["learner 0"].items()}
+    local = algo.learner_group._learner
+    actors = [] if local is not None else list(algo.learner_group._worker_manager.actors().values())
+    shown = _shown(local) if local is not None else ray.get(actors[0].__ray_call__.remote(_shown))
+    return {id_: digest_of(part, part) for id_, part in shown.items()}
 
 
 class OwnModule(TorchRLModule, ValueFunctionAPI):
@@ -205,6 +203,9 @@ class OwnModule(TorchRLModule, ValueFunctionAPI):
         self.register_buffer("seen", torch.tensor(2**40, dtype=torch.int64))  # RLlib's own way makes 0 of it
 
     def _forward(self, batch: Any, **kwargs: Any) -> dict[str, Any]:
+        return {"action_dist_inputs": self._forward_train(batch)["action_dist_inputs"]}
+
+    def _forward_train(self, batch: Any, **kwargs: Any) -> dict[str, Any]:
         features = torch.tanh(self.body(batch["obs"].to(self.dtype)))
         return {"action_dist_inputs": self.heads["pi"](features).float(), "embeddings": features}
 

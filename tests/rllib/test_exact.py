@@ -1,4 +1,4 @@
-"""Continues exactly: with seeds fixed, k more iterations after a load or a rollback give the bits of the uninterrupted run.
+"""Continues exactly: with seeds fixed, k more iterations after a load or a rollback give the uninterrupted run's bits.
 
 Where RLlib itself is not deterministic, nobody can be: IMPALA and APPO (samples and updates run side by side), and
 iterations that end by the clock (`min_time_s_per_iteration`).
@@ -15,7 +15,6 @@ import pytest
 from rl_ckpt.rllib import AlgorithmCheckpointer
 from tests.rllib.small import (
     built,
-    copies_of,
     dqn_config,
     full_digest,
     lstm_config,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from ray.rllib.core import DEFAULT_MODULE_ID
-from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 
 from rl_ckpt import Checkpointer, InvalidInputError
 from rl_ckpt.rllib.learner import learner_problems, learner_tree, set_learner
@@ -28,7 +27,7 @@ def built() -> Iterator[Build]:
     """Builds learners, and ends their threads."""
     made: list[Any] = []
 
-    def make(case: Case, seed: int = 0, **changes: Any) -> TorchLearner:
+    def make(case: Case, seed: int = 0, **changes: Any) -> Any:
         learner = build(case, seed, **changes)
         made.append(learner)
         return learner
@@ -169,7 +168,7 @@ def test_policies_with_odd_names_keep_their_own(built: Build, tmp_path: Path) ->
 
     digests = weights_digest(other.module)
     assert digests == weights_digest(learner.module)
-    assert digests["a/b"] != digests["a_b"]
+    assert digests["a--b"] != digests["a_b"]
 
 
 def test_one_policy_goes_into_another_learner_under_another_name(built: Build, tmp_path: Path) -> None:
@@ -184,20 +183,18 @@ def test_one_policy_goes_into_another_learner_under_another_name(built: Build, t
     set_learner(other, part, {"a_b": DEFAULT_MODULE_ID})
 
     assert weights_digest(other.module)[DEFAULT_MODULE_ID] == weights_digest(learner.module)["a_b"]
-    mine, theirs = (list(x._named_optimizers.values())[-1].state_dict()["state"] for x in (other, learner))
-    named = dict(zip([p for _, p in learner.module["a_b"].named_parameters()], range(99), strict=False))
-    assert len(mine) == len(named)
+    mine, theirs = (x.state_dict()["state"] for x in (other.get_optimizer(), learner.get_optimizer("a_b")))
+    assert str(mine) == str(theirs)
+    assert len(mine) > 3
     assert other._weights_seq_no == number  # the rest of the learner goes on
     assert torch.equal(drawn, torch.get_rng_state())
-    assert learner.get_optimizer("a_b").state_dict()["state"][0]["step"] == mine[0]["step"]
-    del theirs
 
 
 @pytest.mark.parametrize(
     ("policies", "said"),
     [
-        ({"c": "a_b"}, "the checkpoint has no policy 'c'; it has ['a/b', 'a_b']"),
-        ({"a/b": "x"}, "this learner has no policy 'x'; it has ['a/b', 'a_b']"),
+        ({"c": "a_b"}, "the checkpoint has no policy 'c'; it has ['a--b', 'a_b']"),
+        ({"a--b": "x"}, "this learner has no policy 'x'; it has ['a--b', 'a_b']"),
     ],
 )
 def test_unknown_policies_list_the_known(policies: dict[str, str], said: str, built: Build) -> None:
@@ -214,7 +211,7 @@ def test_policies_that_only_one_side_has_are_both_named(built: Build) -> None:
     found = learner_problems(one, learner_tree(two))
 
     assert any("policies ['default_policy'] are not in the checkpoint" in text for text in found)
-    assert any("this learner has no policy 'a/b'; it has ['default_policy']" in text for text in found)
+    assert any("this learner has no policy 'a--b'; it has ['default_policy']" in text for text in found)
 
 
 def test_everything_that_does_not_fit_is_told_at_once_and_nothing_changes(built: Build) -> None:
@@ -262,7 +259,7 @@ class AddingLearner(PPO.config().learner_class):  # type: ignore[misc]
 
     def build(self) -> None:
         super().build()
-        self.seen: dict[str, Any] = {"one", 1} and {"rows": np.arange(3)}
+        self.seen: dict[str, Any] = {"rows": np.arange(3)}
         self.wins: dict[str, int] = {}
 
     def get_state(self, *args: Any, **kwargs: Any) -> Any:
@@ -329,7 +326,7 @@ def test_policies_to_train_are_data(built: Build) -> None:
         return learner_tree(learner)["learner"]["policies_to_train"]
 
     assert chosen(None) is None
-    assert chosen({"a_b", "a/b"}) == ["a/b", "a_b"]
+    assert chosen({"a_b", "a--b"}) == ["a--b", "a_b"]
     assert chosen(len) == {"function": "builtins:len"}
 
 
@@ -353,5 +350,6 @@ def test_modules_are_named_as_they_are(built: Build) -> None:
     tree = learner_tree(learner)["policies"]
 
     assert {policy: list(part["module"]) for policy, part in tree.items()} == {
-        policy: list(module.state_dict()) for policy, module in policies_of(learner.module).items()
+        policy: list(cast(torch.nn.Module, module).state_dict())
+        for policy, module in policies_of(learner.module).items()
     }

@@ -147,7 +147,7 @@ def test_a_copy_for_inference_takes_what_it_needs_and_has_the_same_digest(case: 
     learner = build(case, seed=1)
     whole = learner.module[DEFAULT_MODULE_ID]
     spec = learner.config.get_multi_rl_module_spec(spaces={DEFAULT_MODULE_ID: (OBS, case.actions)}, inference_only=True)
-    copy = spec.build()
+    copy: Any = spec.build()
     small = copy[DEFAULT_MODULE_ID]
     assert len(module_tree(small)) < len(module_tree(whole))
     assert weights_digest(copy) != weights_digest(learner.module)

@@ -14,7 +14,6 @@ import pytest
 
 from rl_ckpt.rllib import save
 from tests.rllib.small import (
-    appo_config,
     built,
     dqn_config,
     full_digest,
@@ -26,23 +25,24 @@ from tests.rllib.small import (
     sac_config,
 )
 
+pytestmark = pytest.mark.timeout(900)  # both processes' work is in the first test's setup
+FRESH_S = 400
 ROOT = Path(__file__).resolve().parents[2]
 
 CASES: dict[str, Callable[[], Any]] = {
     "ppo": lambda: (
         ppo_config()
-        .env_runners(num_env_runners=2)
+        .env_runners(num_env_runners=1)
         .evaluation(evaluation_interval=1, evaluation_num_env_runners=1, evaluation_duration=1)
     ),
     "dqn": dqn_config,
     "sac": sac_config,
     "impala": impala_config,
-    "appo": appo_config,
     "multi": multi_config,
     "own": own_config,
     "lstm": lstm_config,
-    "bf16": lambda: own_config("bfloat16").env_runners(num_env_runners=1),
-    "f64": lambda: own_config("float64").env_runners(num_env_runners=1),
+    "bf16": lambda: own_config("bfloat16"),
+    "f64": lambda: own_config("float64"),
     "two learners": lambda: ppo_config().learners(num_learners=2),
 }
 
@@ -52,17 +52,16 @@ import ray
 from rl_ckpt.rllib import AlgorithmCheckpointer
 from tests.rllib.small import digests_of, full_digest
 
-found = {}
 for name, url in json.loads(sys.argv[1]).items():
     with AlgorithmCheckpointer(url) as ckpt:
         algo = ckpt.load()
     report = ckpt.last_restore
-    found[name] = {
+    found = {
         "copies": digests_of(algo), "full": full_digest(algo), "iteration": algo.iteration,
-        "class": type(algo).__name__, "said": dict(report.digests), "again": algo.train()["training_iteration"],
+        "said": dict(report.digests), "again": algo.train()["training_iteration"],
     }
+    print("FOUND", json.dumps([name, found]), flush=True)
     algo.stop()
-print("FOUND" + json.dumps(found))
 """
 
 
@@ -84,13 +83,12 @@ def saved(ray_small: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def loaded(saved: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a fresh process found, that had nothing but the urls."""
     urls = json.dumps({name: case["url"] for name, case in saved.items()})
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local", "RAY_DEDUP_LOGS": "0"}
-    result = subprocess.run(
-        [sys.executable, "-c", FRESH, urls], cwd=ROOT, capture_output=True, text=True, timeout=170, env=environment
-    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
+    fresh = [sys.executable, "-c", FRESH, urls]
+    result = subprocess.run(fresh, cwd=ROOT, capture_output=True, text=True, timeout=FRESH_S, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
-    found: dict[str, Any] = json.loads(result.stdout.split("FOUND")[1])
-    return found
+    lines = [line.removeprefix("FOUND") for line in result.stdout.splitlines() if line.startswith("FOUND")]
+    return dict(json.loads(line) for line in lines)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -105,14 +103,6 @@ def test_a_fresh_process_loads_from_the_url_alone(name: str, saved: dict[str, An
 
 
 def test_every_copy_is_looked_at(loaded: dict[str, Any]) -> None:
-    assert set(loaded["ppo"]["copies"]) == {
-        "learner 0",
-        "runner 0",
-        "runner 1",
-        "runner 2",
-        "eval runner 0",
-        "eval runner 1",
-    }
-    assert {"learner 0", "runner 1", "runner 2", "server"} <= set(loaded["impala"]["copies"])
-    assert {"learner 0", "runner 1", "runner 2", "server"} <= set(loaded["appo"]["copies"])
+    assert set(loaded["ppo"]["copies"]) == {"learner 0", "runner 0", "runner 1", "eval runner 0", "eval runner 1"}
+    assert {"learner 0", "runner 1", "server"} <= set(loaded["impala"]["copies"])
     assert {"learner 0", "learner 1", "runner 0"} == set(loaded["two learners"]["copies"])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl_ckpt.state.paths import Selector, above, escape, join, parents, renamed, split, unescape
+from rl_ckpt.state.paths import Selector, above, escape, join, literal, parents, renamed, split, unescape
 from tests.unit.trees import keys
 
 any_keys = st.lists(keys, min_size=1, max_size=5).map(tuple)
@@ -73,6 +73,18 @@ def test_the_root_has_no_parents() -> None:
 def test_selectors(patterns: str | list[str] | None, taken: list[str], left: list[str]) -> None:
     chosen = Selector(patterns)
     assert [p for p in [*taken, *left] if chosen(p)] == taken
+
+
+@given(st.lists(st.one_of(keys, st.text("*?[]!^\\ab/", min_size=1)), min_size=1, max_size=3).map(tuple))
+def test_a_literal_chooses_its_path_and_what_is_below_it_alone(parts: tuple[str | int, ...]) -> None:
+    path = path_of(parts)
+    chosen = Selector([literal(path)])
+    assert chosen(path)
+    assert chosen(f"{path}/x")
+    assert not chosen(f"{path}x")
+    assert not chosen(f"x{path}")
+    for char in "*?[":
+        assert char not in path or not chosen(path.replace(char, "x"))
 
 
 @pytest.mark.parametrize(
