@@ -128,7 +128,7 @@ def _decode(value: Any, arrays: Sequence[Any]) -> Any:
         return [_decode(item, arrays) for item in value]
     if not isinstance(value, dict):
         return value
-    inner = value.get("v")
+    inner: Any = value.get("v")
     match value.get(_TAG):
         case None:
             return {key: _decode(item, arrays) for key, item in value.items()}

@@ -1,4 +1,4 @@
-"""Every promise on the page of guarantees, and every row beside RLlib, names tests that show it, and those are there."""
+"""Every promise on the page of guarantees, and every row beside RLlib, names tests, and those are there."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def test_there_are_rows(page: str, least: int) -> None:
     assert len(rows(page)) > least
 
 
-@pytest.mark.parametrize("row", [row for page in PAGES for row in rows(page)], ids=lambda row: re.sub(r"\W+", "-", row[0])[:60])
+@pytest.mark.parametrize(
+    "row", [row for page in PAGES for row in rows(page)], ids=lambda row: re.sub(r"\W+", "-", row[0])[:60]
+)
 def test_the_tests_that_a_promise_names_are_there(row: list[str]) -> None:
     named = _NAMED.findall(row[3])
     assert named, f"no test is named for: {row[0]}"
