@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 from ray.rllib.algorithms.algorithm import Algorithm
@@ -128,6 +129,10 @@ def test_a_rollback_in_place_replaces_what_the_state_server_hands_out(ray_small:
         assert_all_hold(algo, digests_of(algo)["learner 0"])
         assert ray.get(algo._env_runner_state_server.get_version.remote()) == number < before  # type: ignore[attr-defined]
         assert report.iteration == algo.iteration == 1
+        # What was sampled with the later weights trains nobody.
+        assert algo.env_runner_group.num_in_flight_async_reqs() == 0  # type: ignore[union-attr]
+        assert algo.learner_group._worker_manager.num_outstanding_async_reqs() == 0  # type: ignore[union-attr]
+        assert algo._episode_packs_being_built == []  # type: ignore[attr-defined]
         algo.train()
         assert full_digest(algo) != later
 
@@ -138,9 +143,11 @@ def test_one_call_each(ray_small: None, tmp_path: Path) -> None:
         algo.train()
         info = save(algo, url, metrics={"return": 20.0}, tag="first")
         assert (info.step, info.metrics, info.tag) == (1, {"return": 20.0}, "first")
-        there = full_digest(algo)
+        there, generators = full_digest(algo), np.random.get_state()[1].tolist()
         algo.train()
+        np.random.rand(3)
         report = restore(algo, url, step=1)
+        assert np.random.get_state()[1].tolist() == generators
         assert (report.step, report.id, report.iteration) == (1, info.id, 1)
         assert full_digest(algo) == there
         assert list(report.digests) == ["default_policy"]
