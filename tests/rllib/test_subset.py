@@ -50,9 +50,7 @@ def steps_of(algo: Any) -> dict[str, list[float]]:
 def test_frozen_policies_cost_no_bytes_later(league: dict[str, Any]) -> None:
     first, second, third = league["infos"]
     tree = rl_ckpt.Checkpointer(league["url"]).load_state(select="policies/**")["policies"]
-    frozen = sum(t.nbytes for id_, part in tree.items() if id_ not in TRAINED for t in part["module"].values())
     assert len(tree) == MANY
-    assert frozen > 0.5 * first.bytes
     for info in (second, third):
         assert info.bytes_written - manifest_bytes(league["url"], info) < 0.5 * (
             first.bytes_written - manifest_bytes(league["url"], first)
