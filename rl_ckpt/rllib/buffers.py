@@ -234,7 +234,7 @@ def _class_name(buffer: Any) -> str:
 
 @functools.cache
 def _attributes(kind: type[EpisodeReplayBuffer]) -> frozenset[str]:
-    """What RLlib's class itself keeps; the last attribute is made by a sample, and of use where there are priorities."""
+    """What RLlib's class itself keeps; the last attribute is made by a sample, and used where there are priorities."""
     return frozenset(vars(kind(capacity=1))) | {"_last_sampled_indices"}
 
 

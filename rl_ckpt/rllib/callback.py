@@ -88,7 +88,7 @@ def checkpointing(
     resume: bool = True,
     storage_options: Mapping[str, Any] | None = None,
     **options: Any,
-) -> Checkpointing:
+) -> Any:  # a Checkpointing; `AlgorithmConfig.callbacks` calls what it is given, but its annotation wants classes
     """Saves an Algorithm while it trains, and lets it go on from its newest checkpoint when the job starts again.
 
     For `AlgorithmConfig.callbacks(...)`, alone or in a list beside other callbacks. A job that was killed is started

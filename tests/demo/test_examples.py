@@ -13,6 +13,11 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 RUNS = {
     "plain_state.py": [],
     "ray_job_local.py": [],
+    "rllib_import.py": [],
+    "rllib_onnx.py": [],
+    "rllib_policy.py": [],
+    "rllib_resume.py": [],
+    "rllib_subset.py": [],
     "ray_job_s3.py": [
         "--start-server",
         "--iterations",
