@@ -129,6 +129,11 @@ def buffer_tree(buffer: Any) -> Tree:
     return tree
 
 
+def left_out_tree() -> Tree:
+    """In place of a buffer that is not to be stored; a buffer that is "restored" from it stays as it is."""
+    return {"class": "", "format": FORMAT}
+
+
 def buffer_problems(buffer: Any, tree: Tree) -> list[str]:
     """Why a saved buffer does not fit into this one; nothing is changed.
 
@@ -139,6 +144,8 @@ def buffer_problems(buffer: Any, tree: Tree) -> list[str]:
     Returns:
         A sentence for each; none: it fits.
     """
+    if not tree["class"]:
+        return []
     try:
         name = _class_name(buffer)
     except InvalidInputError as error:
@@ -179,6 +186,8 @@ def set_buffer(buffer: Any, tree: Tree, mapping_fn: MappingFn | None = None) -> 
     problems = buffer_problems(buffer, tree)
     if problems:
         raise InvalidInputError("; ".join(problems))
+    if not tree["class"]:
+        return
     multi, prioritised = _traits(_CLASSES[tree["class"]])
     spaces = SpaceTable(tree["spaces"])
     episodes = [
@@ -219,7 +228,9 @@ def _class_name(buffer: Any) -> str:
     """
     kind = type(buffer)
     name = f"{kind.__module__}.{kind.__qualname__}"
-    advice = "leave it out with `replay_buffer=False`; a restored algorithm then begins with an empty one"
+    advice = (
+        "leave it out: AlgorithmCheckpointer(..., replay_buffer=False); a loaded Algorithm begins with an empty one"
+    )
     for base in kind.__mro__:
         if _CLASSES.get(base.__name__) is not base:
             continue
@@ -234,7 +245,7 @@ def _class_name(buffer: Any) -> str:
 
 @functools.cache
 def _attributes(kind: type[EpisodeReplayBuffer]) -> frozenset[str]:
-    """What RLlib's class itself keeps; the last attribute is made by a sample, and used where there are priorities."""
+    """What RLlib's class itself keeps; the last is made by a sample, and used where there are priorities."""
     return frozenset(vars(kind(capacity=1))) | {"_last_sampled_indices"}
 
 

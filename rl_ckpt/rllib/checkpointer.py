@@ -40,11 +40,13 @@ class AlgorithmCheckpointer:
     for what is being written.
     """
 
-    def __init__(self, url: str, **options: Any) -> None:
+    def __init__(self, url: str, *, replay_buffer: bool = True, **options: Any) -> None:
         """Names a run. Nothing is read or written yet.
 
         Args:
             url: Where the run is: a local folder, or any fsspec url (`s3://bucket/run-7`).
+            replay_buffer: Whether saves have the replay buffer in them (DQN, SAC). Without it, a loaded Algorithm
+                begins with an empty one, and a restored one keeps what it has.
             options: Those of `Checkpointer` (`keep`, `storage_options`, `when_busy`, `memory_tier`, `persist_every` …),
                 but the names of workers' methods, since there are none.
 
@@ -55,6 +57,7 @@ class AlgorithmCheckpointer:
         if named:
             raise InvalidInputError(f"{named} are for workers of your own; an Algorithm's are known")
         self._ckpt = Checkpointer(url, **options)
+        self._replay_buffer = replay_buffer
         self.last_restore: AlgorithmRestore | None = None
         """What the last `restore` or `load` did; None before."""
 
@@ -91,6 +94,7 @@ class AlgorithmCheckpointer:
             CheckpointError: As `Checkpointer.save`.
         """
         check_algorithm(algo)
+        algo.rl_ckpt_leaves_buffer_out = not self._replay_buffer  # type: ignore[attr-defined]  # for `driver_tree`
         request = self._ckpt._request(algo.iteration if step is None else step, metrics, tag, deadline_s)
         raise_untold(self._ckpt._pending)
         team = team_of(algo)

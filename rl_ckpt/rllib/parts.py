@@ -16,7 +16,7 @@ from ray.rllib.algorithms.algorithm import Algorithm
 
 from rl_ckpt.rllib.about import about_tree
 from rl_ckpt.rllib.algorithm import algorithm_problems, algorithm_tree, set_algorithm
-from rl_ckpt.rllib.buffers import buffer_problems, buffer_tree, set_buffer
+from rl_ckpt.rllib.buffers import buffer_problems, buffer_tree, left_out_tree, set_buffer
 from rl_ckpt.rllib.config import config_tree
 from rl_ckpt.rllib.fit import Plan
 from rl_ckpt.rllib.learner import held, learner_problems, learner_tree, set_learner
@@ -78,6 +78,18 @@ def part_tree(target: Any, role: Role, key: str, roles: Sequence[Role]) -> Itera
         yield tree
 
 
+def _class_of(algo: Algorithm) -> type:
+    """The class that a program knows: in a trial of Ray Tune, Ray's actors are of a class derived from it, alike named.
+
+    Of `tune_trainable`'s classes, the one that it was given.
+    """
+    cls: type = getattr(algo, "rl_ckpt_saves_as", type(algo))
+    base = cls.__mro__[1]
+    while (base.__module__, base.__qualname__) == (cls.__module__, cls.__qualname__):
+        cls, base = base, base.__mro__[1]
+    return cls
+
+
 def driver_tree(algo: AnyAlgorithm, roles: Sequence[Role]) -> dict[str, Any]:
     """What the Algorithm's process contributes beside its learner and runners."""
     roles = (*roles, *local_roles(algo))
@@ -88,8 +100,7 @@ def driver_tree(algo: AnyAlgorithm, roles: Sequence[Role]) -> dict[str, Any]:
         "about": about_tree(
             "algorithm",
             (),  # the learners know
-            # In a trial of Ray Tune: the class that `tune_trainable` was given.
-            algorithm=class_ref(getattr(algo, "rl_ckpt_saves_as", type(algo))),
+            algorithm=class_ref(_class_of(algo)),
             num_learners=sum(role.kind == "learner" for role in roles),
             env_runners=indices["env_runner"],
             eval_env_runners=indices["eval_env_runner"],
@@ -99,7 +110,8 @@ def driver_tree(algo: AnyAlgorithm, roles: Sequence[Role]) -> dict[str, Any]:
     }
     del tree["about"]["policies"]
     if algo.local_replay_buffer is not None:
-        tree["replay_buffer"] = buffer_tree(algo.local_replay_buffer)
+        left_out = getattr(algo, "rl_ckpt_leaves_buffer_out", False)
+        tree["replay_buffer"] = left_out_tree() if left_out else buffer_tree(algo.local_replay_buffer)
     return tree
 
 

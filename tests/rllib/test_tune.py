@@ -19,6 +19,7 @@ from rl_ckpt.rllib import tune as ours
 from rl_ckpt.rllib.pointer import Pointer, read, write
 from rl_ckpt.rllib.tune import tune_trainable
 from tests.rllib.small import ppo_config
+from tests.rllib.tune_parts import score
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,15 +28,12 @@ def steps(url):
     return [info.step for info in AlgorithmCheckpointer(str(url)).checkpoints()]
 
 
-def score(*, algorithm, result, **_):
-    """The higher learning rate is the better one."""
-    result["score"] = float(algorithm.config.lr)
-
-
+@pytest.mark.timeout(300)
 def test_population_based_training(ray_small, tmp_path, monkeypatch):
     monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # they leave their files open
     config = ppo_config(lr=tune.grid_search([1e-3, 1e-5])).callbacks(on_train_result=score)
     scheduler = PopulationBasedTraining(
+        time_attr="training_iteration",
         metric="score",
         mode="max",
         perturbation_interval=2,
