@@ -88,7 +88,8 @@ def driver_tree(algo: AnyAlgorithm, roles: Sequence[Role]) -> dict[str, Any]:
         "about": about_tree(
             "algorithm",
             (),  # the learners know
-            algorithm=class_ref(type(algo)),
+            # In a trial of Ray Tune: the class that `tune_trainable` was given.
+            algorithm=class_ref(getattr(algo, "rl_ckpt_saves_as", type(algo))),
             num_learners=sum(role.kind == "learner" for role in roles),
             env_runners=indices["env_runner"],
             eval_env_runners=indices["eval_env_runner"],
