@@ -11,9 +11,10 @@ import types
 import numpy as np
 import pytest
 import ray.cloudpickle as cloudpickle
+from ray.rllib.policy.policy import Policy
 
 from rl_ckpt.errors import CheckpointNotFoundError, CorruptionError, InvalidInputError, UntrustedDataError
-from rl_ckpt.rllib.native import import_native
+from rl_ckpt.rllib.native import import_native, load_old_policy
 from tests.rllib.native.golden import FOLDER
 
 MODULE = "learner_group/learner/rl_module/default_policy"
@@ -288,3 +289,22 @@ def test_random_damage_is_an_error_or_an_import(tmp_path, native, bad):
             assert not target.exists()
         path.write_bytes(good)
     assert RAN == []
+
+
+def test_pickles_that_rllib_would_load_with_a_policy_are_left_out(tmp_path, bad):
+    """The old stack's connectors keep pickled text inside of the pickled state."""
+    source = tmp_path / "old"
+    shutil.copytree(FOLDER / "native-1.1", source)
+
+    def hide(state):
+        name, connectors = state["connector_configs"]["agent"]
+        hostile = pickle.dumps(Calls(bad, 1))
+        hidden = [(one, hostile if one == "StateBufferConnector" else params) for one, params in connectors]
+        return {**state, "connector_configs": {"agent": (name, hidden)}}
+
+    change(source / "policies/default_policy/policy_state.pkl", hide)
+    import_native(str(source), str(tmp_path / "run"), allow_pickle=True)
+    load_old_policy(str(tmp_path / "run"))
+    assert RAN == []
+    Policy.from_checkpoint(str(source / "policies/default_policy"))
+    assert RAN  # as Ray loads it

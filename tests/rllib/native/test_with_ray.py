@@ -247,8 +247,13 @@ class TestWithoutAlgorithm:
     def test_what_fails_half_way_leaves_nothing(self, run, tmp_path, monkeypatch):
         import rl_ckpt.rllib.native.exporting as exporting
 
+        write, written = exporting.write_component, []
+
         def full(folder, *args, **kwargs):
-            raise OSError(28, "No space left on device")
+            if len(written) == 3:
+                raise OSError(28, "No space left on device")
+            written.append(folder)
+            write(folder, *args, **kwargs)
 
         monkeypatch.setattr(exporting, "write_component", full)
         with pytest.raises(Exception, match="No space left on device") as caught:
