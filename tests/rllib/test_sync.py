@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from rl_ckpt.rllib import AlgorithmCheckpointer
-from tests.rllib.small import appo_config, assert_all_hold, built, digests_of, ppo_config
+from tests.rllib.small import assert_all_hold, built, digests_of, impala_config, ppo_config
 
 CASES: dict[str, Callable[[], Any]] = {
     "ppo": lambda: (
@@ -18,7 +18,7 @@ CASES: dict[str, Callable[[], Any]] = {
         .env_runners(num_env_runners=2)
         .evaluation(evaluation_interval=100, evaluation_num_env_runners=1, evaluation_duration=1)
     ),
-    "appo": lambda: appo_config().learners(num_learners=1, num_aggregator_actors_per_learner=0),
+    "impala": lambda: impala_config().learners(num_learners=1, num_aggregator_actors_per_learner=0),
 }
 
 
@@ -65,7 +65,7 @@ def test_after_a_rollback_only_the_restored_weights_have_sampled(name: str, ray_
         for _ in range(2):
             algo.train()
         assert min(numbers(algo)) > number
-        if name == "appo":
+        if name == "impala":
             assert under_way(algo) > 0  # samples of the weights that are rolled back
         ckpt.restore(algo)
         assert under_way(algo) == 0
