@@ -72,7 +72,7 @@ def test_after_a_rollback_only_the_restored_weights_have_sampled(name: str, ray_
         assert numbers(algo) == [number] * 2
         assert_all_hold(algo, expected)
         assert trained_on(algo)[0] == [number]
-        if name == "ppo":  # APPO's learner goes on by itself
+        if name == "ppo":  # IMPALA's learner goes on by itself
             digests = digests_of(algo)
             assert digests["runner 1"] == digests["runner 2"] == digests["learner 0"] != expected
             assert numbers(algo) == [number + 1] * 2
