@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
 
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.format.records import CommitRecord
@@ -79,14 +80,15 @@ class BestN:
 
     def keep(self, commits: Sequence[CommitRecord]) -> set[str]:
         """See `KeepRule.keep`."""
-        values = {commit.id: leaves.decode(commit.metrics.get(self.metric)) for commit in commits}
+        values: dict[str, Any] = {commit.id: leaves.decode(commit.metrics.get(self.metric)) for commit in commits}
         sign = 1 if self.mode == "max" else -1
         numbers = [(sign * value, place, id_) for place, (id_, value) in enumerate(values.items()) if _is_number(value)]
         return {id_ for _, _, id_ in sorted(numbers)[-self.n :]}
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return number and not math.isnan(value)  # type: ignore[arg-type]  # numpy's too
 
 
 def to_drop(commits: Sequence[CommitRecord], rules: Sequence[KeepRule]) -> list[CommitRecord]:

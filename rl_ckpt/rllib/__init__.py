@@ -21,6 +21,7 @@ except ImportError as error:
     raise ImportError(f"rl_ckpt.rllib needs RLlib and torch ({error}): pip install 'rl-ckpt[rllib]'") from error
 
 from rl_ckpt.rllib.checkpointer import AlgorithmCheckpointer, load, restore, save
+from rl_ckpt.rllib.policy import load_policy, save_policy
 from rl_ckpt.rllib.report import AlgorithmRestore
 
-__all__ = ["AlgorithmCheckpointer", "AlgorithmRestore", "load", "restore", "save"]
+__all__ = ["AlgorithmCheckpointer", "AlgorithmRestore", "load", "load_policy", "restore", "save", "save_policy"]

@@ -33,6 +33,7 @@ from rl_ckpt.store.pending import PendingSave, raise_untold
 _log = logging.getLogger(__name__)
 
 _RESERVE = 0.8  # of the time before a preemption that an urgent save may take
+TRIAL = "{trial}"
 TERMINATED = 143  # exit status of a process that SIGTERM ended
 
 
@@ -46,7 +47,7 @@ class Hidden:
     __slots__ = ("_take",)
 
     def __init__(self, options: Mapping[str, Any] | None) -> None:
-        self._take = partial(dict, options or {})
+        self._take: Callable[[], dict[str, Any]] = partial(dict, options or {})
 
     @property
     def options(self) -> dict[str, Any]:
@@ -94,8 +95,8 @@ def checkpointing(
     again by the very same script: `config.build_algo()` finds the newest checkpoint and restores it.
 
     Args:
-        url: Of the run. In Ray Tune "{trial_id}" and "{trial_name}" stand for the trial's; without either, each trial's
-            run is `<url>/<trial_id>`.
+        url: Of the run. In Ray Tune "{trial}" stands for the name of the trial's folder; without it, each trial's run
+            is `<url>/<trial>`.
         every_iterations: Saves when so many iterations have passed. With none of the three, after every iteration.
         every_seconds: Saves at the end of the first iteration after so many seconds.
         best: Path of a metric in the result ("env_runners/episode_return_mean") and "max" or "min": saves when it is
@@ -116,7 +117,7 @@ def checkpointing(
             raise InvalidInputError(f"{name}={number!r} must be a number greater than 0")
     if every_iterations is not None and type(every_iterations) is not int:
         raise InvalidInputError(f"every_iterations={every_iterations!r} must be an integer")
-    AlgorithmCheckpointer(_filled(url, "x", "x"), keep=keep, **options)  # says what is wrong with these
+    AlgorithmCheckpointer(url.replace(TRIAL, "x"), keep=keep, **options)  # says what is wrong with these
     PreemptionWatch(grace_s, 1.0)
     rules = list(keep)
     if best is not None:
@@ -280,13 +281,18 @@ def run_url(url: str, algorithm: Any) -> str:
     Raises:
         InvalidInputError: The url names a trial, and there is none.
     """
-    trial = algorithm.trial_id
-    if "{trial_id}" not in url and "{trial_name}" not in url:
-        return url if trial in (None, "default") else f"{url.rstrip('/')}/{trial}"
-    if trial in (None, "default"):
+    trial = trial_of(algorithm)
+    if TRIAL not in url:
+        return url if trial is None else f"{url.rstrip('/')}/{trial}"
+    if trial is None:
         raise InvalidInputError(f"url={url!r} names a trial of Ray Tune, and this Algorithm is none")
-    return _filled(url, trial, algorithm.trial_name)
+    return url.replace(TRIAL, trial)
 
 
-def _filled(url: str, trial_id: str, trial_name: str) -> str:
-    return url.replace("{trial_id}", trial_id).replace("{trial_name}", trial_name)
+def trial_of(algorithm: Any) -> str | None:
+    """Name of the trial's folder, which has its id in it; it is the same after `Tuner.restore`. None without Tune.
+
+    (`Algorithm.trial_id` is "default" in every trial of Ray 2.60: RLlib drops what Tune says of it.)
+    """
+    storage = getattr(algorithm, "_storage", None)
+    return None if storage is None else storage.trial_dir_name

@@ -69,7 +69,7 @@ def save_in_algorithm(roles: tuple[Role, ...], target: Any, spec: RunSpec, place
 
     def work() -> StagedRank:
         begun = time.monotonic()
-        with part_tree(target, roles[place.rank], place.key) as tree:
+        with part_tree(target, roles[place.rank], place.key, roles) as tree:
             return save_rank(spec, place, request, Replicated(tree), begun)
 
     return as_value(spec, place, "lost_save", work)
@@ -80,7 +80,7 @@ def restage_in_algorithm(roles: tuple[Role, ...], target: Any, spec: RunSpec, pl
 
     def work() -> StagedRank:
         begun = time.monotonic()
-        with part_tree(target, roles[place.rank], place.key) as tree:
+        with part_tree(target, roles[place.rank], place.key, roles) as tree:
             return restage_rank(spec, place, order, Replicated(tree), begun)
 
     return as_value(spec, place, "lost_save", work)

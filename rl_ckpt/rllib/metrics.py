@@ -8,6 +8,7 @@ statistics, and a leaf for each would make every save slow and every manifest la
 from __future__ import annotations
 
 import json
+import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -28,7 +29,8 @@ def metrics_tree(logger: MetricsLogger) -> dict[str, Any]:
     """A logger's statistics.
 
     Returns:
-        "text": JSON, for each statistic its path and its state; "arrays": what of it are arrays and tensors.
+        "text": JSON, deflated (zlib): for each statistic its path and its state; "arrays": what of it are arrays and
+        tensors.
 
     Raises:
         InvalidInputError: Something was logged that is neither a number, text, array nor a container of these.
@@ -39,7 +41,7 @@ def metrics_tree(logger: MetricsLogger) -> dict[str, Any]:
             [_encode(path, arrays, path), _encode(stats.get_state(), arrays, path)]
             for path, stats in _all(logger.stats)
         ]
-    return {"text": json.dumps(found, separators=(",", ":")), "arrays": arrays}
+    return {"text": zlib.compress(json.dumps(found, separators=(",", ":")).encode()), "arrays": arrays}
 
 
 def metrics_problems(logger: MetricsLogger, tree: Mapping[str, Any]) -> list[str]:
@@ -82,7 +84,10 @@ def _all(stats: Mapping[Any, Any], above: tuple[Any, ...] = ()) -> Iterator[tupl
 
 
 def _saved(tree: Mapping[str, Any]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    return [(_decode(path, tree["arrays"]), _decode(state, tree["arrays"])) for path, state in json.loads(tree["text"])]
+    return [
+        (_decode(path, tree["arrays"]), _decode(state, tree["arrays"]))
+        for path, state in json.loads(zlib.decompress(tree["text"]))
+    ]
 
 
 def _encode(value: Any, arrays: list[Any], where: Sequence[Any]) -> Any:
@@ -128,7 +133,7 @@ def _decode(value: Any, arrays: Sequence[Any]) -> Any:
         return [_decode(item, arrays) for item in value]
     if not isinstance(value, dict):
         return value
-    inner = value.get("v")
+    inner: Any = value.get("v")
     match value.get(_TAG):
         case None:
             return {key: _decode(item, arrays) for key, item in value.items()}

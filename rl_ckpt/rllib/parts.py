@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import gymnasium as gym
 import msgspec
 from ray.rllib.algorithms.algorithm import Algorithm
 
@@ -24,7 +25,8 @@ from rl_ckpt.rllib.policy import policy_about
 from rl_ckpt.rllib.refs import class_ref
 from rl_ckpt.rllib.rng import rng_tree
 from rl_ckpt.rllib.runner import runner_problems, runner_tree, set_runner, set_weights
-from rl_ckpt.rllib.team import AnyAlgorithm, Role, team_of
+from rl_ckpt.rllib.team import AnyAlgorithm, Role
+from rl_ckpt.rllib.values import Decoder
 
 
 class Applied(msgspec.Struct, frozen=True, tag="applied"):
@@ -51,33 +53,34 @@ def _object(target: Any, role: Role) -> Any:
     """What a role stands for: in an actor of its own, or in the driver's process."""
     if not isinstance(target, Algorithm):
         return target
-    found = {"learner": target.learner_group._learner, "env_runner": target.env_runner}
-    return found.get(role.kind, target.eval_env_runner)
+    algo: AnyAlgorithm = target
+    found = {"learner": algo.learner_group._learner, "env_runner": algo.env_runner}
+    return found.get(role.kind, algo.eval_env_runner)
 
 
 @contextlib.contextmanager
-def part_tree(target: Any, role: Role, key: str) -> Iterator[dict[str, Any]]:
+def part_tree(target: Any, role: Role, key: str, roles: Sequence[Role]) -> Iterator[dict[str, Any]]:
     """A process's part of the tree, by reference; nothing changes it while the block runs.
 
     Args:
         target: The Algorithm, a learner or a runner.
         role: What it is.
         key: Of the save, the same in all processes.
+        roles: Of all that take part.
     """
     with contextlib.ExitStack() as still:
         if role.kind != "driver":
             yield _contribution(target, role, key, still)
             return
-        tree = driver_tree(target)
+        tree = driver_tree(target, roles)
         for local in local_roles(target):
             _merge(tree, _contribution(_object(target, local), local, key, still))
         yield tree
 
 
-def driver_tree(algo: AnyAlgorithm) -> dict[str, Any]:
+def driver_tree(algo: AnyAlgorithm, roles: Sequence[Role]) -> dict[str, Any]:
     """What the Algorithm's process contributes beside its learner and runners."""
-    team = team_of(algo)
-    roles = (*team.roles, *local_roles(algo))
+    roles = (*roles, *local_roles(algo))
     indices = {
         kind: sorted(role.index for role in roles if role.kind == kind) for kind in ("env_runner", "eval_env_runner")
     }
@@ -85,7 +88,8 @@ def driver_tree(algo: AnyAlgorithm) -> dict[str, Any]:
         "about": about_tree(
             "algorithm",
             (),  # the learners know
-            algorithm=class_ref(type(algo)),
+            # In a trial of Ray Tune: the class that `tune_trainable` was given.
+            algorithm=class_ref(getattr(algo, "rl_ckpt_saves_as", type(algo))),
             num_learners=sum(role.kind == "learner" for role in roles),
             env_runners=indices["env_runner"],
             eval_env_runners=indices["eval_env_runner"],
@@ -129,6 +133,7 @@ def part_problems(target: Any, parts: Sequence[Role], tree: Mapping[str, Any], p
         if role.kind == "driver":
             out += _driver_problems(thing, tree, plan)
         elif role.kind == "learner":
+            out += _space_problems(policies_of(thing.module), tree, plan)
             out += learner_problems(thing, tree, plan.policies)
         else:
             out += runner_problems(thing, _runner_part(tree, role, plan), _weights(tree, plan))
@@ -236,3 +241,20 @@ def _has(tree: Any, path: Sequence[str]) -> bool:
             return False
         tree = tree[key]
     return True
+
+
+def _space_problems(modules: Mapping[str, Any], tree: Mapping[str, Any], plan: Plan) -> list[str]:
+    """Spaces of other shapes or kinds: said first, as they explain what else does not fit. Bounds may differ."""
+    out = []
+    for saved, here in plan.policies.items():
+        about = tree["policies"][saved]["about"]
+        for name in ("observation_space", "action_space") if here in modules else ():
+            was, now = Decoder().decode(about[name], name), getattr(modules[here], name)
+            if isinstance(was, gym.Space) and was != now and _form(was) != _form(now):
+                out.append(f"policy {here!r}: its {name.replace('_', ' ')} is {now}, and was {was} when it was saved")
+    return out
+
+
+def _form(space: gym.Space[Any]) -> tuple[Any, ...]:
+    bounded = not isinstance(space, gym.spaces.Box)
+    return type(space), space.shape, space.dtype, repr(space) if bounded else ""

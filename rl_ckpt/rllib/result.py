@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
+
+import numpy as np
 
 _RECORDED = (
     "training_iteration",
@@ -13,6 +14,7 @@ _RECORDED = (
     "env_runners/episode_return_mean",
     "evaluation/env_runners/episode_return_mean",
 )
+_PLAIN = str | bool | int | float | np.integer | np.floating
 
 
 def at(result: Mapping[str, Any], path: str) -> float | None:
@@ -29,10 +31,13 @@ def at(result: Mapping[str, Any], path: str) -> float | None:
                 if value is not None:
                     return value
         return None
-    if not isinstance(found, Real) or isinstance(found, bool):
-        return None
-    number = found if isinstance(found, int) else float(found)
-    return None if math.isnan(number) else number
+    return _number(found)
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, np.integer | np.floating):
+        value = value.item()
+    return value if type(value) in (int, float) and not math.isnan(value) else None
 
 
 def recorded(result: Mapping[str, Any], best: tuple[str, str] | None = None) -> dict[str, float]:
@@ -40,3 +45,8 @@ def recorded(result: Mapping[str, Any], best: tuple[str, str] | None = None) -> 
     paths = dict.fromkeys((*_RECORDED, *([] if best is None else [best[0]])))
     found = {path: at(result, path) for path in paths}
     return {path: value for path, value in found.items() if value is not None}
+
+
+def recorded_as_given(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values among somebody's metrics: numbers and strings."""
+    return {name: value for name, value in metrics.items() if isinstance(value, _PLAIN)}

@@ -30,8 +30,8 @@ from rl_ckpt.rllib.data import UnsavableError, from_data, to_data
 from rl_ckpt.rllib.env_state import MismatchError, env_tree, set_env
 from rl_ckpt.rllib.metrics import metrics_problems, metrics_tree, set_metrics
 from rl_ckpt.rllib.modules import module_problems, policies_of, set_module
+from rl_ckpt.rllib.packing import pack, unpack
 from rl_ckpt.rllib.rng import rng_tree, set_rng
-from rl_ckpt.state.tree import flatten
 
 _DROPPED = "running episodes are dropped and the environments are reset before the first sample"
 Runner = Any
@@ -47,34 +47,46 @@ def runner_tree(runner: Runner) -> dict[str, Any]:
         runner: Single- or multi-agent, local or in the process of its actor; with or without an environment.
 
     Returns:
-        "kind", "counters", "connectors", "rng", "metrics", "env", "episodes" and "notices" (texts about what could not
-        be saved). Tensors and arrays by reference.
+        "kind", "counters", "connectors", "rng", "notices" (texts about what could not be saved) and "packed": see
+        `runner_parts`.
 
     Raises:
         InvalidInputError: A connector's state can't be saved.
     """
-    tree: dict[str, Any] = {
+    packed, notices = _packed(runner)
+    return {
         "kind": _kind(runner),
         "counters": {"num_env_steps_sampled_lifetime": runner.num_env_steps_sampled_lifetime},
         "connectors": {
             "env_to_module": connectors_tree(runner._env_to_module),
             "module_to_env": connectors_tree(runner._module_to_env),
         },
-        "metrics": metrics_tree(runner.metrics),
-        "env": {},
-        "episodes": {},
-        "notices": [],
+        "notices": notices,
+        "packed": packed,
         "rng": rng_tree(),
     }
+
+
+def _packed(runner: Runner) -> tuple[dict[str, Any], list[str]]:
+    """What `runner_parts` gives back, and notices."""
+    metrics = {"metrics": metrics_tree(runner.metrics)}
+    without = {"env": {}, "episodes": {}, **metrics}
     if runner.env is None:
-        return tree
+        return pack(without), []
     try:
-        parts = {"env": _of_the_user(env_tree, runner.env), "episodes": _episodes_tree(runner)}
-        flatten(parts)  # a dtype without a name on storage must cost the episodes, not the save
-    except (UnsavableError, InvalidInputError) as error:
-        tree["notices"] = [f"{_name(runner)}: {error}; after a restore, {_DROPPED}"]
-        return tree
-    return tree | parts
+        return pack({"env": _of_the_user(env_tree, runner.env), "episodes": _episodes_tree(runner), **metrics}), []
+    except (UnsavableError, InvalidInputError) as error:  # costs the episodes, not the save
+        return pack(without), [f"{_name(runner)}: {error}; after a restore, {_DROPPED}"]
+
+
+def runner_parts(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """What is packed in a runner's tree: "env", "episodes" and "metrics".
+
+    Raises:
+        CorruptionError: It can't be read.
+    """
+    parts: dict[str, Any] = unpack(tree["packed"])
+    return parts
 
 
 def runner_problems(runner: Runner, tree: Mapping[str, Any], weights: Weights | None = None) -> list[str]:
@@ -87,7 +99,8 @@ def runner_problems(runner: Runner, tree: Mapping[str, Any], weights: Weights | 
     for part in ("env_to_module", "module_to_env"):
         pipeline, saved = getattr(runner, f"_{part}"), tree["connectors"][part]
         problems += connectors_problems(pipeline, saved, f"{_name(runner)}, {part}")
-    return problems + [f"{_name(runner)}: {text}" for text in metrics_problems(runner.metrics, tree["metrics"])]
+    metrics = runner_parts(tree)["metrics"]
+    return problems + [f"{_name(runner)}: {text}" for text in metrics_problems(runner.metrics, metrics)]
 
 
 def set_runner(
@@ -120,8 +133,9 @@ def set_runner(
         set_connectors(runner._module_to_env, tree["connectors"]["module_to_env"])
         runner.num_env_steps_sampled_lifetime = tree["counters"]["num_env_steps_sampled_lifetime"]
     if tree and own:
-        set_metrics(runner.metrics, tree["metrics"])
-        notices = _continue(runner, tree)
+        parts = runner_parts(tree)
+        set_metrics(runner.metrics, parts["metrics"])
+        notices = _continue(runner, parts, tree["notices"])
     else:
         _start_anew(runner)
     if tree and own:
@@ -225,7 +239,7 @@ def _agents_spaces(runner: Runner, index: int) -> tuple[dict[Any, Any], dict[Any
     return {a: env.get_observation_space(a) for a in agents}, {a: env.get_action_space(a) for a in agents}
 
 
-def _continue(runner: Runner, tree: Mapping[str, Any]) -> list[str]:
+def _continue(runner: Runner, tree: Mapping[str, Any], noted: list[str]) -> list[str]:
     """Sets environments and episodes, or starts anew and says why."""
     why = None
     if runner.env is None:
@@ -233,7 +247,7 @@ def _continue(runner: Runner, tree: Mapping[str, Any]) -> list[str]:
         return []
     saved = tree["episodes"]
     if not saved:
-        why = tree["notices"][0] if tree["notices"] else f"{_name(runner)}: it had no environment when it was saved"
+        why = noted[0] if noted else f"{_name(runner)}: it had no environment when it was saved"
     else:
         why = _misfit(runner, saved)
     if why is None:

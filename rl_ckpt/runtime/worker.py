@@ -42,6 +42,14 @@ class WorkerCheckpointer:
         self.last_restored: RestoredRank | None = None
         """What the last `restore` did on this rank; None before."""
 
+    def as_rank(self, rank: int, world_size: int) -> WorkerCheckpointer:
+        """The handle of another worker of the same run, for who learns in the worker which one it is.
+
+        Raises:
+            InvalidInputError: `rank` is not in 0 … world_size - 1.
+        """
+        return WorkerCheckpointer(self._spec, rank, world_size, self._take_over)
+
     @property
     def rank(self) -> int:
         """Of this worker."""

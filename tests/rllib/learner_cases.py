@@ -78,11 +78,6 @@ def finish(learner: Any) -> None:
             pass
 
 
-def stop(learner: Any) -> None:
-    """Ends its thread, if it has one."""
-    learner.shutdown()
-
-
 def episodes(learner: Any, case: Case, seed: int) -> list[Any]:
     """Fabricated samples of all policies."""
     rng = np.random.default_rng(seed)

@@ -13,6 +13,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium import wrappers
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.connectors.env_to_module import FlattenObservations, MeanStdFilter, PrevActionsPrevRewards
@@ -229,9 +230,15 @@ def save(url: str, runner: Any, step: int = 1) -> None:
 
 
 def restore(url: str, runner: Any, *, own: bool = True) -> list[str]:
+    """Restores a runner that has other weights, of a larger number."""
     with Checkpointer(url) as ckpt:
         tree = ckpt.load_state()
     weights = {name: policy["module"] for name, policy in tree["policies"].items()}
+    with torch.no_grad():
+        for tensors in weights_of(runner).values():
+            for tensor in tensors.values():
+                tensor.add_(1)
+    runner._weights_seq_no = SEQ_NO + 1
     assert runner_problems(runner, tree["env_runners"][1], weights) == []
     return set_runner(runner, tree["env_runners"][1], weights, SEQ_NO, own=own)
 

@@ -181,7 +181,10 @@ def assert_all_hold(algo: Algorithm, expected: dict[str, str]) -> None:
 
 def full_digest(algo: Algorithm) -> dict[str, str]:
     """Of everything that learner 0's modules have, by policy."""
-    return {id_: digest_of(part, part) for id_, part in copies_of(algo)["learner 0"].items()}
+    local = algo.learner_group._learner
+    actors = [] if local is not None else list(algo.learner_group._worker_manager.actors().values())
+    shown = _shown(local) if local is not None else ray.get(actors[0].__ray_call__.remote(_shown))
+    return {id_: digest_of(part, part) for id_, part in shown.items()}
 
 
 class OwnModule(TorchRLModule, ValueFunctionAPI):

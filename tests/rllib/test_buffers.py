@@ -202,6 +202,15 @@ def test_a_restored_buffer_is_the_saved_one_and_goes_on_like_it(kind, numpy, tmp
     assert_same(plain(other), plain(buffer))
 
 
+def test_a_piece_keeps_what_it_looks_back_on(tmp_path):
+    sampler, buffer, other = Sampler(envs=1), EpisodeReplayBuffer(), EpisodeReplayBuffer()
+    sampler.pieces(5)
+    assert sampler.running[0].observations.lookback == 2, "else the test shows nothing"
+    buffer.add(sampler.pieces(5)[0])
+    set_buffer(other, through_store(buffer_tree(buffer), tmp_path))
+    assert_same(plain(other), plain(buffer))
+
+
 def test_rows_of_steps_are_the_same_too(tmp_path):
     buffer = EpisodeReplayBuffer(capacity=200)
     rng = np.random.default_rng(0)

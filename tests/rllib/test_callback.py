@@ -236,13 +236,13 @@ def test_bad_settings(bad):
 
 
 def test_urls_of_trials():
-    trial = SimpleNamespace(trial_id="t_1", trial_name="PPO_t_1")
-    alone = SimpleNamespace(trial_id="default", trial_name="default")
+    trial = SimpleNamespace(_storage=SimpleNamespace(trial_dir_name="PPO_t_1"))
+    alone = SimpleNamespace(_storage=None)
     assert run_url("/r", alone) == "/r"
-    assert run_url("/r/", trial) == "/r/t_1"
-    assert run_url("/r/{trial_name}/x", trial) == "/r/PPO_t_1/x"
+    assert run_url("/r/", trial) == "/r/PPO_t_1"
+    assert run_url("/r/{trial}/x", trial) == "/r/PPO_t_1/x"
     with pytest.raises(InvalidInputError, match="names a trial"):
-        run_url("/r/{trial_id}", alone)
+        run_url("/r/{trial}", alone)
 
 
 def test_numbers_of_results():

@@ -65,6 +65,7 @@ def test_what_comes_back_is_what_went_in(values):
         [{1: "int"}, {"1": "str"}, {True: "bool"}],
         [{"n": [1]}, {"n": [2, 3]}, {"n|n": []}],
         [tuple(range(40)), tuple(range(3))],
+        [{"a.b": 1.5, "a": {"b": 2.5}, "#0": 3.5, 0: 4.5, "n": [5.5], "n[]": 6.5, "s": "x", "s|n": 7.5}],
     ],
 )
 def test_special_cases(values):

@@ -289,6 +289,7 @@ def test_a_learner_without_counterpart_takes_what_the_first_one_had(built: Build
     train(learner, SAC, 3)
     second._learner_index = 1
     tree = through_memory(learner_tree(learner))
+    torch.rand(1)
     drawn = torch.get_rng_state()
 
     set_learner(second, tree)

@@ -194,12 +194,24 @@ def test_torchs_lr_schedulers_go_on(tmp_path: Path) -> None:
     train(other, case, 2, start=3)
     later = [[group["lr"] for group in x.get_optimizer(MID).param_groups] for x in (learner, other)]
 
+    (scheduler,) = other._lr_schedulers[MID][f"{MID}_default_optimizer"]
+    assert list(scheduler.milestones.elements()) == [2, 4]  # a Counter, which is no plain data
     assert rates[0] == rates[1] == [0.01, 0.005]
     assert later[0] == later[1] == [0.005, 0.0025]
 
     set_optimizers(other, MID, untrained)
     train(other, case, 3)
     assert [group["lr"] for group in other.get_optimizer(MID).param_groups] == rates[0]
+
+
+def test_torchs_lr_scheduler_counts_and_not_the_fixed_rate() -> None:
+    case = Case("ppo", lambda: PPO.config().experimental(_torch_lr_scheduler_classes=[_milestones]))
+    learner, other = build(case), build(case, 1)
+    train(learner, case, 3)
+
+    set_learner(other, learner_tree(learner))
+
+    assert other.get_optimizer(MID).param_groups[0]["lr"] == 1.5e-3
 
 
 def test_another_lr_scheduler_does_not_fit() -> None:

@@ -170,6 +170,7 @@ def test_a_policy_comes_back_as_it_was(tmp_path: Path, kind: str) -> None:
 
 def test_a_policy_of_a_step_and_a_name_comes_back(tmp_path: Path) -> None:
     first, second = trained(small()), small()
+    first.learner_only = True
     save_policy(str(tmp_path), first, "left/wing [1]*", step=3)
     save_policy(str(tmp_path), second, "right", step=5)
     assert_same_policy(load_policy(str(tmp_path), "left/wing [1]*", step=3), first)

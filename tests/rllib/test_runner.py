@@ -23,7 +23,8 @@ from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 
 from rl_ckpt import Checkpointer
 from rl_ckpt.rllib.data import from_data
-from rl_ckpt.rllib.runner import runner_problems, runner_tree, set_runner
+from rl_ckpt.rllib.packing import pack
+from rl_ckpt.rllib.runner import runner_parts, runner_problems, runner_tree, set_runner
 from tests.rllib.runner_cases import (
     CASES,
     SEQ_NO,
@@ -196,7 +197,9 @@ class Angry(Pictures):
 def test_an_environment_that_refuses_its_state_is_made_anew(saved: dict[str, Any]) -> None:
     runner = runner_of(CASES["stack"]().environment(Angry))
     tree = loaded(saved["stack"][0])["env_runners"][1]
-    rename(tree["env"], "Pictures", "Angry")
+    parts = runner_parts(tree)
+    rename(parts["env"], "Pictures", "Angry")
+    tree["packed"] = pack(parts)
     made = runner.env
     notices = set_runner(runner, tree, None, None)
     assert notices == [
@@ -233,7 +236,7 @@ def test_callbacks_see_whole_chunks(tmp_path: Path) -> None:
 
 
 def test_chunks_that_only_metrics_want_are_saved_without_observations(saved: dict[str, Any]) -> None:
-    chunks = loaded(saved["plain"][0])["env_runners"][1]["episodes"]["chunks"]
+    chunks = runner_parts(loaded(saved["plain"][0])["env_runners"][1])["episodes"]["chunks"]
     assert chunks
     assert all("observations" not in chunk for of_episode in chunks.values() for chunk in of_episode)
 

@@ -10,11 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import ray
+from ray.rllib.algorithms.algorithm import Algorithm
 
-from rl_ckpt.rllib import save
+import rl_ckpt
+from rl_ckpt.rllib import AlgorithmCheckpointer, load, restore, save
 from tests.rllib.small import (
+    assert_all_hold,
     built,
+    digests_of,
     dqn_config,
     full_digest,
     impala_config,
@@ -25,6 +31,8 @@ from tests.rllib.small import (
     sac_config,
 )
 
+pytestmark = pytest.mark.timeout(900)  # both processes' work is in the first test's setup
+FRESH_S = 400
 ROOT = Path(__file__).resolve().parents[2]
 
 CASES: dict[str, Callable[[], Any]] = {
@@ -50,17 +58,16 @@ import ray
 from rl_ckpt.rllib import AlgorithmCheckpointer
 from tests.rllib.small import digests_of, full_digest
 
-found = {}
 for name, url in json.loads(sys.argv[1]).items():
     with AlgorithmCheckpointer(url) as ckpt:
         algo = ckpt.load()
     report = ckpt.last_restore
-    found[name] = {
+    found = {
         "copies": digests_of(algo), "full": full_digest(algo), "iteration": algo.iteration,
-        "class": type(algo).__name__, "said": dict(report.digests), "again": algo.train()["training_iteration"],
+        "said": dict(report.digests), "again": algo.train()["training_iteration"],
     }
+    print("FOUND", json.dumps([name, found]), flush=True)
     algo.stop()
-print("FOUND" + json.dumps(found))
 """
 
 
@@ -83,12 +90,11 @@ def loaded(saved: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a fresh process found, that had nothing but the urls."""
     urls = json.dumps({name: case["url"] for name, case in saved.items()})
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", FRESH, urls], cwd=ROOT, capture_output=True, text=True, timeout=170, env=environment
-    )
+    fresh = [sys.executable, "-c", FRESH, urls]
+    result = subprocess.run(fresh, cwd=ROOT, capture_output=True, text=True, timeout=FRESH_S, env=environment)
     assert result.returncode == 0, result.stderr[-4000:]
-    found: dict[str, Any] = json.loads(result.stdout.split("FOUND")[1])
-    return found
+    lines = [line.removeprefix("FOUND") for line in result.stdout.splitlines() if line.startswith("FOUND")]
+    return dict(json.loads(line) for line in lines)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -106,3 +112,63 @@ def test_every_copy_is_looked_at(loaded: dict[str, Any]) -> None:
     assert set(loaded["ppo"]["copies"]) == {"learner 0", "runner 0", "runner 1", "eval runner 0", "eval runner 1"}
     assert {"learner 0", "runner 1", "server"} <= set(loaded["impala"]["copies"])
     assert {"learner 0", "learner 1", "runner 0"} == set(loaded["two learners"]["copies"])
+
+
+def test_a_rollback_in_place_replaces_what_the_state_server_hands_out(ray_small: None, tmp_path: Path) -> None:
+    with built(impala_config()) as algo, AlgorithmCheckpointer(str(tmp_path)) as ckpt:
+        algo.train()
+        ckpt.save(algo).result()
+        number = rl_ckpt.Checkpointer(str(tmp_path)).load_state(select="learner")["learner"]["weights_seq_no"]
+        for _ in range(2):
+            algo.train()
+        before = ray.get(algo._env_runner_state_server.get_version.remote())  # type: ignore[attr-defined]
+        later = full_digest(algo)
+        report = ckpt.restore(algo)
+        assert full_digest(algo) != later
+        assert set(digests_of(algo)) >= {"learner 0", "runner 1", "server"}
+        assert_all_hold(algo, digests_of(algo)["learner 0"])
+        assert ray.get(algo._env_runner_state_server.get_version.remote()) == number < before  # type: ignore[attr-defined]
+        assert report.iteration == algo.iteration == 1
+        # What was sampled with the later weights trains nobody.
+        assert algo.env_runner_group.num_in_flight_async_reqs() == 0  # type: ignore[union-attr]
+        assert algo.learner_group._worker_manager.num_outstanding_async_reqs() == 0  # type: ignore[union-attr]
+        assert algo._episode_packs_being_built == []  # type: ignore[attr-defined]
+        algo.train()
+        assert full_digest(algo) != later
+
+
+def test_one_call_each(ray_small: None, tmp_path: Path) -> None:
+    url = str(tmp_path)
+    with built(ppo_config()) as algo:
+        algo.train()
+        info = save(algo, url, metrics={"return": 20.0}, tag="first")
+        assert (info.step, info.metrics, info.tag) == (1, {"return": 20.0}, "first")
+        there, generators = full_digest(algo), np.random.get_state()[1].tolist()
+        algo.train()
+        np.random.rand(3)
+        report = restore(algo, url, step=1)
+        assert np.random.get_state()[1].tolist() == generators
+        assert (report.step, report.id, report.iteration) == (1, info.id, 1)
+        assert full_digest(algo) == there
+        assert list(report.digests) == ["default_policy"]
+    loaded = load(url)
+    assert full_digest(loaded) == there
+    assert not isinstance(loaded, AlgorithmCheckpointer)
+    loaded.stop()
+
+
+def test_a_save_goes_on_while_it_trains_and_steps_branch(ray_small: None, tmp_path: Path) -> None:
+    with built(ppo_config()) as algo, AlgorithmCheckpointer(str(tmp_path), keep=[rl_ckpt.LatestN(2)]) as ckpt:
+        digests = {}
+        for _ in range(3):
+            algo.train()
+            ckpt.save(algo)  # not waited for
+            digests[algo.iteration] = full_digest(algo)
+        ckpt.restore(algo, step=2)
+        assert full_digest(algo) == digests[2]
+        algo.train()
+        info = ckpt.save(algo).result()  # step 3 once more, on another branch
+        assert info.step == 3
+        assert info.lineage[0].startswith("2-")
+        assert ckpt.latest() is not None
+        assert isinstance(algo, Algorithm)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import ray
-from ray.rllib.algorithms.algorithm import Algorithm
 
 from rl_ckpt.rllib import AlgorithmCheckpointer
 from tests.rllib.small import appo_config, assert_all_hold, built, digests_of, ppo_config
@@ -23,25 +22,25 @@ CASES: dict[str, Callable[[], Any]] = {
 }
 
 
-def numbers(algo: Algorithm) -> list[int]:
+def numbers(algo: Any) -> list[int]:
     """The number of the weights of every remote runner."""
     actors = algo.env_runner_group._worker_manager.actors().values()
     return ray.get([actor.__ray_call__.remote(lambda runner: runner._weights_seq_no) for actor in actors])
 
 
-def under_way(algo: Algorithm) -> int:
+def under_way(algo: Any) -> int:
     groups = (algo.env_runner_group, algo.eval_env_runner_group)
     return sum(group.num_in_flight_async_reqs() for group in groups if group is not None)
 
 
-def trained_on(algo: Algorithm) -> list[list[int]]:
+def trained_on(algo: Any) -> list[list[int]]:
     """For each update of one iteration, the numbers of the weights that its samples were drawn with."""
     found: list[list[int]] = []
     group = algo.learner_group
     update = type(group).update
 
     def noting(**kwargs: Any) -> Any:
-        data = kwargs.get("training_data")
+        data: Any = kwargs.get("training_data")
         episodes = kwargs.get("episodes") or [e for part in ray.get(list(data.episodes_refs)) for e in part]
         used = {int(n) for e in episodes for n in e.get_extra_model_outputs("weights_seq_no")}
         found.append(sorted(used))
