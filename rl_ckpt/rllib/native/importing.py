@@ -42,6 +42,7 @@ from rl_ckpt.rllib.native.describe import MODULES, Described, describe_algorithm
 from rl_ckpt.rllib.native.directory import NativeDirectory, Trust, check_allowed
 from rl_ckpt.rllib.native.learning import built_learner, load_module, set_optimizers
 from rl_ckpt.rllib.native.objects import NotImported, Objects
+from rl_ckpt.rllib.packing import pack
 from rl_ckpt.rllib.policy import policy_about
 from rl_ckpt.rllib.refs import class_ref
 from rl_ckpt.rllib.rng import rng_tree
@@ -222,10 +223,8 @@ def _runner(directory: NativeDirectory, objects: Objects, described: Described) 
             "env_to_module": _connectors(directory, objects, above + COMPONENT_ENV_TO_MODULE_CONNECTOR),
             "module_to_env": _connectors(directory, objects, above + COMPONENT_MODULE_TO_ENV_CONNECTOR),
         },
-        "metrics": metrics_tree(MetricsLogger()),
-        "env": {},
-        "episodes": {},
         "notices": [],
+        "packed": pack({"env": {}, "episodes": {}, "metrics": metrics_tree(MetricsLogger())}),
     }
 
 
