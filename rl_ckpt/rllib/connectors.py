@@ -8,8 +8,8 @@ does.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from ray.rllib.utils.serialization import _deserialize_ndarray, _serialize_ndarr
 
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.rllib.data import UnsavableError, from_data, to_data
+from rl_ckpt.rllib.embedded import hides_pickle
 
 _STATISTICS = frozenset(RunningStat().to_state())
 _ARRAYS = frozenset(name for name in _STATISTICS if name.endswith("_array"))
@@ -67,13 +68,19 @@ def state_from(tree: Any) -> Any:
 
 
 def connectors_problems(pipeline: ConnectorPipelineV2 | None, tree: dict[str, Any], where: str) -> list[str]:
-    """Saved connectors that are not in a pipeline; changes nothing."""
+    """Saved connectors that are not in a pipeline, and states that RLlib would unpickle; changes nothing."""
     here = [name for name, _ in _named(pipeline)]
-    return [
+    missing = [
         f"{where}: the checkpoint has the state of a connector {name}, and there is none here (there are: "
         f"{', '.join(here) or 'none'})"
         for name in tree
         if name not in here
+    ]
+    return missing + [
+        f"{where}: the state of the connector {name} in the checkpoint holds a pickle, which RLlib would run; no "
+        "release of rl_ckpt writes that: do not trust this checkpoint"
+        for name, state in tree.items()
+        if _any_hides_pickle(state_from(state))
     ]
 
 
@@ -94,6 +101,14 @@ def _named(pipeline: ConnectorPipelineV2 | None, above: str = "") -> Iterator[tu
             yield from _named(connector, f"{full}/")
         else:
             yield full, connector
+
+
+def _any_hides_pickle(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_any_hides_pickle(item) for pair in value.items() for item in pair)
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return any(_any_hides_pickle(item) for item in value)
+    return hides_pickle(value)
 
 
 def _is_statistics(value: Any, kind: type) -> bool:
