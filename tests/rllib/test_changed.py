@@ -66,7 +66,7 @@ def test_learners_and_runners_in_other_numbers(ray_small: None, tmp_path: Path) 
             other.stop()
 
 
-@pytest.mark.parametrize("runners", [0, 3])
+@pytest.mark.parametrize("runners", [0, pytest.param(3, marks=pytest.mark.soak)])
 def test_more_runners_or_none(ray_small: None, tmp_path: Path, runners: int) -> None:
     with AlgorithmCheckpointer(str(tmp_path)) as ckpt:
         with built(ppo_config().env_runners(num_env_runners=2)) as algo:

@@ -39,6 +39,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "multi": multi_config,
     "own": own_config,
 }
+SLOW = {"ppo, several environments", "ppo, remote learner and runners", "dqn, remote runner"}
 
 
 def mean_std(*_args: Any) -> Any:
@@ -53,7 +54,9 @@ def trained(algo: Any, iterations: int) -> dict[str, str]:
     return full_digest(algo)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.soak] if name in SLOW else [], id=name) for name in CASES]
+)
 def test_goes_on_as_if_never_interrupted(name: str, ray_small: None, tmp_path: Path) -> None:
     with AlgorithmCheckpointer(str(tmp_path)) as ckpt:
         with built(CASES[name]()) as algo:

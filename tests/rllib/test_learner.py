@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -225,7 +227,8 @@ def test_everything_that_does_not_fit_is_told_at_once_and_nothing_changes(built:
     policy["optimizers"]["default_optimizer"]["class"] = "torch.optim.sgd:SGD"
     policy["learner"]["curr_kl_coeffs_per_module"] = torch.zeros(3)
     policy["learner"]["unheard_of"] = 1
-    tree["learners"][0]["metrics"] = [{"path": ["x"], "state": {"stats_cls_identifier": "mine"}}]
+    unknown = json.dumps([[["x"], {"stats_cls_identifier": "mine"}]]).encode()
+    tree["learners"][0]["metrics"] = {"text": zlib.compress(unknown), "arrays": []}
     before, drawn = taken(other), torch.get_rng_state()
 
     with pytest.raises(InvalidInputError) as raised:

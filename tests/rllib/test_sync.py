@@ -69,7 +69,7 @@ def test_after_a_rollback_only_the_restored_weights_have_sampled(name: str, ray_
             assert under_way(algo) > 0  # samples of the weights that are rolled back
         ckpt.restore(algo)
         assert under_way(algo) == 0
-        assert numbers(algo) == [number] * 2
+        assert set(numbers(algo)) == {number}
         assert_all_hold(algo, expected)
         assert trained_on(algo)[0] == [number]
         if name == "ppo":  # IMPALA's learner goes on by itself

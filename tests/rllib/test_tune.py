@@ -28,6 +28,7 @@ def steps(url):
     return [info.step for info in AlgorithmCheckpointer(str(url)).checkpoints()]
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(300)
 def test_population_based_training(ray_small, tmp_path, monkeypatch):
     monkeypatch.setenv("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # they leave their files open
@@ -184,7 +185,7 @@ def saved(folder):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("how", ["trainable", "callback"])
+@pytest.mark.parametrize("how", ["trainable", pytest.param("callback", marks=pytest.mark.soak)])
 def test_a_killed_sweep_goes_on(how, tmp_path):
     job = start(how, tmp_path, "first")
     try:
