@@ -80,7 +80,7 @@ def test_a_full_disk_is_told_and_training_goes_on(ray_small: None, small_disk: P
 
 def test_a_learner_whose_state_cannot_be_had(ray_small: None, tmp_path: Path) -> None:
     config = own_config().learners(num_learners=1)
-    config.rl_module(rl_module_spec=config._rl_module_spec.__class__(module_class=Refuses, model_config={}))
+    config.rl_module(rl_module_spec=RLModuleSpec(module_class=Refuses, model_config={}))
     with built(config) as algo, AlgorithmCheckpointer(str(tmp_path)) as ckpt:
         algo.train()
         on_learner(algo, refuse, True)

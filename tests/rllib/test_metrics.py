@@ -103,7 +103,8 @@ def test_what_is_no_data_is_named() -> None:
 
 
 def test_a_class_of_statistics_that_is_not_known() -> None:
-    logger = MetricsLogger(root=False, stats_cls_lookup={**DEFAULT_STATS_CLS_LOOKUP, "my_mean": MyMean})
+    known: dict[str, Any] = {**DEFAULT_STATS_CLS_LOOKUP}
+    logger = MetricsLogger(root=False, stats_cls_lookup=known | {"my_mean": MyMean})
     logger.log_value("mine", 1.0, reduce="my_mean")
     tree, plain = metrics_tree(logger), MetricsLogger(root=False)
     assert metrics_problems(logger, tree) == []

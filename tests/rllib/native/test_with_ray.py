@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import shutil
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -247,7 +248,8 @@ class TestWithoutAlgorithm:
     def test_what_fails_half_way_leaves_nothing(self, run, tmp_path, monkeypatch):
         import rl_ckpt.rllib.native.exporting as exporting
 
-        write, written = exporting.write_component, []
+        write = exporting.write_component
+        written: list[Any] = []
 
         def full(folder, *args, **kwargs):
             if len(written) == 3:
