@@ -135,9 +135,7 @@ def _check_importable(module: str, name: str) -> None:
     if root in sys.stdlib_module_names and root not in _STDLIB_ALLOWED and root != "builtins":
         raise InvalidInputError(f"{module}:{name} of Python's own library, which a checkpoint may not name")
     if last.rpartition(".")[2] == "__main__":
-        raise InvalidInputError(
-            f"{module}:{name} of a program, which a checkpoint may not name"
-        )
+        raise InvalidInputError(f"{module}:{name} of a program, which a checkpoint may not name")
 
 
 def _check_allowed(module: str, name: str, obj: object) -> None:
