@@ -8,8 +8,8 @@ does.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from ray.rllib.utils.serialization import _deserialize_ndarray, _serialize_ndarr
 
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.rllib.data import UnsavableError, from_data, to_data
+from rl_ckpt.rllib.embedded import hides_pickle
 
 _STATISTICS = frozenset(RunningStat().to_state())
 _ARRAYS = frozenset(name for name in _STATISTICS if name.endswith("_array"))
@@ -67,9 +68,14 @@ def state_from(tree: Any) -> Any:
 
 
 def connectors_problems(pipeline: ConnectorPipelineV2 | None, tree: dict[str, Any], where: str) -> list[str]:
-    """Saved connectors that are not in a pipeline; changes nothing."""
+    """Saved connectors that are not in a pipeline, and states that RLlib would unpickle; changes nothing."""
     here = [name for name, _ in _named(pipeline)]
-    return [
+    hiding = [
+        f"{where}: the state of the connector {name} has a pickle in it, which RLlib would load"
+        for name, state in tree.items()
+        if _hides_pickle(from_data(state))
+    ]
+    return hiding + [
         f"{where}: the checkpoint has the state of a connector {name}, and there is none here (there are: "
         f"{', '.join(here) or 'none'})"
         for name in tree
@@ -112,6 +118,15 @@ def _texts(value: Any) -> Any:
     if _is_statistics(value, np.ndarray):
         return {name: _serialize_ndarray(item) if name in _ARRAYS else item for name, item in value.items()}
     return _mapped(value, _texts)
+
+
+def _hides_pickle(value: Any) -> bool:
+    """Whether a filter that got this for a state, or a part of it for its statistics, would unpickle something."""
+    if isinstance(value, Mapping):
+        return any(map(_hides_pickle, value.values()))
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return any(map(_hides_pickle, value))
+    return hides_pickle(value.tobytes() if isinstance(value, np.ndarray) else value)
 
 
 def _mapped(value: Any, change: Any) -> Any:

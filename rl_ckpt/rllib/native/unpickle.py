@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rl_ckpt.errors import CorruptionError, UntrustedDataError
-from rl_ckpt.rllib.native.embedded import hides_pickle
+from rl_ckpt.rllib.embedded import hides_pickle
 from rl_ckpt.rllib.native.makers import UnfinishedArray, UnfinishedDtype, finish, make, record
 from rl_ckpt.rllib.native.nodes import Call, Code, Named, Record, inside
 
