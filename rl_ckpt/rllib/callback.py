@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,16 +21,18 @@ from typing import Any
 
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.utils import force_list
 
 from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError, SaveSkippedError
 from rl_ckpt.info import Preemption
 from rl_ckpt.plan.retention import BestN, KeepRule
 from rl_ckpt.rllib.checkpointer import AlgorithmCheckpointer
 from rl_ckpt.rllib.result import at, recorded
-from rl_ckpt.rllib.resuming import is_resuming
+from rl_ckpt.rllib.resuming import loaded_from
 from rl_ckpt.rllib.team import team_of
 from rl_ckpt.runtime.preemption import PreemptionWatch
 from rl_ckpt.store.pending import PendingSave, raise_untold
+from rl_ckpt.store.urls import normalise_url
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +81,7 @@ class Checkpointing:
 
 
 def checkpointing(
-    url: str,
+    url: str | os.PathLike[str],
     *,
     every_iterations: int | None = None,
     every_seconds: float | None = None,
@@ -117,6 +121,7 @@ def checkpointing(
             raise InvalidInputError(f"{name}={number!r} must be a number greater than 0")
     if every_iterations is not None and type(every_iterations) is not int:
         raise InvalidInputError(f"every_iterations={every_iterations!r} must be an integer")
+    url = check_template(url)
     AlgorithmCheckpointer(url.replace(TRIAL, "x"), keep=keep, **options)  # says what is wrong with these
     PreemptionWatch(grace_s, 1.0)
     rules = list(keep)
@@ -151,7 +156,7 @@ class CheckpointCallback(RLlibCallback):
         self._pending: list[PendingSave] = []
         self._saved_at = (0, 0.0)  # iteration, and time.monotonic()
         self._watch: PreemptionWatch | None = None
-        self._told: tuple[str, ...] | None = None
+        self._told: tuple[bool, tuple[str, ...]] | None = None  # this process, nodes
         self._closing = contextlib.ExitStack()
 
     def get_state(self) -> dict[str, Any]:
@@ -170,7 +175,7 @@ class CheckpointCallback(RLlibCallback):
         """
         settings = self.settings
         self.checkpointer = AlgorithmCheckpointer(
-            run_url(settings.url, algorithm),
+            run_url(settings.url, algorithm, loaded_from()),
             keep=settings.keep,
             storage_options=settings.storage.options,
             **settings.options,
@@ -178,15 +183,29 @@ class CheckpointCallback(RLlibCallback):
         # RLlib has no callback for the end: the Algorithm's own method is wrapped.
         algorithm.cleanup = partial(self._cleanup, algorithm.cleanup)  # type: ignore[method-assign]
         try:
-            if settings.resume and is_resuming():
-                with contextlib.suppress(CheckpointNotFoundError):
-                    self.checkpointer.restore(algorithm)
+            self._check_alone(algorithm, self.checkpointer.url)
+            if settings.resume and loaded_from() is None:
+                self._resume(algorithm, self.checkpointer)
             if settings.on_preemption:
                 self._watch = self._closing.enter_context(PreemptionWatch(settings.grace_s, 1.0))
         except BaseException:
             self.close()
             raise
         self._saved_at = (algorithm.iteration, time.monotonic())
+
+    def _check_alone(self, algorithm: Algorithm, url: str) -> None:
+        others = [found for found in force_list(algorithm.callbacks) if isinstance(found, CheckpointCallback)]
+        if any(other.checkpointer and other.checkpointer.url == url for other in others if other is not self):
+            raise InvalidInputError(f"checkpointing({url!r}, …) is twice among the callbacks; leave one of them")
+
+    def _resume(self, algorithm: Algorithm, checkpointer: AlgorithmCheckpointer) -> None:
+        """Restores the newest checkpoint, unless another callback of ours did restore a newer one from its run."""
+        with contextlib.suppress(CheckpointNotFoundError):
+            if algorithm.iteration:
+                newest = checkpointer.latest()
+                if newest is None or newest.step <= algorithm.iteration:
+                    return
+            checkpointer.restore(algorithm)
 
     def on_restored(self, algorithm: Algorithm, url: str, checkpoint: str) -> None:
         """The Algorithm was restored, by whatever means: the next save continues that checkpoint."""
@@ -204,15 +223,17 @@ class CheckpointCallback(RLlibCallback):
         assert self.checkpointer is not None, "RLlib calls on_algorithm_init first"
         raise_untold(self._pending)
         self._pending = [pending for pending in self._pending if not pending.settled()]
-        better = self._better(result)
+        best, better = self._best, self._better(result)
         metrics = recorded(result, self.settings.best)
         notice = self._notice(algorithm)
         if notice is not None:
             self._urgent(self.checkpointer, algorithm, metrics, notice)
         elif better or self._is_time(algorithm.iteration):
-            with contextlib.suppress(SaveSkippedError):  # earlier ones are being written: at the next iteration
+            try:
                 self._pending.append(self.checkpointer.save(algorithm, metrics=metrics))
                 self._saved_at = (algorithm.iteration, time.monotonic())
+            except SaveSkippedError:  # earlier ones are being written: at the next iteration
+                self._best = best  # of what is saved
 
     def close(self) -> None:
         """Waits until everything staged is committed, and lets the run go.
@@ -258,9 +279,9 @@ class CheckpointCallback(RLlibCallback):
             return None
         actors = team_of(algorithm).handles[1:]
         notice = self._watch.notice(actors)
-        if notice is None or self._told == notice.nodes:
+        if notice is None or self._told == (notice.this_process, notice.nodes):
             return None
-        self._told = notice.nodes
+        self._told = (notice.this_process, notice.nodes)
         return notice
 
     def _urgent(
@@ -275,18 +296,44 @@ class CheckpointCallback(RLlibCallback):
             raise SystemExit(TERMINATED)
 
 
-def run_url(url: str, algorithm: Any) -> str:
+def run_url(url: str, algorithm: Any, loaded: str | None = None) -> str:
     """The url of an Algorithm's run: in a trial of Ray Tune, one of its own.
+
+    Args:
+        url: As given for all trials.
+        algorithm: A trial's, or one without Tune.
+        loaded: The run that `load` took the Algorithm from. If that is a trial's, it goes on there.
 
     Raises:
         InvalidInputError: The url names a trial, and there is none.
     """
     trial = trial_of(algorithm)
+    if trial is None and loaded is not None and (TRIAL in url or _is_trials(loaded, url)):
+        return loaded
     if TRIAL not in url:
         return url if trial is None else f"{url.rstrip('/')}/{trial}"
     if trial is None:
         raise InvalidInputError(f"url={url!r} names a trial of Ray Tune, and this Algorithm is none")
     return url.replace(TRIAL, trial)
+
+
+def check_template(url: str | os.PathLike[str]) -> str:
+    """A url for all trials, normalised: absolute, as Tune's trials work in folders of their own.
+
+    Raises:
+        InvalidInputError: It is not usable, or has something else than "{trial}" in braces.
+    """
+    normal = normalise_url(url)
+    for found in re.findall(r"\{[^/{}]*\}", normal):
+        if found != TRIAL:
+            raise InvalidInputError(f"{found} stands for nothing in a url; {TRIAL} is the name of the trial's folder")
+    return normal
+
+
+def _is_trials(run: str, url: str) -> bool:
+    """Whether a run is that of some trial below a url."""
+    above, _, trial = run.rpartition("/")
+    return bool(trial) and above == url.rstrip("/")
 
 
 def trial_of(algorithm: Any) -> str | None:

@@ -179,7 +179,7 @@ class AlgorithmCheckpointer:
         spec = self._ckpt._running_service().spec
         changes = Changes(dict(given or {}), config, policies, policy_mapping_fn, policies_to_train)
         described = read_description(spec, self.url, wanted, "about", "config")
-        with without_resuming():
+        with without_resuming(self.url):
             algo = build(described, changes)
         try:
             plan = plan_of(described["about"], policies_of(algo), policies, goes_on=True)

@@ -70,17 +70,16 @@ def state_from(tree: Any) -> Any:
 def connectors_problems(pipeline: ConnectorPipelineV2 | None, tree: dict[str, Any], where: str) -> list[str]:
     """Saved connectors that are not in a pipeline, and states that RLlib would unpickle; changes nothing."""
     here = [name for name, _ in _named(pipeline)]
-    missing = [
+    hiding = [
+        f"{where}: the state of the connector {name} has a pickle in it, which RLlib would load"
+        for name, state in tree.items()
+        if _hides_pickle(from_data(state))
+    ]
+    return hiding + [
         f"{where}: the checkpoint has the state of a connector {name}, and there is none here (there are: "
         f"{', '.join(here) or 'none'})"
         for name in tree
         if name not in here
-    ]
-    return missing + [
-        f"{where}: the state of the connector {name} in the checkpoint holds a pickle, which RLlib would run; no "
-        "release of rl_ckpt writes that: do not trust this checkpoint"
-        for name, state in tree.items()
-        if _any_hides_pickle(state_from(state))
     ]
 
 
@@ -103,14 +102,6 @@ def _named(pipeline: ConnectorPipelineV2 | None, above: str = "") -> Iterator[tu
             yield full, connector
 
 
-def _any_hides_pickle(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(_any_hides_pickle(item) for pair in value.items() for item in pair)
-    if isinstance(value, list | tuple | set | frozenset | deque):
-        return any(_any_hides_pickle(item) for item in value)
-    return hides_pickle(value)
-
-
 def _is_statistics(value: Any, kind: type) -> bool:
     return isinstance(value, dict) and set(value) == _STATISTICS and all(isinstance(value[n], kind) for n in _ARRAYS)
 
@@ -127,6 +118,15 @@ def _texts(value: Any) -> Any:
     if _is_statistics(value, np.ndarray):
         return {name: _serialize_ndarray(item) if name in _ARRAYS else item for name, item in value.items()}
     return _mapped(value, _texts)
+
+
+def _hides_pickle(value: Any) -> bool:
+    """Whether a filter that got this for a state, or a part of it for its statistics, would unpickle something."""
+    if isinstance(value, Mapping):
+        return any(map(_hides_pickle, value.values()))
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return any(map(_hides_pickle, value))
+    return hides_pickle(value.tobytes() if isinstance(value, np.ndarray) else value)
 
 
 def _mapped(value: Any, change: Any) -> Any:

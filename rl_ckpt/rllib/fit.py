@@ -122,6 +122,8 @@ def check_policies(wanted: Iterable[str], saved: Sequence[str]) -> None:
     Raises:
         InvalidInputError: Not all; lists those that it has.
     """
+    if isinstance(wanted, str):
+        raise InvalidInputError(f"policies={wanted!r} must be a list of ids; the checkpoint has {list(saved)}")
     problems = _unknown(wanted, saved)
     if problems:
         raise InvalidInputError(problems[0])

@@ -14,6 +14,7 @@ import ray
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core.rl_module.multi_rl_module import MultiRLModuleSpec
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.rllib.about import check_about
@@ -104,7 +105,21 @@ def _config(described: Mapping[str, Any], changes: Changes) -> AlgorithmConfig:
         given.setdefault("policy_mapping_fn", changes.policy_mapping_fn)
     if changes.policies_to_train is not None:
         given.setdefault("policies_to_train", changes.policies_to_train)
-    return config_from(described["config"], given=given)
+    config = config_from(described["config"], given=given)
+    _forget_paths(config)
+    return config
+
+
+def _forget_paths(config: Any) -> None:
+    """Weights come out of the checkpoint, and not from the native folders that the saved Algorithm began with.
+
+    These may be gone by now, and RLlib would unpickle whatever lies there.
+    """
+    above = config._rl_module_spec
+    specs = above.rl_module_specs if isinstance(above, MultiRLModuleSpec) else None
+    for spec in (above, *(specs.values() if isinstance(specs, Mapping) else [specs])):
+        if isinstance(spec, RLModuleSpec | MultiRLModuleSpec):
+            spec.load_state_path = None
 
 
 def _narrow(config: Any, changes: Changes) -> None:

@@ -114,8 +114,7 @@ def save_policy(
         InvalidInputError: The module, the id or the step can't be used; nothing was written.
         CheckpointError: As `Checkpointer.save_state`.
     """
-    if not (isinstance(policy_id, str) and policy_id):
-        raise InvalidInputError(f"policy_id={policy_id!r} must be a string, and not empty")
+    _check_id(policy_id)
     if not isinstance(module, RLModule):
         raise InvalidInputError(
             f"module is a {type(module).__name__}; give an RLModule, as `algorithm.get_module(policy_id)` returns it"
@@ -158,6 +157,7 @@ def load_policy(
             fit the class that was given, or a newer release's checkpoint.
         CorruptionError: The checkpoint is damaged.
     """
+    _check_id(policy_id)
     checkpointer = Checkpointer(url, storage_options=storage_options)
     below = f"policies/{escape(policy_id)}"
     parts = ("about", "extra", "module") if inference_only is None else ("about", "extra")
@@ -181,6 +181,11 @@ def load_policy(
         module.eval()
     set_module(module, weights, from_data(saved.get("extra", {})))
     return module
+
+
+def _check_id(policy_id: object) -> None:
+    if not (isinstance(policy_id, str) and policy_id):
+        raise InvalidInputError(f"policy_id={policy_id!r} must be a string, and not empty")
 
 
 def _load(checkpointer: Checkpointer, step: int | None, select: list[str]) -> dict[str, Any]:

@@ -61,6 +61,7 @@ def resolve(ref: str) -> Any:
     module, colon, name = ref.partition(":")
     if not (module and colon and name):
         raise InvalidInputError(f"{ref!r} is no name of a class or function")
+    _check_importable(module, name)
     try:
         found = _walk(importlib.import_module(module), name)
     except _IMPORT_ERRORS as error:
@@ -128,11 +129,19 @@ def _variable(module: str, obj: Any) -> str:
     raise InvalidInputError(f"{describe(obj)}, which has no name to find it by")
 
 
+def _check_importable(module: str, name: str) -> None:
+    """Before it is imported, as that alone does something: `antigravity` opens a browser, `idlelib.idle` a window."""
+    root, _, last = module.partition(".")
+    if root in sys.stdlib_module_names and root not in _STDLIB_ALLOWED and root != "builtins":
+        raise InvalidInputError(f"{module}:{name} of Python's own library, which a checkpoint may not name")
+    if last.rpartition(".")[2] == "__main__":
+        raise InvalidInputError(f"{module}:{name} of a program, which a checkpoint may not name")
+
+
 def _check_allowed(module: str, name: str, obj: object) -> None:
-    root = module.partition(".")[0]
-    if root not in sys.stdlib_module_names or root in _STDLIB_ALLOWED or (root == "builtins" and isinstance(obj, type)):
-        return
-    raise InvalidInputError(f"{module}:{name} of Python's own library, which a checkpoint may not name")
+    if module.partition(".")[0] == "builtins" and not isinstance(obj, type):
+        raise InvalidInputError(f"{module}:{name} of Python's own library, which a checkpoint may not name")
+    _check_importable(module, name)
 
 
 def _walk(module: types.ModuleType, name: str) -> Any:

@@ -9,22 +9,26 @@ from typing import Any
 
 from ray.rllib.utils import force_list
 
-_resuming: ContextVar[bool] = ContextVar("rl_ckpt_resuming", default=True)
+_loaded_from: ContextVar[str | None] = ContextVar("rl_ckpt_loaded_from", default=None)
 
 
-def is_resuming() -> bool:
-    """Whether an Algorithm that is being built restores itself."""
-    return _resuming.get()
+def loaded_from() -> str | None:
+    """The run that `load` restores an Algorithm from which is being built; None: nobody restores it but itself."""
+    return _loaded_from.get()
 
 
 @contextlib.contextmanager
-def without_resuming() -> Iterator[None]:
-    """An Algorithm that is built in here begins anew: whoever builds it restores it then."""
-    token = _resuming.set(False)
+def without_resuming(url: str) -> Iterator[None]:
+    """An Algorithm that is built in here begins anew: whoever builds it restores it then.
+
+    Args:
+        url: Of the run that it is restored from, normalised.
+    """
+    token = _loaded_from.set(url)
     try:
         yield
     finally:
-        _resuming.reset(token)
+        _loaded_from.reset(token)
 
 
 def tell_restored(algo: Any, url: str, checkpoint: str) -> None:

@@ -16,6 +16,7 @@ run steps only grow, or branch where a trial went back.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 
 from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError
 from rl_ckpt.plan.retention import KeepRule
-from rl_ckpt.rllib.callback import TRIAL, Hidden, run_url, trial_of
+from rl_ckpt.rllib.callback import TRIAL, Hidden, check_template, run_url, trial_of
 from rl_ckpt.rllib.checkpointer import AlgorithmCheckpointer
 from rl_ckpt.rllib.pointer import Pointer, read, wait_for, write
 from rl_ckpt.rllib.result import recorded
@@ -35,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 def tune_trainable(
     algorithm: type[Algorithm],
-    url: str,
+    url: str | os.PathLike[str],
     *,
     keep: Sequence[KeepRule] = (),
     storage_options: Mapping[str, Any] | None = None,
@@ -62,6 +63,7 @@ def tune_trainable(
     """
     if not (isinstance(algorithm, type) and issubclass(algorithm, Algorithm)):
         raise InvalidInputError(f"{algorithm!r} is no class of an RLlib Algorithm; give PPO, not PPOConfig()")
+    url = check_template(url)
     AlgorithmCheckpointer(url.replace(TRIAL, "x"), keep=keep, **options)
     settings = {
         "rl_ckpt_url": url,

@@ -28,7 +28,7 @@ def normalise_url(url: str | os.PathLike[str]) -> str:
     Raises:
         InvalidInputError: It is empty, names no place, or carries credentials, a query or several schemes.
     """
-    text = os.fspath(url)
+    text = os.fspath(url) if isinstance(url, os.PathLike) else url
     if not isinstance(text, str) or not text.strip():
         raise InvalidInputError(f"the url of a run must be text that is not empty, got {text!r}: give {_SUPPORTED}")
     if "://" not in text:

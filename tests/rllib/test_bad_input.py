@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,22 @@ import ray
 import torch
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.tune.registry import register_env
 
 import rl_ckpt
 from rl_ckpt.rllib import AlgorithmCheckpointer, load, restore, save
-from tests.rllib.small import built, copies_of, digest_of, dqn_config, multi_config, own_config, ppo_config
+from tests.rllib.small import (
+    assert_all_hold,
+    built,
+    copies_of,
+    digest_of,
+    digests_of,
+    dqn_config,
+    multi_config,
+    own_config,
+    ppo_config,
+)
 
 
 class Wider(gym.Env[Any, Any]):
@@ -165,6 +178,37 @@ def test_an_environment_that_nobody_registered_is_named(ray_small: None, tmp_pat
     algo = load(str(tmp_path), given={"env": "CartPole-v1"})
     algo.train()
     algo.stop()
+
+
+class Payload:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_weights_come_from_the_checkpoint_and_not_from_the_folder_that_the_first_ones_came_from(
+    ray_small: None, tmp_path: Path
+) -> None:
+    """`RLModuleSpec(load_state_path=…)`: RLlib would unpickle what lies there now."""
+    native = tmp_path / "native"
+    with built(ppo_config()) as algo:
+        algo.get_module().save_to_path(str(native))
+    spec = RLModuleSpec(load_state_path=str(native), model_config=ppo_config().model_config)
+    with built(ppo_config().rl_module(rl_module_spec=spec)) as algo:
+        save(algo, str(tmp_path / "run"))
+        digests = digests_of(algo)["learner 0"]
+    (native / "module_state.pkl").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    algo = load(str(tmp_path / "run"))
+    assert not (tmp_path / "ran").exists()
+    assert_all_hold(algo, digests)
+    algo.stop()
+
+
+def test_one_id_in_place_of_a_list_of_ids(runs: dict[str, str]) -> None:
+    with pytest.raises(rl_ckpt.InvalidInputError, match="policies='default_policy' must be a list of ids"):
+        load(runs["ppo"], policies="default_policy")
 
 
 def test_what_is_no_algorithm_is_refused(ray_small: None, tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from ray.rllib.algorithms.ppo import PPO
 from ray.rllib.callbacks.callbacks import RLlibCallback
 
 from rl_ckpt import LatestN
-from rl_ckpt.errors import CheckpointError, InvalidInputError
+from rl_ckpt.errors import CheckpointError, InvalidInputError, SaveSkippedError
+from rl_ckpt.info import Preemption
 from rl_ckpt.plan.retention import BestN
-from rl_ckpt.rllib import AlgorithmCheckpointer
+from rl_ckpt.rllib import AlgorithmCheckpointer, tune_trainable
 from rl_ckpt.rllib.callback import CheckpointCallback, checkpointing, run_url
 from rl_ckpt.rllib.config import config_from, config_tree
 from rl_ckpt.rllib.result import at, recorded
@@ -199,7 +201,82 @@ def test_a_killed_job_goes_on_when_it_is_started_again_and_saves_when_it_is_told
     assert steps(tmp_path)[-1] == (said[-1] if said else saved + 1) + 1, "the iteration in which the notice came"
 
 
+def test_of_two_runs_the_newer_checkpoint_is_resumed_and_one_run_has_one_callback(ray_small, tmp_path):
+    def both():
+        often, seldom = (
+            checkpointing(tmp_path / name, every_iterations=n) for name, n in (("often", 1), ("seldom", 2))
+        )
+        return ppo_config().callbacks([often, seldom])
+
+    algo = both().build_algo()
+    for _ in range(3):
+        algo.train()
+    algo.stop()
+    again = both().build_algo()
+    assert again.iteration == 3
+    for _ in range(2):
+        again.train()
+    again.stop()
+    assert [steps(tmp_path / name) for name in ("often", "seldom")] == [[1, 2, 3, 4, 5], [2, 5]]
+
+    twice = [checkpointing(tmp_path / "often"), checkpointing(str(tmp_path / "often") + "/")]
+    with pytest.raises(InvalidInputError, match="is twice among the callbacks"):
+        ppo_config().callbacks(twice).build_algo()
+
+
 # --- no Ray ---
+
+
+class Saves:
+    """In place of an AlgorithmCheckpointer: refuses the first save, as when earlier ones are being written."""
+
+    def __init__(self):
+        self.saved = []
+        self.refused = False
+
+    def save(self, algorithm, **_):
+        if not self.refused:
+            self.refused = True
+            raise SaveSkippedError("busy")
+        self.saved.append(algorithm.iteration)
+        return SimpleNamespace(settled=lambda: True, result=lambda: None, _told=True)
+
+
+def test_a_best_that_could_not_be_saved_is_not_the_best(monkeypatch):
+    monkeypatch.setattr("rl_ckpt.rllib.callback.raise_untold", lambda _: None)
+    callback = checkpointing("memory://x", best=("r", "max"), when_busy="skip")()
+    callback.checkpointer = saves = Saves()
+    for iteration, value in enumerate([5.0, 4.0, 3.0], start=1):
+        callback.on_train_result(algorithm=SimpleNamespace(iteration=iteration), result={"r": value})
+    assert saves.saved == [2]
+    assert callback.get_state() == {"best": 4.0}
+
+
+def test_a_signal_is_heard_after_a_drain(monkeypatch):
+    monkeypatch.setattr("rl_ckpt.rllib.callback.team_of", lambda _: SimpleNamespace(handles=[None]))
+    callback = checkpointing("memory://x")()
+    drain = Preemption("node b is drained", 1e12, False, ("b",), (1,))
+    signal = Preemption("SIGTERM, node b is drained", 1e12, True, ("b",), (1,))
+    notices = [drain, drain, signal, signal]
+    callback._watch = SimpleNamespace(notice=lambda workers=None: notices[0])
+    told = []
+    while notices:
+        told.append(callback._notice(None))
+        del notices[0]
+    assert told == [drain, None, signal, None]
+
+
+def test_a_relative_url_means_this_folder_wherever_it_is_used(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert checkpointing("runs/{trial}").url == f"file://{tmp_path}/runs/{{trial}}"
+    assert checkpointing(Path("runs")).url == f"file://{tmp_path}/runs"
+    assert tune_trainable(PPO, Path("runs")).rl_ckpt_url == f"file://{tmp_path}/runs"
+    for wrong in (None, 3, PPO):
+        with pytest.raises(InvalidInputError, match="the url of a run must be text"):
+            checkpointing(wrong)
+    for misspelt in (checkpointing, lambda url: tune_trainable(PPO, url)):
+        with pytest.raises(InvalidInputError, match=r"\{trial_id\} stands for nothing in a url"):
+            misspelt("runs/{trial_id}")
 
 
 def test_settings_are_data(tmp_path):
@@ -243,6 +320,10 @@ def test_urls_of_trials():
     assert run_url("/r/{trial}/x", trial) == "/r/PPO_t_1/x"
     with pytest.raises(InvalidInputError, match="names a trial"):
         run_url("/r/{trial}", alone)
+    # What `load` builds of a trial's checkpoint, without Tune, goes on in the trial's run.
+    assert run_url("/r/{trial}", alone, "/r/PPO_t_1") == run_url("/r/", alone, "/r/PPO_t_1") == "/r/PPO_t_1"
+    assert run_url("/r", alone, "/copy/of/it") == "/r"
+    assert run_url("/r", trial, "/r/PPO_t_2") == "/r/PPO_t_1"
 
 
 def test_numbers_of_results():

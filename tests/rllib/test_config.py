@@ -505,7 +505,7 @@ def test_a_form_that_is_not_known_is_corruption(value: dict[str, Any], said: str
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        ({"$": "ref", "v": "os:system"}, "env_config/x: posix:system of Python's own library"),
+        ({"$": "ref", "v": "os:system"}, "env_config/x: os:system of Python's own library"),
         ({"$": "enum", "class": f"{__name__}:Maze", "name": "RED"}, "env_config/x.*an Enum is needed"),
         ({"$": "namedtuple", "class": f"{__name__}:Maze", "v": []}, "env_config/x/class.*a named tuple is needed"),
         (

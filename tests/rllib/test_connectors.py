@@ -1,52 +1,57 @@
-"""What of a checkpoint's connector states is given to RLlib, which unpickles some of it."""
+"""States of connectors: what is not put into a filter."""
 
 from __future__ import annotations
 
 import base64
 import io
+import os
 import zlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from ray.rllib.connectors.connector_pipeline_v2 import ConnectorPipelineV2
-from ray.rllib.connectors.env_to_module.mean_std_filter import MeanStdFilter
+import pytest
+from ray.rllib.connectors.env_to_module import EnvToModulePipeline, MeanStdFilter
 
 from rl_ckpt.rllib.connectors import connectors_problems, connectors_tree, set_connectors
-from tests.unit.trees import assert_same
-
-RAN: list[int] = []
 
 
-class _Calls:
-    def __reduce__(self) -> Any:
-        return (RAN.append, (1,))
+class Payload:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.makedirs, (str(self.folder), 0o777, True)
 
 
-def pipeline() -> ConnectorPipelineV2:
-    space = gym.spaces.Box(-1.0, 1.0, (3,), np.float32)
-    return ConnectorPipelineV2(space, gym.spaces.Discrete(2), connectors=[MeanStdFilter()])
-
-
-def hidden(array: np.ndarray[Any, Any]) -> str:
-    """As RLlib writes the arrays of filters; it reads them with `allow_pickle=True`."""
+def as_rllib_writes(array: np.ndarray[Any, Any]) -> str:
     file = io.BytesIO()
     np.save(file, array, allow_pickle=True)
     return base64.b64encode(zlib.compress(file.getvalue())).decode()
 
 
-def test_a_filters_statistics_come_back() -> None:
-    saved = connectors_tree(pipeline())
-    other = pipeline()
-    assert connectors_problems(other, saved, "runner") == []
-    set_connectors(other, saved)
-    assert_same(connectors_tree(other), saved)
+def with_mean(tree: Any, mean: object) -> Any:
+    if isinstance(tree, dict):
+        return {key: mean if key == "mean_array" else with_mean(item, mean) for key, item in tree.items()}
+    return [with_mean(item, mean) for item in tree] if isinstance(tree, list) else tree
 
 
-def test_a_state_that_rllib_would_unpickle_is_refused() -> None:
-    bad = hidden(np.array([_Calls()], object))
-    crafted = {"MeanStdFilter": {"plain": [1, {"mean_array": bad}]}}
-    (problem,) = connectors_problems(pipeline(), crafted, "runner")
-    assert "MeanStdFilter in the checkpoint holds a pickle" in problem
-    assert RAN == []
-    assert connectors_problems(pipeline(), {"MeanStdFilter": {"plain": [hidden(np.ones(3))]}}, "runner") == []
+@pytest.mark.parametrize("form", [str, str.encode, lambda text: np.frombuffer(text.encode(), np.uint8)])
+def test_a_pickle_in_a_filters_state_is_refused(form: Callable[[str], Any], tmp_path: Path) -> None:
+    spaces: Any = gym.spaces.Box(-1, 1, (3,)), gym.spaces.Discrete(2)
+    pipeline = EnvToModulePipeline(*spaces, connectors=[MeanStdFilter()])
+    tree = connectors_tree(pipeline)
+    assert connectors_problems(pipeline, tree, "here") == []
+    harmless = with_mean(tree, as_rllib_writes(np.ones(3)))
+    assert connectors_problems(pipeline, harmless, "here") == []
+
+    evil = with_mean(tree, form(as_rllib_writes(np.array([Payload(tmp_path / "ran")], object))))
+    (problem,) = connectors_problems(pipeline, evil, "here")
+    assert "the state of the connector MeanStdFilter has a pickle in it" in problem
+    assert not (tmp_path / "ran").exists()
+    if form is str:  # what it would have done
+        with pytest.raises(zlib.error):  # of what stands beside it
+            set_connectors(pipeline, evil)
+        assert (tmp_path / "ran").exists()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 import rl_ckpt
 from rl_ckpt.rllib import AlgorithmCheckpointer

@@ -367,6 +367,9 @@ def test_bad_arguments_of_a_save_leave_no_trace(tmp_path: Path) -> None:
     ):
         with pytest.raises(InvalidInputError, match=said):
             save_policy(str(tmp_path / "run"), bad, policy_id)  # type: ignore[arg-type]
+    for wrong in (None, ""):
+        with pytest.raises(InvalidInputError, match=f"policy_id={wrong!r} must be a string"):
+            load_policy(str(tmp_path / "run"), wrong)  # type: ignore[arg-type]
     assert not (tmp_path / "run").exists()
 
 

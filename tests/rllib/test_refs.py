@@ -180,7 +180,8 @@ def test_a_module_that_is_not_here_is_believed() -> None:
         ("numpy:pi", "is a float here, and no class or function"),
         ("numpy", "is no name of a class or function"),
         (":x", "is no name of a class or function"),
-        ("os:lambda_of_a_trick", "is not found here"),
+        ("os:lambda_of_a_trick", "Python's own library, which a checkpoint may not name"),
+        ("builtins:lambda_of_a_trick", "is not found here"),
         ("os:system", "Python's own library, which a checkpoint may not name"),
         ("builtins:eval", "Python's own library, which a checkpoint may not name"),
         ("subprocess:Popen", "Python's own library, which a checkpoint may not name"),
@@ -191,6 +192,20 @@ def test_a_module_that_is_not_here_is_believed() -> None:
 def test_a_name_that_leads_nowhere_or_astray_is_refused(ref: str, said: str) -> None:
     with pytest.raises(InvalidInputError, match=said):
         resolve(ref)
+
+
+@pytest.mark.parametrize("module", ["this", "package_of_ours.__main__"])
+def test_a_module_that_does_something_when_it_is_imported_is_not(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "package_of_ours").mkdir()
+    for name in ("__init__", "__main__"):
+        (tmp_path / "package_of_ours" / f"{name}.py").write_text("class Maze: pass")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(InvalidInputError, match="which a checkpoint may not name"):
+        resolve(f"{module}:Maze")
+    assert module not in sys.modules
 
 
 def test_a_module_that_fails_to_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

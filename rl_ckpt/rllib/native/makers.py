@@ -224,7 +224,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     **{f"{module}.set": lambda items=(): set(items) for module in ("builtins", "__builtin__")},
     **{f"{module}.frozenset": lambda items=(): frozenset(items) for module in ("builtins", "__builtin__")},
     **{f"{module}.bytes": lambda data=b"": bytes(memoryview(data)) for module in ("builtins", "__builtin__")},
-    **{f"{module}.bytearray": lambda data=b"": bytearray(data) for module in ("builtins", "__builtin__")},
+    **{f"{module}.bytearray": lambda data=b"": bytearray(memoryview(data)) for module in ("builtins", "__builtin__")},
     **{f"{module}.complex": _ints(complex) for module in ("builtins", "__builtin__")},
     **{f"{module}.slice": _ints(slice) for module in ("builtins", "__builtin__")},
     **{f"{module}.getattr": _getattr for module in ("builtins", "__builtin__")},

@@ -304,9 +304,21 @@ def test_a_truncated_pickle_is_named(size):
         restricted_loads(WHOLE[:size], "dir/x.pkl")
 
 
+MEMORY_WANTED = b"\x80\x04cbuiltins\nbytearray\nM\xff\xff\x85R."
+"""65,535 zeros out of four bytes; it could be as many gigabytes."""
+
+
 @pytest.mark.parametrize(
     "data",
-    [b"not a pickle", b"\x80\x04K\x01K\x02s.", b"\x80\x04h\x05.", b"\x80\x04a.", b"\x80\x04)\x85\x94e.", b"t."],
+    [
+        b"not a pickle",
+        b"\x80\x04K\x01K\x02s.",
+        b"\x80\x04h\x05.",
+        b"\x80\x04a.",
+        b"\x80\x04)\x85\x94e.",
+        b"t.",
+        MEMORY_WANTED,
+    ],
 )
 def test_nonsense_is_named(data):
     with pytest.raises((CorruptionError, UntrustedDataError), match=r"dir/x\.pkl"):
