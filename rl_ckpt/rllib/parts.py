@@ -15,10 +15,17 @@ import msgspec
 from ray.rllib.algorithms.algorithm import Algorithm
 
 from rl_ckpt.rllib.about import about_tree
-from rl_ckpt.rllib.algorithm import algorithm_problems, algorithm_tree, set_algorithm
+from rl_ckpt.rllib.algorithm import (
+    algorithm_problems,
+    algorithm_tree,
+    has_connectors,
+    own_connectors_problems,
+    set_algorithm,
+    set_own_connectors,
+)
 from rl_ckpt.rllib.buffers import buffer_problems, buffer_tree, left_out_tree, set_buffer
 from rl_ckpt.rllib.config import config_tree
-from rl_ckpt.rllib.fit import Plan
+from rl_ckpt.rllib.fit import LOCAL_RUNNER, Plan
 from rl_ckpt.rllib.learner import held, learner_problems, learner_tree, set_learner
 from rl_ckpt.rllib.modules import policies_of, weights_digest
 from rl_ckpt.rllib.policy import policy_about
@@ -179,6 +186,7 @@ def _driver_problems(algo: AnyAlgorithm, tree: Mapping[str, Any], plan: Plan) ->
     if not plan.whole:
         return []
     out = algorithm_problems(algo, tree.get("algorithm", {}))
+    out += own_connectors_problems(algo, _connectors(tree, plan)) if has_connectors(algo) else []
     buffer, saved = algo.local_replay_buffer, tree.get("replay_buffer")
     if buffer is not None and saved is not None:
         out += buffer_problems(buffer, saved)
@@ -193,6 +201,8 @@ def _set_driver(algo: AnyAlgorithm, tree: Mapping[str, Any], plan: Plan) -> list
     if not plan.whole:
         return []
     notices = set_algorithm(algo, tree["algorithm"])
+    if has_connectors(algo):
+        set_own_connectors(algo, _connectors(tree, plan))
     if algo.local_replay_buffer is None:
         return notices
     if "replay_buffer" in tree:
@@ -200,6 +210,14 @@ def _set_driver(algo: AnyAlgorithm, tree: Mapping[str, Any], plan: Plan) -> list
     else:
         notices.append("the checkpoint was imported and has no replay buffer: this Algorithm's stays as it is")
     return notices
+
+
+def _connectors(tree: Mapping[str, Any], plan: Plan) -> Mapping[str, Any]:
+    """For an Algorithm without a local runner: what it held itself, or a runner where there was a local one."""
+    source = plan.source(LOCAL_RUNNER)
+    runner = {} if source is None else tree.get(source[0], {}).get(source[1], {})
+    found: Mapping[str, Any] = tree["algorithm"].get("connectors", runner.get("connectors", {}))
+    return found
 
 
 def _weights(tree: Mapping[str, Any], plan: Plan) -> dict[str, Any]:

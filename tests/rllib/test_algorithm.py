@@ -1,0 +1,68 @@
+"""What an Algorithm's own process holds beside learner and runners: callbacks' state, connectors of all runners."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.rllib.algorithms.ppo import PPO, PPOConfig
+from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.connectors.env_to_module.mean_std_filter import MeanStdFilter
+
+from rl_ckpt.rllib import checkpointing, load, restore, save
+from tests.rllib.small import built, ppo_config
+
+
+class Steps(RLlibCallback):
+    """A user's callback that counts."""
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    def get_state(self) -> dict[str, Any]:
+        return {"n": self.n}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.n = state["n"]
+
+
+def test_a_callback_gets_its_own_state_wherever_it_stands(ray_small: None, tmp_path: Path) -> None:
+    with built(ppo_config().callbacks([Steps, Steps])) as algo:
+        algo.callbacks[0].n, algo.callbacks[1].n = 5, 6
+        save(algo, str(tmp_path / "run"))
+    later = [checkpointing(str(tmp_path / "other")), Steps, Steps]
+    with built(ppo_config().callbacks(later)) as algo:
+        report = restore(algo, str(tmp_path / "run"))
+        assert [callback.n for callback in algo.callbacks[1:]] == [5, 6]
+    assert report.notices == ("callback CheckpointCallback has no state in the checkpoint and keeps its own",)
+    with built(ppo_config().callbacks(Steps)) as algo:
+        report = restore(algo, str(tmp_path / "run"))
+        assert algo.callbacks[0].n == 5
+    assert report.notices == ("the state of callback Steps#2 in the checkpoint has no such callback here",)
+
+
+def filtered(local: bool) -> PPOConfig:
+    """Observations are normalised by what one remote runner has seen."""
+    config = ppo_config().env_runners(num_env_runners=1, create_local_env_runner=local)
+    return config.env_runners(env_to_module_connector=lambda env=None, spaces=None, device=None: MeanStdFilter())
+
+
+def statistics(algo: Any) -> Any:
+    """What RLlib gives to the runners next."""
+    pipeline = algo.env_to_module_connector if algo.env_runner is None else algo.env_runner._env_to_module
+    return pipeline.get_state()["MeanStdFilter"]
+
+
+@pytest.mark.parametrize("was_local", [False, True])
+def test_what_all_runners_have_seen_is_restored_without_a_local_runner(
+    was_local: bool, ray_small: None, tmp_path: Path
+) -> None:
+    with built(filtered(was_local)) as algo:
+        algo.train()
+        save(algo, str(tmp_path))
+        expected = statistics(algo)
+    with built(filtered(False)) as again:
+        fresh = statistics(again)
+        restore(again, str(tmp_path))
+        assert statistics(again) == expected != fresh
