@@ -15,7 +15,6 @@ from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.rllib.team import Role
 from rl_ckpt.state.paths import join, literal
 
-
 LOCAL_RUNNER = Role("env_runner", 0)
 
 

@@ -10,8 +10,9 @@ from ray.rllib.algorithms.ppo import PPO, PPOConfig
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.connectors.env_to_module.mean_std_filter import MeanStdFilter
 
-from rl_ckpt.rllib import checkpointing, load, restore, save
-from tests.rllib.small import built, ppo_config
+from rl_ckpt.errors import InvalidInputError
+from rl_ckpt.rllib import AlgorithmCheckpointer, checkpointing, load, restore, save
+from tests.rllib.small import Pairs, agent_is_policy, built, dqn_config, ppo_config
 
 
 class Steps(RLlibCallback):
@@ -66,3 +67,46 @@ def test_what_all_runners_have_seen_is_restored_without_a_local_runner(
         fresh = statistics(again)
         restore(again, str(tmp_path))
         assert statistics(again) == expected != fresh
+
+
+def to_p0(agent: Any, episode: Any = None, **_more: Any) -> str:
+    """All agents act by one policy."""
+    return "p0"
+
+
+def test_a_buffer_with_steps_of_policies_that_are_left_out_is_left_out_too(ray_small: None, tmp_path: Path) -> None:
+    config = dqn_config().environment(Pairs, env_config={"agents": 2})
+    config.multi_agent(policies=["p0", "p1"], policy_mapping_fn=agent_is_policy)
+    buffer = {"type": "MultiAgentPrioritizedEpisodeReplayBuffer", "capacity": 1000, "alpha": 0.5, "beta": 0.5}
+    with built(config.training(replay_buffer_config=buffer)) as algo, AlgorithmCheckpointer(str(tmp_path)) as ckpt:
+        algo.train()
+        ckpt.save(algo).result()
+        part = ckpt.load(policies=["p0"], policy_mapping_fn=to_p0)
+        assert part.local_replay_buffer.get_num_timesteps() == 0
+        assert any("['p1'], which are left out" in text for text in ckpt.last_restore.notices)
+        part.train()  # by itself, with RLlib's own checks of every batch
+        assert list(part.local_replay_buffer._module_to_indices) == ["p0"]
+        part.stop()
+
+
+class Own(PPO):
+    """A user's Algorithm, for the config of RLlib's."""
+
+
+@pytest.mark.parametrize("has_name", [True, False])
+def test_load_builds_the_class_that_was_saved(has_name: bool, ray_small: None, tmp_path: Path) -> None:
+    class Nameless(PPO):
+        pass
+
+    config = ppo_config()
+    config.algo_class = cls = Own if has_name else Nameless
+    with built(config) as algo:
+        algo.train()
+        save(algo, str(tmp_path))
+    if not has_name:
+        with pytest.raises(InvalidInputError, match="algo_class: the class Nameless, made inside"):
+            load(str(tmp_path))
+    algo = load(str(tmp_path), given={} if has_name else {"algo_class": Nameless})
+    assert type(algo) is cls
+    assert algo.iteration == 1
+    algo.stop()
