@@ -222,6 +222,11 @@ def _set_driver(algo: AnyAlgorithm, tree: Mapping[str, Any], plan: Plan) -> list
     if not plan.whole:
         return []
     notices = set_algorithm(algo, tree["algorithm"])
+    was, here = tree["about"].get("algorithm"), _named_class(algo)
+    if was not in (None, here):
+        notices.append(
+            f"the checkpoint is of the class {was}, and this Algorithm is of {here}; all that was saved fits"
+        )
     if has_connectors(algo):
         set_own_connectors(algo, _connectors(tree, plan))
     if algo.local_replay_buffer is None:

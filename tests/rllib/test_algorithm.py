@@ -12,7 +12,7 @@ from ray.rllib.connectors.env_to_module.mean_std_filter import MeanStdFilter
 
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.rllib import AlgorithmCheckpointer, checkpointing, load, restore, save
-from tests.rllib.small import Pairs, agent_is_policy, built, dqn_config, ppo_config
+from tests.rllib.small import Pairs, agent_is_policy, built, dqn_config, impala_config, ppo_config
 
 
 class Steps(RLlibCallback):
@@ -110,3 +110,15 @@ def test_load_builds_the_class_that_was_saved(has_name: bool, ray_small: None, t
     assert type(algo) is cls
     assert algo.iteration == 1
     algo.stop()
+
+
+def test_a_checkpoint_of_another_class_is_told_though_all_of_it_fits(ray_small: None, tmp_path: Path) -> None:
+    impala = impala_config().env_runners(num_env_runners=0).learners(num_learners=0)
+    with built(impala) as algo:
+        save(algo, str(tmp_path))
+    with built(ppo_config()) as algo:
+        report = restore(algo, str(tmp_path))
+    assert report.notices == (
+        "the checkpoint is of the class ray.rllib.algorithms.impala.impala:IMPALA, and this Algorithm is of "
+        "ray.rllib.algorithms.ppo.ppo:PPO; all that was saved fits",
+    )
