@@ -7,14 +7,17 @@ Does not: learners, runners and their processes' generators, which are the other
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rl_ckpt.rllib.connectors import connectors_problems, connectors_tree, set_connectors
 from rl_ckpt.rllib.metrics import metrics_problems, metrics_tree, set_metrics
 from rl_ckpt.rllib.team import AnyAlgorithm
 
 _TOTALS = ("_time_total", "_timesteps_total", "_episodes_total")
 _SINCE_RESTORE = ("_time_since_restore", "_timesteps_since_restore", "_iterations_since_restore")
+_CONNECTORS = ("env_to_module", "module_to_env")
 _QUEUES = ("data_to_place_on_learner", "_batch_being_built", "_episode_packs_being_built")  # IMPALA's and APPO's
 
 
@@ -26,10 +29,35 @@ def algorithm_tree(algo: AnyAlgorithm) -> dict[str, Any]:
         "counters": dict(algo._counters),
         "metrics": metrics_tree(algo.metrics),
     }
-    callbacks = {str(i): callback.get_state() for i, callback in _stateful_callbacks(algo)}
+    callbacks = {name: callback.get_state() for name, callback in _stateful_callbacks(algo)}
     if callbacks:
         tree["callbacks"] = callbacks
+    if has_connectors(algo):
+        tree["connectors"] = {part: connectors_tree(getattr(algo, f"{part}_connector")) for part in _CONNECTORS}
     return tree
+
+
+def has_connectors(algo: AnyAlgorithm) -> bool:
+    """Whether the Algorithm itself holds what its env runners' connectors have in common: it has no local runner.
+
+    RLlib adds to it what each runner has seen, and gives the result to all of them in the next iteration.
+    """
+    return algo.env_to_module_connector is not None
+
+
+def own_connectors_problems(algo: AnyAlgorithm, tree: Mapping[str, Any]) -> list[str]:
+    """What of connectors' saved state (by part) does not fit the Algorithm's own; changes nothing."""
+    return [
+        text
+        for part in _CONNECTORS
+        for text in connectors_problems(getattr(algo, f"{part}_connector"), tree.get(part, {}), part)
+    ]
+
+
+def set_own_connectors(algo: AnyAlgorithm, tree: Mapping[str, Any]) -> None:
+    """Sets the Algorithm's own connectors; `own_connectors_problems` must have found none."""
+    for part in _CONNECTORS:
+        set_connectors(getattr(algo, f"{part}_connector"), tree.get(part, {}))
 
 
 def algorithm_problems(algo: AnyAlgorithm, tree: Mapping[str, Any]) -> list[str]:
@@ -56,12 +84,12 @@ def set_algorithm(algo: AnyAlgorithm, tree: Mapping[str, Any]) -> list[str]:
     algo._counters.update(tree["counters"])
     set_metrics(algo.metrics, tree["metrics"])
     saved, notices = dict(tree.get("callbacks", {})), list[str]()
-    for i, callback in _stateful_callbacks(algo):
-        if str(i) in saved:
-            callback.set_state(saved.pop(str(i)))
+    for name, callback in _stateful_callbacks(algo):
+        if name in saved:
+            callback.set_state(saved.pop(name))
         else:
-            notices.append(f"callback {type(callback).__name__} has no state in the checkpoint and keeps its own")
-    notices += [f"the state of callback {i} in the checkpoint has no such callback here" for i in saved]
+            notices.append(f"callback {name} has no state in the checkpoint and keeps its own")
+    notices += [f"the state of callback {name} in the checkpoint has no such callback here" for name in saved]
     return notices
 
 
@@ -87,8 +115,14 @@ def _managers(algo: AnyAlgorithm) -> Iterator[Any]:
             yield manager
 
 
-def _stateful_callbacks(algo: AnyAlgorithm) -> Iterator[tuple[int, Any]]:
-    """Callbacks of the user that have `get_state` and `set_state`."""
-    for i, callback in enumerate(algo.callbacks):
+def _stateful_callbacks(algo: AnyAlgorithm) -> Iterator[tuple[str, Any]]:
+    """Callbacks of the user that have `get_state` and `set_state`, by class; the second of a class is "<class>#2".
+
+    Not by place: whoever adds a callback before another would give that one's state to the wrong one.
+    """
+    seen: Counter[str] = Counter()
+    for callback in algo.callbacks:
         if callable(getattr(callback, "get_state", None)) and callable(getattr(callback, "set_state", None)):
-            yield i, callback
+            name = type(callback).__qualname__
+            seen[name] += 1
+            yield name if seen[name] == 1 else f"{name}#{seen[name]}", callback

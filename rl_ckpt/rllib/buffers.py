@@ -134,6 +134,11 @@ def left_out_tree() -> Tree:
     return {"class": "", "format": FORMAT}
 
 
+def buffer_modules(tree: Tree) -> list[str]:
+    """Ids of the modules that a saved buffer of many agents has steps of; of another, none."""
+    return [module["id"] for module in tree.get("modules", ())]
+
+
 def buffer_problems(buffer: Any, tree: Tree) -> list[str]:
     """Why a saved buffer does not fit into this one; nothing is changed.
 

@@ -27,8 +27,9 @@ from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.rllib.values import TAG, Decoder, Encoder, compact, same
 from rl_ckpt.state.paths import join
 
-_NOT_STORED = frozenset(("_is_frozen", "_per_module_overrides"))
-"""Whether the config may still be changed, and what RLlib makes of the other settings and keeps."""
+_NOT_STORED = frozenset(("_is_frozen", "_per_module_overrides", "input_filesystem_kwargs", "output_filesystem_kwargs"))
+"""Whether the config may still be changed; what RLlib makes of the other settings and keeps; and the credentials of
+offline data's stores, which a checkpoint must not hold (they come from the environment, or are given)."""
 _POLICY_PARTS = ("policy_class", "observation_space", "action_space", "config")
 
 

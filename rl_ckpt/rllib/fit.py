@@ -15,6 +15,8 @@ from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.rllib.team import Role
 from rl_ckpt.state.paths import join, literal
 
+LOCAL_RUNNER = Role("env_runner", 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -56,10 +58,13 @@ def select_for(plan: Plan, parts: Iterable[Role]) -> list[str]:
         plan: What goes where.
         parts: What the process consists of.
     """
-    out = ["about"]
+    out, parts = ["about"], list(parts)
     for part in parts:
         if part.kind == "driver":
             out += ["algorithm", "replay_buffer"] if plan.whole else []
+            source = plan.source(LOCAL_RUNNER)
+            if plan.whole and LOCAL_RUNNER not in parts and source is not None:  # it may hold its runners' connectors
+                out += [f"{source[0]}/{source[1]}/connectors"]
         elif part.kind == "learner":
             out += [literal(join("policies", saved)) for saved in plan.policies]
             out += ["learner", f"learners/{plan.learner(part)}"] if plan.whole else []

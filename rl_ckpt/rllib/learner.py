@@ -22,7 +22,7 @@ sequence number is not newer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ray.rllib.core import ALL_MODULES
@@ -190,6 +190,7 @@ def set_learner(
             _set_policy(learner, target, saved[source], own)
         if whole:
             _set_whole(learner, tree["learner"], mine, is_own)
+            _forget_metrics(learner, tree.get("about", {}).get("policies", ()))
 
 
 def _set_policy(learner: TorchLearner, policy: str, tree: Mapping[str, Any], own: Mapping[str, Any]) -> None:
@@ -208,6 +209,13 @@ def _set_whole(learner: TorchLearner, shared: Mapping[str, Any], mine: Mapping[s
     if is_own:
         set_metrics(learner.metrics, mine["metrics"])
         set_rng(mine["rng"])  # last: nothing after it may draw
+
+
+def _forget_metrics(learner: TorchLearner, saved: Iterable[str]) -> None:
+    """Statistics of policies that were left out, as RLlib's `remove_module` does: DQN would look for values in them."""
+    with learner.metrics._threading_lock:
+        for policy in set(saved) - set(learner.module.keys()):
+            learner.metrics.stats.pop(policy, None)
 
 
 def _mine(learner: TorchLearner, tree: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:

@@ -7,18 +7,28 @@ do: looking whether a part fits changes nothing.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
 import msgspec
 from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 
+from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.rllib.about import about_tree
-from rl_ckpt.rllib.algorithm import algorithm_problems, algorithm_tree, set_algorithm
-from rl_ckpt.rllib.buffers import buffer_problems, buffer_tree, left_out_tree, set_buffer
+from rl_ckpt.rllib.algorithm import (
+    algorithm_problems,
+    algorithm_tree,
+    has_connectors,
+    own_connectors_problems,
+    set_algorithm,
+    set_own_connectors,
+)
+from rl_ckpt.rllib.buffers import buffer_modules, buffer_problems, buffer_tree, left_out_tree, set_buffer
 from rl_ckpt.rllib.config import config_tree
-from rl_ckpt.rllib.fit import Plan
+from rl_ckpt.rllib.fit import LOCAL_RUNNER, Plan
 from rl_ckpt.rllib.learner import held, learner_problems, learner_tree, set_learner
 from rl_ckpt.rllib.modules import policies_of, weights_digest
 from rl_ckpt.rllib.policy import policy_about
@@ -90,6 +100,24 @@ def _class_of(algo: Algorithm) -> type:
     return cls
 
 
+def _named_class(algo: Algorithm) -> str:
+    """The name of the Algorithm's class, or of its nearest base that has one: a class made in a function has none.
+
+    `load` takes the class from the config, and asks for what has no name there (`given={"algo_class": ...}`).
+    """
+    for cls in _class_of(algo).__mro__[:-1]:
+        with contextlib.suppress(InvalidInputError):
+            return class_ref(cls)
+    raise AssertionError("ray.rllib's Algorithm is found by its name")
+
+
+def _config_of(algo: AnyAlgorithm) -> AlgorithmConfig:
+    """The config, with the class of the Algorithm: RLlib's copy names the one that its config's class was made for."""
+    config: AlgorithmConfig = copy.copy(algo.config)
+    vars(config)["algo_class"] = _class_of(algo)  # the copy is frozen too
+    return config
+
+
 def driver_tree(algo: AnyAlgorithm, roles: Sequence[Role]) -> dict[str, Any]:
     """What the Algorithm's process contributes beside its learner and runners."""
     roles = (*roles, *local_roles(algo))
@@ -100,12 +128,12 @@ def driver_tree(algo: AnyAlgorithm, roles: Sequence[Role]) -> dict[str, Any]:
         "about": about_tree(
             "algorithm",
             (),  # the learners know
-            algorithm=class_ref(_class_of(algo)),
+            algorithm=_named_class(algo),
             num_learners=sum(role.kind == "learner" for role in roles),
             env_runners=indices["env_runner"],
             eval_env_runners=indices["eval_env_runner"],
         ),
-        "config": config_tree(algo.config),
+        "config": config_tree(_config_of(algo)),
         "algorithm": {**algorithm_tree(algo), "rng": rng_tree()},
     }
     del tree["about"]["policies"]
@@ -179,6 +207,7 @@ def _driver_problems(algo: AnyAlgorithm, tree: Mapping[str, Any], plan: Plan) ->
     if not plan.whole:
         return []
     out = algorithm_problems(algo, tree.get("algorithm", {}))
+    out += own_connectors_problems(algo, _connectors(tree, plan)) if has_connectors(algo) else []
     buffer, saved = algo.local_replay_buffer, tree.get("replay_buffer")
     if buffer is not None and saved is not None:
         out += buffer_problems(buffer, saved)
@@ -193,13 +222,34 @@ def _set_driver(algo: AnyAlgorithm, tree: Mapping[str, Any], plan: Plan) -> list
     if not plan.whole:
         return []
     notices = set_algorithm(algo, tree["algorithm"])
+    was, here = tree["about"].get("algorithm"), _named_class(algo)
+    if was not in (None, here):
+        notices.append(
+            f"the checkpoint is of the class {was}, and this Algorithm is of {here}; all that was saved fits"
+        )
+    if has_connectors(algo):
+        set_own_connectors(algo, _connectors(tree, plan))
     if algo.local_replay_buffer is None:
         return notices
-    if "replay_buffer" in tree:
+    gone = sorted(set(buffer_modules(tree.get("replay_buffer", {}))) - set(plan.policies.values()))
+    if gone:  # whole episodes of all agents: RLlib would look for modules that are not here, in every update
+        notices.append(
+            f"the saved replay buffer has steps of the policies {gone}, which are left out: this Algorithm's stays as "
+            "it is (empty, after a load)"
+        )
+    elif "replay_buffer" in tree:
         set_buffer(algo.local_replay_buffer, tree["replay_buffer"], algo.config.policy_mapping_fn)
     else:
         notices.append("the checkpoint was imported and has no replay buffer: this Algorithm's stays as it is")
     return notices
+
+
+def _connectors(tree: Mapping[str, Any], plan: Plan) -> Mapping[str, Any]:
+    """For an Algorithm without a local runner: what it held itself, or a runner where there was a local one."""
+    source = plan.source(LOCAL_RUNNER)
+    runner = {} if source is None else tree.get(source[0], {}).get(source[1], {})
+    found: Mapping[str, Any] = tree["algorithm"].get("connectors", runner.get("connectors", {}))
+    return found
 
 
 def _weights(tree: Mapping[str, Any], plan: Plan) -> dict[str, Any]:

@@ -574,3 +574,14 @@ def test_nothing_is_pickled_and_no_ray_started(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(pickle, name, refuse)
     assert type(again(config)) is PPOConfig
     assert not ray.is_initialized()
+
+
+def test_credentials_of_offline_data_are_not_stored() -> None:
+    config = PPOConfig().offline_data(
+        input_filesystem_kwargs={"secret_key": "hush"}, output_filesystem_kwargs={"secret_key": "hush"}
+    )
+    tree = config_tree(config)
+    assert "hush" not in str(tree)
+    assert config_from(tree).input_filesystem_kwargs == {}
+    given = config_from(tree, given={"input_filesystem_kwargs": {"secret_key": "mine"}})
+    assert given.input_filesystem_kwargs == {"secret_key": "mine"}

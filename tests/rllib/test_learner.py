@@ -192,6 +192,17 @@ def test_one_policy_goes_into_another_learner_under_another_name(built: Build, t
     assert torch.equal(drawn, torch.get_rng_state())
 
 
+def test_state_of_policies_is_kept_though_the_learner_has_still_some_of_removed_ones(built: Build) -> None:
+    case = next(case for case in CASES if case.name == "dqn")
+    learner, other = built(case), built(case, seed=3)
+    learner.last_update_ts_by_mid[DEFAULT_MODULE_ID] = 300
+    learner.last_update_ts_by_mid["removed"] = other.last_update_ts_by_mid["also removed"] = 7
+
+    set_learner(other, learner_tree(learner))
+
+    assert other.last_update_ts_by_mid[DEFAULT_MODULE_ID] == 300
+
+
 @pytest.mark.parametrize(
     ("policies", "said"),
     [
