@@ -108,6 +108,25 @@ def forget_requests(algo: AnyAlgorithm) -> None:
         built.clear()
 
 
+def forget_numbers(algo: AnyAlgorithm) -> None:
+    """Makes offline evaluation's runners take the weights that RLlib gives them before the next evaluation.
+
+    They take none whose number is not above that of their own, which in a rollback is the larger one. Nobody waits: an
+    actor does what it is asked in order.
+    """
+    group = getattr(algo, "offline_eval_runner_group", None)
+    if group is None:
+        return
+    if group.local_runner is not None:
+        _forget_number(group.local_runner)
+    for actor in group._worker_manager.actors().values():
+        actor.__ray_call__.options(max_task_retries=0).remote(_forget_number)
+
+
+def _forget_number(runner: Any) -> None:
+    runner._weights_seq_no = 0
+
+
 def _managers(algo: AnyAlgorithm) -> Iterator[Any]:
     groups = (algo.env_runner_group, algo.eval_env_runner_group, algo.learner_group)
     for manager in (*(group._worker_manager for group in groups if group is not None), algo._aggregator_actor_manager):

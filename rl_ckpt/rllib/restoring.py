@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from rl_ckpt.errors import CheckpointError, InvalidInputError, WorkerFailuresError
-from rl_ckpt.rllib.algorithm import forget_requests
+from rl_ckpt.rllib.algorithm import forget_numbers, forget_requests
 from rl_ckpt.rllib.fit import Plan
 from rl_ckpt.rllib.inside import (
     Fetched,
@@ -67,6 +67,7 @@ def restore_algorithm(
         raise InvalidInputError(f"checkpoint {first.id} does not fit this Algorithm (nothing was changed):\n  {lines}")
     forget_requests(algo)
     applied = _apply(spec, team, key)
+    forget_numbers(algo)
     digests = _compare(plan, team, applied, replace_served(algo))
     finish_in_driver(key)
     notices = [text for part in applied for text in part.notices]

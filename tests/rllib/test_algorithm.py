@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from ray.rllib.algorithms.ppo import PPO, PPOConfig
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.connectors.env_to_module.mean_std_filter import MeanStdFilter
@@ -122,3 +124,26 @@ def test_a_checkpoint_of_another_class_is_told_though_all_of_it_fits(ray_small: 
         "the checkpoint is of the class ray.rllib.algorithms.impala.impala:IMPALA, and this Algorithm is of "
         "ray.rllib.algorithms.ppo.ppo:PPO; all that was saved fits",
     )
+
+
+class Evaluating:
+    """What of an offline evaluation's runner counts here."""
+
+    _weights_seq_no = 3
+
+    def number(self) -> int:
+        return self._weights_seq_no
+
+
+def test_offline_evaluation_takes_restored_weights_though_their_number_is_smaller(
+    ray_small: None, tmp_path: Path
+) -> None:
+    actor = ray.remote(Evaluating).remote()
+    group = SimpleNamespace(local_runner=Evaluating(), _worker_manager=SimpleNamespace(actors=lambda: {1: actor}))
+    with built(ppo_config()) as algo:
+        save(algo, str(tmp_path))
+        algo.offline_eval_runner_group = group
+        restore(algo, str(tmp_path))
+        del algo.offline_eval_runner_group
+    assert group.local_runner.number() == 0, "which RLlib takes for: has no weights"
+    assert ray.get(actor.number.remote()) == 0
