@@ -22,7 +22,7 @@ of offline learners in their dataset (`iterator`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -72,7 +72,7 @@ def policy_state(learner: TorchLearner, policy: str) -> dict[str, Any]:
 def policy_state_problems(learner: TorchLearner, policy: str, tree: Mapping[str, Any]) -> list[str]:
     """What of it does not fit; nothing is changed."""
     problems = []
-    attributes = dict(_attributes(learner))
+    attributes = dict(_attributes(learner, tree))
     for name, saved in tree.items():
         if name == _SCALERS:
             if learner._grad_scalers is None:
@@ -94,7 +94,7 @@ def set_policy_state(learner: TorchLearner, policy: str, tree: Mapping[str, Any]
 
     What was not saved had its first value, and gets it again.
     """
-    for name, values in _attributes(learner):
+    for name, values in _attributes(learner, tree):
         if name in tree:
             _set(values, policy, tree[name])
         elif isinstance(values, defaultdict) and not isinstance(values.get(policy), torch.nn.Parameter):
@@ -154,14 +154,16 @@ def policies_to_train(learner: TorchLearner) -> Any:
     return list(chosen) if isinstance(chosen, list | tuple) else sorted(chosen)
 
 
-def _attributes(learner: TorchLearner) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The learner's attributes that map ids of policies to values.
+def _attributes(learner: TorchLearner, saved: Collection[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The learner's attributes that map ids of policies to values, those in `saved` whatever they map here.
 
     Some still have entries of policies that were removed: DQN, SAC and APPO forget none.
     """
     policies = set(learner.module.keys())
     for name, values in vars(learner).items():
-        if name not in _NOT_STATE and isinstance(values, dict) and (not values or not policies.isdisjoint(values)):
+        if name not in _NOT_STATE and isinstance(values, dict):
+            if values and name not in saved and policies.isdisjoint(values):
+                continue
             yield name, values
 
 
