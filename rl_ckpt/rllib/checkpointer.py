@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -56,6 +57,12 @@ class AlgorithmCheckpointer:
         named = sorted(options.keys() & {"get_state", "set_state"})
         if named:
             raise InvalidInputError(f"{named} are for workers of your own; an Algorithm's are known")
+        unknown = sorted(options.keys() - inspect.signature(Checkpointer).parameters.keys())
+        if unknown:
+            raise InvalidInputError(
+                f"{unknown} are no options of a Checkpointer; settings of an Algorithm's config go to `load` by "
+                "`given={...}`"
+            )
         self._ckpt = Checkpointer(url, **options)
         self._replay_buffer = replay_buffer
         self.last_restore: AlgorithmRestore | None = None

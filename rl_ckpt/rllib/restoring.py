@@ -8,8 +8,9 @@ says that the Algorithm is in part restored.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -33,10 +34,11 @@ from rl_ckpt.rllib.served import replace_served
 from rl_ckpt.rllib.team import AnyAlgorithm, Team, team_of
 from rl_ckpt.runtime.calls import Own, call_all, new_key
 from rl_ckpt.runtime.losses import in_one_line
-from rl_ckpt.runtime.messages import Failure, Ok, decode
+from rl_ckpt.runtime.messages import Failure, decode
 from rl_ckpt.runtime.restore import RestoreRequest
 from rl_ckpt.runtime.spec import RunSpec
 
+_REPLY: Any = Applied | Failure
 _PHASES = 3  # in which a process may use up `join_timeout_s`, as in runtime/calls.py
 
 
@@ -58,18 +60,18 @@ def restore_algorithm(
     """
     team, key = team_of(algo), new_key()
     task = Task(plan, team.roles, local_roles(algo))
-    fetched = _fetch(spec, team, task, step, key)
-    first = fetched[0].report
-    problems = _problems(team, fetched)
-    if problems:
-        _everywhere(spec, team, release_in_algorithm, key, Ok)
-        lines = "\n  ".join(problems)
-        raise InvalidInputError(f"checkpoint {first.id} does not fit this Algorithm (nothing was changed):\n  {lines}")
-    forget_requests(algo)
-    applied = _apply(spec, team, key)
-    forget_numbers(algo)
-    digests = _compare(plan, team, applied, replace_served(algo))
-    finish_in_driver(key)
+    with _released(team, key):
+        fetched = _fetch(spec, team, task, step, key)
+        first = fetched[0].report
+        problems = "\n  ".join(_problems(team, fetched))
+        if problems:
+            text = f"checkpoint {first.id} does not fit this Algorithm (nothing was changed):\n  {problems}"
+            raise InvalidInputError(text)
+        forget_requests(algo)
+        applied = _apply(spec, team, key)
+        forget_numbers(algo)
+        digests = _compare(plan, team, applied, replace_served(algo))
+        finish_in_driver(key)
     notices = [text for part in applied for text in part.notices]
     notices += [f"{role} is not healthy; RLlib gives it the restored weights when it is back" for role in team.absent]
     return AlgorithmRestore(
@@ -88,6 +90,24 @@ def restore_algorithm(
         repaired=first.repaired,
         notices=tuple(dict.fromkeys([*notices, *([first.notice] if first.notice else [])])),
     )
+
+
+@contextlib.contextmanager
+def _released(team: Team, key: str) -> Iterator[None]:
+    """Whatever fails inside, no process goes on holding what it fetched.
+
+    Nobody waits for that: an actor may be what hangs, and it does this before anything it is called for later.
+    """
+    try:
+        yield
+    except BaseException:
+        for rank, handle in enumerate(team.handles):
+            release = _Call(release_in_algorithm, key, rank)
+            if isinstance(handle, Own):
+                release(handle.target)
+            else:
+                handle.__ray_call__.options(max_task_retries=0).remote(release)
+        raise
 
 
 def _fetch(spec: RunSpec, team: Team, task: Task, step: int | None, key: str) -> list[Fetched]:
@@ -112,7 +132,7 @@ def _problems(team: Team, fetched: Sequence[Fetched]) -> list[str]:
 
 def _apply(spec: RunSpec, team: Team, key: str) -> list[Applied]:
     """All set what they hold."""
-    found = _everywhere(spec, team, apply_in_algorithm, key, Applied)
+    found = _applied(spec, team, key)
     failed = {rank: part.message for rank, part in enumerate(found) if isinstance(part, Failure)}
     if failed:
         said = "; ".join(f"{team.roles[rank]}: {text}" for rank, text in failed.items())
@@ -122,31 +142,29 @@ def _apply(spec: RunSpec, team: Team, key: str) -> list[Applied]:
             failed,
             [rank for rank in failed if rank in _lost(found)],
         )
-    return found
+    return [part for part in found if isinstance(part, Applied)]
 
 
 def _lost(found: Sequence[Any]) -> set[int]:
     return {rank for part in found if isinstance(part, Failure) for rank in part.lost}
 
 
-def _everywhere(
-    spec: RunSpec, team: Team, function: Callable[[str, int, Any], bytes], key: str, kind: Any
-) -> list[Any]:
-    """Runs a function in every process of a team, the own one last; an answer or a `Failure` of each, by rank."""
+def _applied(spec: RunSpec, team: Team, key: str) -> list[Applied | Failure]:
+    """Every process of a team sets what it holds, the own one last; an answer or a `Failure` of each, by rank."""
     calls = {
-        rank: handle.__ray_call__.options(max_task_retries=0).remote(_Call(function, key, rank))
+        rank: handle.__ray_call__.options(max_task_retries=0).remote(_Call(apply_in_algorithm, key, rank))
         for rank, handle in enumerate(team.handles)
         if not isinstance(handle, Own)
     }
     deadline = time.monotonic() + _PHASES * spec.options.join_timeout_s
-    replies: list[Any] = []
+    replies: list[Applied | Failure] = []
     for rank, handle in enumerate(team.handles):
         if isinstance(handle, Own):
-            replies.append(decode(function(key, rank, handle.target), kind | Failure))
+            replies.append(decode(apply_in_algorithm(key, rank, handle.target), _REPLY))
             continue
         try:
             data = ray.get(calls[rank], timeout=max(0.0, deadline - time.monotonic()))
-            replies.append(decode(data, kind | Failure))
+            replies.append(decode(data, _REPLY))
         except ray.exceptions.RayError as error:
             text = f"is dead or does not answer: {in_one_line(error)}"
             replies.append(Failure.of(WorkerFailuresError(text, {rank: text}, [rank])))

@@ -14,7 +14,7 @@ import torch
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 import rl_ckpt
-from rl_ckpt.rllib import AlgorithmCheckpointer
+from rl_ckpt.rllib import AlgorithmCheckpointer, inside
 from tests.rllib.small import OwnModule, built, full_digest, own_config, ppo_config
 
 DISK_BYTES = 4 << 20
@@ -137,6 +137,8 @@ def test_a_process_that_fails_to_fetch_changes_nothing(ray_small: None, tmp_path
             ckpt.restore(algo)
         assert full_digest(algo) == before
         assert torch.equal(torch.get_rng_state(), state)
+        assert not inside._held
+        assert not ray.get(runner.__ray_call__.remote(lambda _: len(inside._held)))
 
 
 class Broken:
