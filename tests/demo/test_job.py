@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 def run_demo(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "rl_ckpt.demo", *args]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
 
 
 @pytest.mark.parametrize(("before", "after"), [(3, 2), pytest.param(2, 4, marks=pytest.mark.soak)])

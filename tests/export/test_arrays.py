@@ -234,7 +234,7 @@ def test_arrays_need_neither_torch_nor_ray(run: str, tmp_path: Path) -> None:
         f"export_model({run!r}, 'default_policy', 'numpy', {str(tmp_path / 'p.npz')!r})\n"
         "print([name for name in ('ray', 'torch', 'jax', 'gymnasium', 'safetensors') if name in sys.modules])"
     )
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert found.stdout.strip() == "[]", found.stderr
 
 

@@ -234,7 +234,7 @@ def test_learners_that_train_together_are_held_after_the_same_update(tmp_path: P
         for rank in range(2)
     ]
     try:
-        said = [process.communicate(timeout=120) for process in ranks]
+        said = [process.communicate(timeout=500) for process in ranks]
     finally:
         for process in ranks:
             process.kill()

@@ -270,7 +270,7 @@ def test_a_process_that_has_not_the_environment_loads_and_acts(tmp_path: Path) -
     with Checkpointer(str(tmp_path)) as checkpointer:
         checkpointer.save_state(0, tree).result(60)
     command = [sys.executable, "-W", "ignore", "-c", FRESH, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["ray"] is False

@@ -65,7 +65,7 @@ def fresh(saved: dict[str, Any]) -> dict[str, Any]:
     """By case: notices, and what a runner in another process sampled after the restore."""
     cases = json.dumps({case: (url, known) for case, (url, known, _, _) in saved.items()})
     command = [sys.executable, "-m", "tests.rllib.runner_cases", cases]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return found
