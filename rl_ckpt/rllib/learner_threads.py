@@ -73,6 +73,7 @@ class _Gate:
         """Lets the thread make updates up to a number (None: any), or come through without making them."""
         with self._changed:
             self._limit, self._discard = limit, discard
+            self.parked = False  # until it has woken and looked at the new limit: it may go on
             self._changed.notify_all()
 
     def close(self) -> None:

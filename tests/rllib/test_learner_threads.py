@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from ray.rllib.core.learner.training_data import TrainingData
 
 from rl_ckpt import SaveTimeoutError
 from rl_ckpt.rllib.learner import learner_tree, set_learner
-from rl_ckpt.rllib.learner_threads import drop_batches, held
+from rl_ckpt.rllib.learner_threads import _Gate, drop_batches, held
 from rl_ckpt.rllib.modules import weights_digest
 from tests.rllib.learner_cases import APPO, IMPALA, PPO, Case, build, episodes, finish
 from tests.rllib.test_learner import through_memory
@@ -216,6 +217,21 @@ def test_a_learner_whose_thread_has_ended_can_be_copied(built: Any) -> None:
 
     with held(learner):
         assert drop_batches(learner) == 0
+
+
+def test_a_thread_that_may_go_on_is_not_taken_for_parked() -> None:
+    updates: list[int] = []
+    gate = _Gate(SimpleNamespace(_weights_seq_no=1), lambda: updates.append(1))
+    gate.open(1)
+    thread = threading.Thread(target=gate)
+    thread.start()
+    while not gate.parked:
+        gate.wait_a_little()
+    with gate._changed:  # it can't wake before this block ends
+        gate.open(2)
+        assert not gate.parked
+    thread.join(60)
+    assert updates == [1]
 
 
 def test_learners_that_train_together_are_held_after_the_same_update(tmp_path: Path) -> None:
