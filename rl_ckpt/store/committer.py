@@ -27,6 +27,7 @@ from rl_ckpt.plan.retention import KeepRule, to_drop
 from rl_ckpt.state import leaves
 from rl_ckpt.state.arrays import UnsupportedLeafError
 from rl_ckpt.state.leaves import Json
+from rl_ckpt.store.based import sizes_of
 from rl_ckpt.store.lease import LEASE_S, Lease
 from rl_ckpt.store.run import Run, lineage, who
 from rl_ckpt.store.sweep import Sweeper
@@ -250,7 +251,7 @@ class Committer:
 
     def _intact(self, stored: Stored) -> Stored:
         """Leaves out chunks whose file is gone or cut short: a new checkpoint must not lean on those."""
-        sizes = {item.name: item.size_bytes for item in self.run.store.list(records.SHARDS)}
+        sizes = sizes_of(self.run.store, {file.name for file, _ in stored.values()})
         return {key: value for key, value in stored.items() if sizes.get(value[0].name) == value[0].bytes}
 
     def commit(self, save: WrittenSave) -> CommitRecord:
@@ -402,6 +403,7 @@ class Committer:
         with self._lock:
             parent = self._continued(request) or (self._commits[-1].id if self._commits else None)
         return Manifest(
+            version=manifests.version_for(files),
             run=self.run.record.run,
             id=save.checkpoint,
             step=request.step,
