@@ -11,13 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError
-from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.info import CheckpointInfo
-from rl_ckpt.options import check_step
 from rl_ckpt.store.committer import info_of
 from rl_ckpt.store.forks import make_fork
-from rl_ckpt.store.run import Run
+from rl_ckpt.store.listing import find_ref, read
 from rl_ckpt.store.urls import check_url
 
 
@@ -25,7 +22,7 @@ def fork(
     source: str,
     url: str,
     *,
-    at: int | str | None = None,
+    at: int | str = "latest",
     storage_options: Mapping[str, Any] | None = None,
     source_storage_options: Mapping[str, Any] | None = None,
     weak_commits: bool = False,
@@ -40,7 +37,7 @@ def fork(
     Args:
         source: Url of the run to be forked, itself a fork or not. It must be writable, for the pin.
         url: Of the new run; nothing may be there yet.
-        at: Which checkpoint: a step, an id, a tag or "latest". None: the newest.
+        at: Which checkpoint: a step, an id, a tag or "latest".
         storage_options: For fsspec, of the new run. Its readers read the source with the same, where the scheme is;
             else, or where those are not right, with what is given as `storage_options={"bases": {...}}`.
         source_storage_options: Of the source; None: as `storage_options`, where the scheme is the same.
@@ -58,8 +55,8 @@ def fork(
     """
     there, here = check_url(source), check_url(url)
     options = dict(storage_options or {})
-    run = Run.open(there, _options(there, source_storage_options, here, options))
-    commit = _chosen(run, at)
+    run, log, labels = read(there, _options(there, source_storage_options, here, options))
+    commit = find_ref(run, log, labels, at)
     new, record = make_fork(run, commit, here, options, weak_commits=weak_commits, verify=verify)
     return info_of(new, record, [record])
 
@@ -71,24 +68,3 @@ def _options(
     if own is not None:
         return own
     return (others or {}) if url.partition("://")[0] == other.partition("://")[0] else {}
-
-
-def _chosen(run: Run, ref: int | str | None) -> CommitRecord:
-    """The checkpoint that a step, id, tag, "latest" or None stands for.
-
-    Raises:
-        CheckpointNotFoundError: There is none.
-        InvalidInputError: `ref` is none of these.
-    """
-    log = run.log.read()
-    if ref is None or ref == "latest":
-        return run.find(log, None)
-    if not isinstance(ref, str):
-        return run.find(log, check_step(ref))
-    if not ref:
-        raise InvalidInputError("the name of a checkpoint is empty: give a step, an id, a tag or 'latest'")
-    found = [commit for commit in log.commits if ref in (commit.id, commit.tag)]
-    if not found:
-        ids = ", ".join(commit.id for commit in log.commits[-20:])
-        raise CheckpointNotFoundError(f"{run.store.url} has no checkpoint {ref!r}; the newest are {ids}")
-    return found[-1]

@@ -25,13 +25,12 @@ from rl_ckpt.store.base import ObjectExistsError, ObjectMissingError, Store
 from rl_ckpt.store.based import BasedStore, base_entry, is_inner, sizes_of
 from rl_ckpt.store.chunk_check import bad_spots
 from rl_ckpt.store.commit_log import CommitLog
+from rl_ckpt.store.pins import FOREVER
 from rl_ckpt.store.probe import PROBE, probe_create_only
 from rl_ckpt.store.repair import spots
 from rl_ckpt.store.run import Run, who
 from rl_ckpt.store.urls import BASE_OPTIONS, open_store
 
-NEVER = 253_370_764_800.0
-"""When a pin expires that does not: the year 9999, in Unix seconds; any reader can show it as a date."""
 _BEGIN_S = 3600.0  # the source is held for as long at first: a pin that nothing came of goes by itself
 _SHOWN = 5
 
@@ -103,7 +102,7 @@ def make_fork(
     # From here on the fork is a run without a checkpoint, whose bases must stay: a crash leaves that, and the same call
     # goes on. The pins come first, so that a fork with a checkpoint always has them.
     for base in bases:
-        base.store.put(records.pin_name(record.run), [records.encode(_pin(own, base, NEVER))])
+        base.store.put(records.pin_name(record.run), [records.encode(_pin(own, base, FOREVER))])
     fork = Run(own, record, storage_options)
     first = msgspec.structs.replace(
         manifest,
