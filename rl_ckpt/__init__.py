@@ -28,8 +28,11 @@ from rl_ckpt.errors import (
     WorkerFailuresError,
 )
 from rl_ckpt.info import (
+    ArrayChange,
     CheckpointInfo,
     Damage,
+    Diff,
+    LeafChange,
     Preemption,
     Recovery,
     RestoreReport,
@@ -38,11 +41,13 @@ from rl_ckpt.info import (
     Verdict,
     VerifyReport,
 )
+from rl_ckpt.lineage import diff, fork
 from rl_ckpt.plan.retention import EveryNSteps, KeepRule, LatestN
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
 from rl_ckpt.store.pending import PendingSave
 
 __all__ = [
+    "ArrayChange",
     "Catalog",
     "CheckpointError",
     "CheckpointInfo",
@@ -52,11 +57,13 @@ __all__ = [
     "CommitUnknownError",
     "CorruptionError",
     "Damage",
+    "Diff",
     "EveryNSteps",
     "FencedError",
     "InvalidInputError",
     "KeepRule",
     "LatestN",
+    "LeafChange",
     "PendingSave",
     "PerRank",
     "Preemption",
@@ -75,4 +82,6 @@ __all__ = [
     "VerifyReport",
     "WorkerFailuresError",
     "__version__",
+    "diff",
+    "fork",
 ]
