@@ -24,6 +24,7 @@ from rl_ckpt import (
 from rl_ckpt.format import records
 from rl_ckpt.format.records import LabelRecord, PinRecord
 from rl_ckpt.store.base import Store
+from rl_ckpt.store.committer import Committer, SaveRequest
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.urls import open_store
 from tests.unit.trees import assert_same
@@ -274,14 +275,14 @@ def test_a_sweep_does_what_its_dry_run_said(url: str, store: Store) -> None:
 
 
 def test_a_dry_run_beside_a_job_leaves_its_saves_under_way_alone(url: str, store: Store) -> None:
-    with Checkpointer(url, grace_s=0) as ckpt:
-        for step in (1, 2):
-            ckpt.save_state(step, state(step)).result(60)
-        store.put(f"{records.SHARDS}3-abc/s-0.arrow", [b"x" * 1000])
-        dry = Catalog(url).sweep([LatestN(1)], dry_run=True, grace_s=0)
-        assert (dry.files, "owns the run" in dry.notices[0]) == (2, True)
-        assert dry.bytes > 0
-    assert Catalog(url).sweep([LatestN(1)], dry_run=True, grace_s=0).files == 3
+    save(url, 1, 2)
+    committer = Committer(Run.open(url), [], 0.0)
+    store.put(f"{records.SHARDS}{committer.attempt(SaveRequest(3))}/s-0.arrow", [b"x" * 1000])
+    dry = Catalog(url).sweep([LatestN(1)], dry_run=True, grace_s=0)
+    assert (dry.files, "owns the run" in dry.notices[0]) == (1, True), "the manifest of the first"
+    committer.close()
+    assert Catalog(url).sweep([LatestN(1)], dry_run=True, grace_s=0).files == 2
+    assert Catalog(url).sweep([LatestN(1)], grace_s=0).files == 2
 
 
 def test_files_go_when_their_grace_is_over_though_sweeps_are_short(
