@@ -22,7 +22,7 @@ from rl_ckpt.state.leaves import is_utf8
 from rl_ckpt.state.tree import flatten
 from rl_ckpt.store.committer import SaveRequest, encode_metrics, info_of
 from rl_ckpt.store.listing import listed
-from rl_ckpt.store.pending import Branch, PendingSave, decide, raise_untold
+from rl_ckpt.store.pending import Branch, PendingSave, decide, raise_untold, wanted_step
 from rl_ckpt.store.pins import pin
 from rl_ckpt.store.plain_load import load
 from rl_ckpt.store.plain_save import PlainSaver
@@ -208,7 +208,8 @@ class Checkpointer:
 
         Args:
             workers: Ray actor handles, by rank.
-            step: Which checkpoint; None: the newest good one.
+            step: Which checkpoint; one that is still being saved here is waited for, as long as for workers. None: the
+                newest good one.
             select: Globs of saved paths to restore (`"policy/*"`, `"!optimizer"`); None: everything.
             rename: Saved path or prefix → the workers' path or prefix.
             strict: Whether paths that are missing, unexpected or mismatched are an error; if not they are left alone.
@@ -224,7 +225,7 @@ class Checkpointer:
             CorruptionError: The checkpoint asked for (or every one) is damaged; no worker was changed.
             WorkerFailuresError: Workers failed; by rank.
         """
-        wanted = None if step is None else check_step(step)
+        wanted = self._wanted(step)
         report = self._running_service().restore(workers, wanted, select, rename, strict, ranks)
         if ranks is None:  # else the job goes on from where the others are
             self._branch.restored(report.id)
@@ -372,7 +373,7 @@ class Checkpointer:
             UntrustedDataError: A chosen leaf was pickled, and `allow_pickle` was not set.
             InvalidInputError: `select` chooses nothing.
         """
-        wanted = None if step is None else check_step(step)
+        wanted = self._wanted(step)
         run = Run.open(self._url, self._storage_options)
         loaded = load(run, wanted, select, rank, self._options.allow_pickle, as_numpy)
         for notice in loaded.notices:
@@ -464,6 +465,9 @@ class Checkpointer:
     ) -> None:
         """Closes."""
         self.close()
+
+    def _wanted(self, step: int | None) -> int | None:
+        return wanted_step(step, self._pending, self._options.join_timeout_s)
 
     def _decided(self, seconds: float) -> tuple[list[str], list[str]]:
         """Waits for saves under way, as long; ids of those that are checkpoints by now, and why others failed."""

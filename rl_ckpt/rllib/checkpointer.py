@@ -16,7 +16,6 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from rl_ckpt.checkpointer import Checkpointer
 from rl_ckpt.errors import InvalidInputError, WorkerFailuresError
 from rl_ckpt.info import CheckpointInfo, VerifyReport
-from rl_ckpt.options import check_step
 from rl_ckpt.rllib.fit import plan_of
 from rl_ckpt.rllib.inside import restage_in_algorithm, save_in_algorithm
 from rl_ckpt.rllib.load import Changes, build, read_description, start_ray
@@ -131,7 +130,7 @@ class AlgorithmCheckpointer:
 
         Args:
             algo: Its architecture is that of the checkpoint.
-            step: Which checkpoint; None: the newest good one.
+            step: Which checkpoint; one that is still being saved here is waited for. None: the newest good one.
             policies: Takes only these policies out of the checkpoint, with their optimizers: a list of ids, or a dict
                 {"id in the checkpoint": "id here"}. Iteration, counters, runners and buffers stay as they are then.
                 None: everything.
@@ -143,7 +142,7 @@ class AlgorithmCheckpointer:
             WorkerFailuresError: Processes failed; says whether anything was changed.
         """
         check_algorithm(algo)
-        begun, wanted = time.monotonic(), None if step is None else check_step(step)
+        begun, wanted = time.monotonic(), self._ckpt._wanted(step)
         spec = self._ckpt._running_service().spec
         about = read_description(spec, self.url, wanted, "about")["about"]
         plan = plan_of(about, policies_of(algo), policies, goes_on=policies is None)
@@ -181,7 +180,7 @@ class AlgorithmCheckpointer:
         Raises:
             CheckpointError: As `restore`; no Algorithm is left behind.
         """
-        begun, wanted = time.monotonic(), None if step is None else check_step(step)
+        begun, wanted = time.monotonic(), self._ckpt._wanted(step)
         start_ray()
         spec = self._ckpt._running_service().spec
         changes = Changes(dict(given or {}), config, policies, policy_mapping_fn, policies_to_train)

@@ -6,12 +6,13 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future, InvalidStateError, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
 
 from rl_ckpt.errors import CheckpointError, SaveTimeoutError
 from rl_ckpt.info import CheckpointInfo
+from rl_ckpt.options import check_step
 
 _SAVES_KEPT = 64
 
@@ -109,6 +110,15 @@ def decide(saves: Iterable[PendingSave], seconds: float) -> tuple[list[str], lis
         except CheckpointError as error:
             failed += [] if told else [f"step {pending.step}: {error}"]
     return committed, failed
+
+
+def wanted_step(step: int | None, saves: Iterable[PendingSave], seconds: float) -> int | None:
+    """A step to restore, checked; saves of it under way are waited for, as long, and tell whoever asks all the same."""
+    if step is None:
+        return None
+    wanted = check_step(step)
+    wait([pending._future for pending in saves if pending.step == wanted], seconds)
+    return wanted
 
 
 class Branch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rl_ckpt import (
     StorageError,
 )
 from rl_ckpt.plan.deal import SavePlan
+from rl_ckpt.store import pending as pending_saves
 from rl_ckpt.store import plain_save
 from tests.plain.slow import gated
 from tests.unit.store.faulty import faulty, once
@@ -191,6 +193,22 @@ def test_two_failures_are_both_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             except CheckpointError as error:
                 told += 1 + len(getattr(error, "__notes__", []))
         assert told == 2
+
+
+def test_a_step_that_is_being_saved_is_waited_for_by_who_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = str(tmp_path / "run")
+    with gated(monkeypatch, url) as gate, Checkpointer(url, join_timeout_s=50) as ckpt:
+        ckpt.save_state(1, {"w": np.ones(3)})
+
+        def wait_and_open(saves: list[Any], seconds: float) -> None:
+            assert (len(saves), seconds) == (1, 50)
+            gate.open()
+            wait(saves, seconds)
+
+        monkeypatch.setattr(pending_saves, "wait", wait_and_open)
+        assert_same(ckpt.load_state(np.int64(1)), {"w": np.ones(3)})  # type: ignore[arg-type]  # an int all the same
 
 
 def test_a_step_that_is_being_saved_is_not_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
