@@ -9,7 +9,8 @@ PY := $(BIN)/python
 PIP := $(PY) -m pip -qq --disable-pip-version-check
 SECONDS ?= 600
 # Processes that run tests, a file each at a time, in the order of the files: the short ones come last. 0: in this one.
-WORKERS ?= 2
+# Two on two cores, three on more: tests with Ray start processes of their own, and wait for one another's.
+WORKERS ?= $(if $(filter 1 2,$(shell nproc)),2,3)
 # More arguments for the tool behind a target: make test ARGS="-k restore", make demo ARGS="--iterations 12".
 ARGS ?=
 # Run by people, not imported by the package.

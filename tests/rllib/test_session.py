@@ -51,6 +51,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "f64": lambda: own_config("float64"),
     "two learners": lambda: ppo_config().learners(num_learners=2),
 }
+SLOW = {"dqn", "sac", "multi", "own", "lstm"}  # each loads and goes on in test_exact.py too
 
 FRESH = """
 import json, sys, warnings
@@ -72,10 +73,15 @@ for name, url in json.loads(sys.argv[1]).items():
 
 
 @pytest.fixture(scope="module")
-def saved(ray_small: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """One trained and saved Algorithm of each kind."""
+def saved(
+    ray_small: None, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[str, dict[str, Any]]:
+    """One trained and saved Algorithm of each kind that is asked for in this session."""
+    slow_too = any(item.path == request.path and item.get_closest_marker("soak") for item in request.session.items)
     out = {}
     for name, config in CASES.items():
+        if name in SLOW and not slow_too:
+            continue
         url = str(tmp_path_factory.mktemp("run"))
         with built(config()) as algo:
             algo.train()
@@ -97,7 +103,9 @@ def loaded(saved: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return dict(json.loads(line) for line in lines)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.soak] if name in SLOW else [], id=name) for name in CASES]
+)
 def test_a_fresh_process_loads_from_the_url_alone(name: str, saved: dict[str, Any], loaded: dict[str, Any]) -> None:
     before, after = saved[name], loaded[name]
     assert after["full"] == before["full"]
