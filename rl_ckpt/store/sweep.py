@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from rl_ckpt.errors import CheckpointError, CorruptionError
 from rl_ckpt.format import manifest as manifests
@@ -43,7 +43,7 @@ class Sweeper:
         self._run = run
         self.grace_s = grace_s
         self._files: dict[str, frozenset[str]] = {}  # by checkpoint: the shard files that its manifest names
-        self._in_flight: dict[str, set[str]] = {}  # by checkpoint: files of older ones that it will name
+        self._in_flight: dict[str, Set[str]] = {}  # by checkpoint: files of older ones that it will name
         self._lock = threading.Lock()  # attempts begin in another thread than the one that sweeps
         self._leaving: dict[str, CommitRecord] = {}  # by id: dropped, and not all of their files are deleted
         self._recorded: set[str] = set()  # those of them whose records may still be there
@@ -52,7 +52,7 @@ class Sweeper:
         self._clean_at = 0.0  # when to look for half-written objects next, by this process's clock
         self._look = True  # whether there may be orphans that nobody has seen: at first, what a killed writer left
 
-    def protect(self, checkpoint: str, files: set[str]) -> None:
+    def protect(self, checkpoint: str, files: Set[str]) -> None:
         """Says that files of `checkpoint` are being written, and that it will name `files` of older ones.
 
         May be called while another thread sweeps.
@@ -60,9 +60,13 @@ class Sweeper:
         with self._lock:
             self._in_flight[checkpoint] = files
 
+    def know(self, manifest: Manifest) -> None:
+        """Says what a live checkpoint names: its manifest need not be read again."""
+        self._files[manifest.id] = frozenset(file.name for file in manifest.files)
+
     def committed(self, manifest: Manifest) -> None:
         """Says that `manifest` is committed."""
-        self._files[manifest.id] = frozenset(file.name for file in manifest.files)
+        self.know(manifest)
         with self._lock:
             self._in_flight.pop(manifest.id, None)
 
@@ -184,7 +188,10 @@ class Sweeper:
         listed = [*self._run.store.list(records.MANIFESTS), *self._run.store.list(records.SHARDS)]
         with self._lock:  # after the listing: whoever wrote a listed file was in flight before it
             checkpoints = {commit.id for commit in live} | self._in_flight.keys()
-            named = named.union(*self._in_flight.values())
+            spared = set[str]().union(*self._in_flight.values()) - named
+            # Attempts hold more than they will name: what they let go is looked for again.
+            self._look |= any(item.name in spared for item in listed)
+        named |= spared
         return [item.name for item in listed if item.name not in named and _checkpoint_of(item.name) not in checkpoints]
 
     def _names(self, prefix: str) -> list[str]:
