@@ -30,7 +30,7 @@ COLUMNS_BEFORE_PACKING = 1024
 
 
 FILES_AT_LEAST = 16
-"""So many files take a save, whatever the number of servers: those of which little is wanted later are written anew,
+"""So many files take a save where several are written at a time, whatever the number of servers: those of which little is wanted later are written anew,
 one at a time (plan/compaction.py)."""
 LEAST_FILE_BYTES = 256 << 10
 """No smaller files are made for that, nor to have several to write at a time."""
@@ -148,7 +148,8 @@ def deal(
     by_server: dict[str, list[tuple[int, Write]]] = {}
     for rank, write in balance(writes, servers):
         by_server.setdefault(servers[rank], []).append((rank, write))
-    files_each = max(write_streams, FILES_AT_LEAST // max(len(by_server), 1))
+    # One stream asks for as few files as can be.
+    files_each = max(write_streams, FILES_AT_LEAST // max(len(by_server), 1)) if write_streams > 1 else 1
     for server in sorted(by_server):
         lay_out(plan, server, by_server[server], files_each, file_bytes)
     return plan
