@@ -19,7 +19,7 @@ from rl_ckpt.plan.compaction import lasting
 from rl_ckpt.plan.deal import SavePlan, Written, deal, entries, settle
 from rl_ckpt.plan.inventory import take_inventory
 from rl_ckpt.plan.merge import merge
-from rl_ckpt.plan.retention import EveryNSteps, KeepRule, LatestN, to_drop
+from rl_ckpt.plan.retention import EveryNSteps, KeepRule, LatestN, decide
 from rl_ckpt.state.tree import flatten
 
 CHUNK_BYTES = 256 << 10
@@ -92,7 +92,7 @@ class _Run:
             ("s", item.offset): digest(f"{item.path} {versions[int(item.path[1:])]}".encode()) for item in plan.stage[0]
         }
         commit = _record(step, checkpoint, tag)
-        stays = lasting([*self._commits, commit], self._rules)
+        stays = lasting([*self._commits, commit], self._rules, step)
         known = self._index.view({c.id for c in self._commits}, stays, checkpoint in stays)
         plan = settle(plan, checkpoint, digests, known)
         written = {
@@ -113,7 +113,7 @@ class _Run:
         self._index.add(manifest, step)
         self._commits.append(commit)
         self._manifests[checkpoint] = manifest
-        gone = {c.id for c in to_drop(self._commits, self._rules)}
+        gone = {verdict.id for verdict in decide(self._commits, self._rules, step) if not verdict.keep}
         self._index.drop(gone)
         self._commits = [c for c in self._commits if c.id not in gone]
         self._manifests = {c.id: self._manifests[c.id] for c in self._commits}
