@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from rl_ckpt.errors import CheckpointError, CorruptionError
@@ -21,7 +21,7 @@ from rl_ckpt.format.digest import digest
 from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.info import Verdict
-from rl_ckpt.plan.retention import KeepRule, decide
+from rl_ckpt.plan.retention import KeepRule, Said, decide
 from rl_ckpt.store import forks
 from rl_ckpt.store.base import ObjectMissingError
 from rl_ckpt.store.labels import LabelReader, Labels, leftovers, missing, put_back
@@ -82,11 +82,12 @@ class Sweeper:
         self._hold = hold
         self._run = run
         self._labels = LabelReader(run)
+        self.said = Said()  # by labels, as the last `judge` has read them
         self.clock = SteadyClock()
         self.done = Swept()
         self.grace_s = grace_s
         self._files: dict[str, frozenset[str]] = {}  # by checkpoint: the shard files that its manifest names
-        self._in_flight: dict[str, set[str]] = {}  # by checkpoint: files of older ones that it will name
+        self._in_flight: dict[str, Set[str]] = {}  # by checkpoint: files of older ones that it will name
         self._lock = threading.Lock()  # attempts begin in another thread than the one that sweeps
         self._leaving: dict[str, CommitRecord] = {}  # by id: dropped, and not all of their files are deleted
         self._recorded: set[str] = set()  # those of them whose records may still be there
@@ -97,7 +98,7 @@ class Sweeper:
         self._clean_at = 0.0  # when to look for half-written objects next, by this process's clock
         self._look = True  # whether there may be orphans that nobody has seen: at first, what a killed writer left
 
-    def protect(self, checkpoint: str, files: set[str]) -> None:
+    def protect(self, checkpoint: str, files: Set[str]) -> None:
         """Says that files of `checkpoint` are being written, and that it will name `files` of older ones.
 
         May be called while another thread sweeps.
@@ -160,7 +161,8 @@ class Sweeper:
         back = self._heal(labels, commits)
         commits = sorted([*commits, *back], key=lambda commit: commit.number)
         doubt = {commit.id for commit in commits if self._run.log.in_doubt(commit.number)}
-        found = decide(commits, rules, self.clock.now(), labels.said(commits))
+        self.said = labels.said(commits)
+        found = decide(commits, rules, self.clock.now(), self.said)
         still = "its record may still be on its way"
         return back, [Verdict(v.id, v.step, True, still) if not v.keep and v.id in doubt else v for v in found]
 
@@ -333,8 +335,10 @@ class Sweeper:
         listed = list_parts(self._run)
         with self._lock:  # after the listing: whoever wrote a listed file was in flight before it
             checkpoints = {commit.id for commit in live} | self._in_flight.keys()
-            named = named.union(*self._in_flight.values())
-        found = unnamed(self._run, listed, named, checkpoints)
+            spared = set[str]().union(*self._in_flight.values()) - named
+            # Attempts hold more than they will name: what they let go is looked for again.
+            self._look |= any(item.name in spared for item in listed)
+        found = unnamed(self._run, listed, named | spared, checkpoints)
         self._sizes = {item.name: item.size_bytes for item in found}
         return [item.name for item in found if item.name not in self._let_go]
 

@@ -20,6 +20,7 @@ from rl_ckpt import (
     InvalidInputError,
     LatestN,
     RunOwnedError,
+    StorageError,
 )
 from rl_ckpt.format import records
 from rl_ckpt.format.records import LabelRecord, PinRecord
@@ -323,6 +324,43 @@ def test_a_sweep_with_nothing_to_do_leaves_no_trace(url: str, store: Store) -> N
     report = Catalog(url).sweep([LatestN(2)])
     assert report.deleted == ()
     assert names(store) == before
+
+
+def test_who_may_not_look_for_half_written_objects_sweeps_all_else(
+    url: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(url, 1, 2, 3)
+
+    def refuse(*_: object) -> int:
+        raise StorageError("AccessDenied")
+
+    monkeypatch.setattr(type(store), "clean_partial", refuse)
+    for dry_run in (True, False):
+        report = Catalog(url).sweep([LatestN(1)], dry_run=dry_run, grace_s=0)
+        assert "half-written objects" in report.notices[0]
+        assert "AccessDenied" in report.notices[0]
+        assert (len(report.deleted), report.files) == (2, 3)
+    assert steps(url) == [3]
+
+
+def test_a_store_that_fails_a_sweep_is_told_of_and_the_next_one_goes_on(
+    url: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(url, 1, 2, 3)
+    real = type(store).delete
+
+    def refuse(self: Store, wanted: list[str]) -> None:
+        if any(name.startswith(records.MANIFESTS) for name in wanted):
+            raise StorageError("no more")
+        real(self, wanted)
+
+    monkeypatch.setattr(type(store), "delete", refuse)
+    with pytest.raises(StorageError, match="no more"):
+        Catalog(url).sweep([LatestN(1)], grace_s=0)
+    monkeypatch.undo()
+    assert steps(url) == [3]
+    assert Catalog(url).sweep(grace_s=0).files == 3
+    assert_nothing_left_over(url, store)
 
 
 def test_a_pinned_checkpoint_is_told_of_and_stays(url: str, store: Store) -> None:
