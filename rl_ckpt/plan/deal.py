@@ -2,7 +2,7 @@
 
 Owns: balance (by bytes over ranks, then over nodes), the layout of a generation of staging memory, the split into
 files (packed ones for many small chunks), and, once all is staged and its digests are known, de-duplication (within the
-save and against the checkpoint that it continues). A plan depends on shapes and on who has what, not on values: the
+save, and against what is stored). A plan depends on shapes and on who has what, not on values: the
 next save of the same shape can use it again. Moves nothing.
 """
 
@@ -17,6 +17,8 @@ import msgspec
 
 from rl_ckpt.format.manifest import ArrayEntry, Chunk, Manifest, ShardFileEntry, shard_file_name
 from rl_ckpt.format.shard_file import ALIGNMENT, PAGE_BYTES
+from rl_ckpt.plan.chunk_index import Found, KnownChunks, Wanted
+from rl_ckpt.plan.compaction import file_target
 from rl_ckpt.plan.merge import Merged, MergedArray, MergedChunk
 from rl_ckpt.state.boxes import Box
 from rl_ckpt.state.dtypes import dtype_from_name
@@ -95,12 +97,12 @@ class Source(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     """A chunk that is stored already, and its file."""
 
 
-Stored = Mapping[tuple[bytes, int], tuple[ShardFileEntry, Chunk]]
-"""Chunks that the newest checkpoint holds, by digest and bytes."""
+Stored = Mapping[Wanted, Found] | KnownChunks
+"""Chunks that need not be written, by digest and bytes."""
 
 
-def stored_chunks(manifest: Manifest) -> dict[tuple[bytes, int], tuple[ShardFileEntry, Chunk]]:
-    """The chunks that a checkpoint holds, for the next save to refer to."""
+def stored_chunks(manifest: Manifest) -> dict[Wanted, Found]:
+    """The chunks that a checkpoint holds, for a save to refer to."""
     return {
         (bytes.fromhex(c.digest), c.bytes): (manifest.files[c.file], c)
         for array in manifest.arrays
@@ -294,29 +296,48 @@ def settle(plan: SavePlan, checkpoint: str, digests: Mapping[tuple[str, int], by
     Returns:
         The plan of what is written.
     """
+    keys = [
+        (digests[server, column.offset], column.bytes)
+        for server, files in plan.files.items()
+        for file in files
+        for column in file.columns
+    ]
+    unique = set(keys)
+    known = stored.find(unique) if isinstance(stored, KnownChunks) else stored
+    left = [key for key in unique if key not in known]
+    target = file_target(sum(size for _, size in left), whole=len(left) == len(unique))
+    key_of = iter(keys)
     moved: dict[Source, Source] = {}
-    first: dict[tuple[bytes, int], Source] = {}
+    first: dict[Wanted, Source] = {}
     settled: dict[str, list[FilePlan]] = {}
     for server, files in plan.files.items():
-        kept: list[FilePlan] = []
+        kept: list[list[ColumnPlan]] = []
+        packed: list[bool] = []
         for f, file in enumerate(files):
-            columns: list[ColumnPlan] = []
+            filled = target  # the first column begins a file
             for c, column in enumerate(file.columns):
-                key = (digests[server, column.offset], column.bytes)
-                here, old = Source(server, f, c), stored.get(key)
+                here, key = Source(server, f, c), next(key_of)
+                old = known.get(key)
                 if old is not None:
                     moved[here] = Source(old=old)
-                elif key in first:
+                    continue
+                if key in first:
                     moved[here] = first[key]
-                else:
-                    first[key] = here
-                    if (f, c) != (len(kept), len(columns)):
-                        moved[here] = first[key] = Source(server, len(kept), len(columns))
-                    columns.append(column)
-            if columns:
-                kept.append(FilePlan(shard_file_name(checkpoint, server, len(kept)), tuple(columns), file.packed))
+                    continue
+                if filled >= target:
+                    kept.append([])
+                    packed.append(file.packed)
+                    filled = 0
+                first[key] = Source(server, len(kept) - 1, len(kept[-1]))
+                if first[key] != here:
+                    moved[here] = first[key]
+                kept[-1].append(column)
+                filled += column.bytes
         if kept:
-            settled[server] = kept
+            settled[server] = [
+                FilePlan(shard_file_name(checkpoint, server, k), tuple(columns), packed[k])
+                for k, columns in enumerate(kept)
+            ]
     sources = {place: moved.get(source, source) for place, source in plan.sources.items()} if moved else plan.sources
     return dataclasses.replace(plan, files=settled, sources=sources)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from rl_ckpt.errors import CheckpointError, CorruptionError
@@ -87,7 +87,7 @@ class Sweeper:
         self.done = Swept()
         self.grace_s = grace_s
         self._files: dict[str, frozenset[str]] = {}  # by checkpoint: the shard files that its manifest names
-        self._in_flight: dict[str, set[str]] = {}  # by checkpoint: files of older ones that it will name
+        self._in_flight: dict[str, Set[str]] = {}  # by checkpoint: files of older ones that it will name
         self._lock = threading.Lock()  # attempts begin in another thread than the one that sweeps
         self._leaving: dict[str, CommitRecord] = {}  # by id: dropped, and not all of their files are deleted
         self._recorded: set[str] = set()  # those of them whose records may still be there
@@ -98,7 +98,7 @@ class Sweeper:
         self._clean_at = 0.0  # when to look for half-written objects next, by this process's clock
         self._look = True  # whether there may be orphans that nobody has seen: at first, what a killed writer left
 
-    def protect(self, checkpoint: str, files: set[str]) -> None:
+    def protect(self, checkpoint: str, files: Set[str]) -> None:
         """Says that files of `checkpoint` are being written, and that it will name `files` of older ones.
 
         May be called while another thread sweeps.
@@ -106,9 +106,13 @@ class Sweeper:
         with self._lock:
             self._in_flight[checkpoint] = _with_bases(files)
 
+    def know(self, manifest: Manifest) -> None:
+        """Says what a live checkpoint names: its manifest need not be read again."""
+        self._files[manifest.id] = frozenset(_with_bases(file.name for file in manifest.files))
+
     def committed(self, manifest: Manifest) -> None:
         """Says that `manifest` is committed."""
-        self._files[manifest.id] = frozenset(_with_bases(file.name for file in manifest.files))
+        self.know(manifest)
         with self._lock:
             self._in_flight.pop(manifest.id, None)
 
@@ -182,9 +186,9 @@ class Sweeper:
         self.done.put_back += back
         return back
 
-    def know(self, files: Mapping[str, frozenset[str]]) -> None:
+    def know_files(self, files: Mapping[str, frozenset[str]]) -> None:
         """Says which shard files checkpoints name, by id, so that their manifests need not be read."""
-        self._files |= files
+        self._files |= {checkpoint: frozenset(_with_bases(names)) for checkpoint, names in files.items()}
 
     def seen(self, orphans: Mapping[str, float]) -> None:
         """Says for how many seconds another sweep has known some orphans: name → seconds."""
@@ -336,7 +340,10 @@ class Sweeper:
             listed += store.list(records.BASES)
         with self._lock:  # after the listing: whoever wrote a listed file was in flight before it
             checkpoints = {commit.id for commit in live} | self._in_flight.keys()
-            named = named.union(*self._in_flight.values())
+            spared = set[str]().union(*self._in_flight.values()) - named
+            # Attempts hold more than they will name: what they let go is looked for again.
+            self._look |= any(item.name in spared for item in listed)
+        named |= spared
         found = [i for i in listed if i.name not in named and checkpoint_of(i.name) not in checkpoints]
         self._sizes = {item.name: item.size_bytes for item in found}
         bases = forks.bases_held(self._run) - self._let_go - named

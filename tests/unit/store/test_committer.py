@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,8 +14,8 @@ from rl_ckpt import fork
 from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError, StorageError
 from rl_ckpt.format import records
 from rl_ckpt.format.manifest import Manifest
-from rl_ckpt.format.records import CommitRecord
-from rl_ckpt.plan.deal import Stored, deal, settle
+from rl_ckpt.plan.chunk_index import KnownChunks
+from rl_ckpt.plan.deal import deal, settle
 from rl_ckpt.plan.inventory import take_inventory
 from rl_ckpt.plan.merge import merge
 from rl_ckpt.plan.retention import LatestN
@@ -74,8 +75,8 @@ def test_files_of_an_attempt_that_is_given_up_while_the_store_is_asked_are_swept
     orphan = f"shards/{given_up}/s-0.arrow"
     committer.run.store.put(orphan, [b"x"])
 
-    def slowly(parent: str | None, commits: Sequence[CommitRecord]) -> Stored:
-        found = look(parent, commits)
+    def slowly(*args: Any, **rest: Any) -> KnownChunks:
+        found = look(*args, **rest)
         committer.abandon(given_up)  # the save failed meanwhile
         return found
 
@@ -111,7 +112,7 @@ def test_nothing_leans_on_a_checkpoint_whose_deletes_were_sent(
             committer.tidy()
     assert records.commit_name(old.number) in sent
     attempt = committer.attempt(SaveRequest(3, parent=old.id))
-    assert old.id not in {file.name.split("/")[1] for file, _ in committer.stored(attempt).values()}
+    assert old.id not in {name.split("/")[1] for name in committer.stored(attempt).names}
     committer.abandon(attempt)
     committer.tidy()
     assert {item.name.split("/")[1][0] for item in store.list("shards/")} == {"2"}
