@@ -24,7 +24,6 @@ from rl_ckpt.info import Verdict
 from rl_ckpt.plan.retention import KeepRule, decide
 from rl_ckpt.store import forks
 from rl_ckpt.store.base import ObjectMissingError
-from rl_ckpt.store.based import is_inner
 from rl_ckpt.store.labels import LabelReader, Labels, leftovers, missing, put_back
 from rl_ckpt.store.layout import writer_of
 from rl_ckpt.store.pins import holders, read_pins
@@ -336,8 +335,7 @@ class Sweeper:
             named |= known
         store, record = self._run.store, self._run.record
         listed = [*store.list(records.MANIFESTS), *store.list(records.SHARDS)]
-        if any(is_inner(record, number) for number in range(len(record.bases))):
-            listed += store.list(records.BASES)
+        listed += store.list(records.BASES) if record.bases else []
         with self._lock:  # after the listing: whoever wrote a listed file was in flight before it
             checkpoints = {commit.id for commit in live} | self._in_flight.keys()
             spared = set[str]().union(*self._in_flight.values()) - named

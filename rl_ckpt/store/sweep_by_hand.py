@@ -173,6 +173,7 @@ def _plan(run: Run, log: Log, labels: Labels, keep: Sequence[KeepRule], grace_s:
     ids = {commit.id for commit in log.commits}
     files, notices = _files(run, [commit for commit in log.commits if commit.id not in going])
     listed = [*run.store.list(records.MANIFESTS), *run.store.list(records.SHARDS)]
+    listed += run.store.list(records.BASES) if run.record.bases else []
     owner = _owner(run.store, log)
     if owner:
         notices.append(f"{owner} owns the run or was killed not long ago; while it lives only it sweeps")

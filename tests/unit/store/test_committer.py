@@ -184,7 +184,7 @@ def test_a_save_under_way_that_leans_on_a_base_keeps_the_pin_there(committer: Co
     fork(str(tmp_path / "run"), str(tmp_path / "fork"))
     forked = Committer(Run.open(str(tmp_path / "fork")), [LatestN(1)], 0.0)
     slow = forked.attempt(SaveRequest(2))
-    assert [file.name.split("/")[0] for file, _ in forked.stored(slow).values()] == ["base"]
+    assert [name.split("/")[0] for name in forked.stored(slow).names] == ["base"]
     commit(forked, 3)
     forked.tidy()
     assert [record.step for record in forked.commits] == [3]
