@@ -8,6 +8,7 @@ chunk more. Not for several threads at once; what `view` returns does not change
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -175,9 +176,9 @@ class ChunkIndex:
         file = np.array([chunk.file for chunk in chunks], np.int64)
         order = np.lexsort((_key(rows), file))
         rows, file = rows[order], file[order]
-        starts = np.flatnonzero(np.diff(file, prepend=-1))
+        starts = np.flatnonzero(np.diff(file, prepend=-1)).tolist()
         numbers, counts, bits = [], [], []
-        for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(rows)], strict=True):
+        for start, stop in itertools.pairwise([*starts, len(rows)]):
             entry = manifest.files[file[start]]
             number, mask = self._take(entry, rows[start:stop], commit, sizes)
             numbers.append(number)

@@ -30,8 +30,6 @@ AIM = 1.2
 """Stored bytes to wanted bytes: past this, a save writes chunks of the poorest files again."""
 POOR = 0.9
 """No file of which more than this share is wanted is evacuated."""
-LASTING_POOR = 0.8
-"""A checkpoint that stays for good names no file of which it wants less than this share, unless another one does."""
 FILES_A_SAVE = 32
 """About so many files take what an incremental save writes: what changes alone must be able to go alone."""
 LEAST_FILE_BYTES = 64 << 10
@@ -55,6 +53,7 @@ def evacuate(files: Files, state_bytes: int, others_bytes: int, lasts: bool) -> 
 
     What counts is what will be stored when all checkpoints that do not last are gone, but this one: those take files
     with them whatever is decided now, and a file that was evacuated counts no more, though it may be there for a while.
+    Of a checkpoint that lasts only what it adds to that counts: what it names now can't be evacuated later.
 
     Args:
         files: See there.
@@ -68,11 +67,14 @@ def evacuate(files: Files, state_bytes: int, others_bytes: int, lasts: bool) -> 
     out = np.zeros(len(files.content), bool)
     free = (files.used > 0) & ~files.held
     share = files.used / np.maximum(files.content, 1)
-    if lasts:
-        return free & (share < LASTING_POOR)
-    stored = int(files.content[(files.used > 0) | files.held].sum()) + state_bytes - int(files.used.sum())
+    new_bytes = state_bytes - int(files.used.sum())
+    stored = int(files.content[free].sum()) + new_bytes
+    wanted = int(files.used[free].sum()) + new_bytes  # which does not change: it is named there, or written again
+    if not lasts:
+        stored += int(files.content[files.held].sum())
+        wanted += int(files.used[files.held].sum()) + others_bytes
     for number in np.argsort(share, kind="stable"):
-        if stored <= AIM * (state_bytes + others_bytes) or share[number] >= POOR:
+        if stored <= AIM * wanted or share[number] >= POOR:
             break
         if free[number]:
             out[number] = True

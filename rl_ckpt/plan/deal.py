@@ -29,6 +29,12 @@ COLUMNS_BEFORE_PACKING = 1024
 """So many small chunks a server are columns; with more, all of them are rows."""
 
 
+FILES_AT_LEAST = 16
+"""So many files take a save where several are written at a time, whatever the number of servers: those of which little is wanted later are written anew,
+one at a time (plan/compaction.py)."""
+LEAST_FILE_BYTES = 256 << 10
+"""No smaller files are made for that, nor to have several to write at a time."""
+
 Place = tuple[int, int]
 """Which chunk: the number of its array, and its own in it."""
 
@@ -129,7 +135,7 @@ def deal(
     Args:
         merged: From `merge`.
         servers: Shard server of each rank's node, by rank.
-        write_streams: Shard files that a server writes at a time.
+        write_streams: Shard files that a server writes at a time: as many there are at least.
         file_bytes: Size past which a shard file is split further.
 
     Returns:
@@ -142,8 +148,10 @@ def deal(
     by_server: dict[str, list[tuple[int, Write]]] = {}
     for rank, write in balance(writes, servers):
         by_server.setdefault(servers[rank], []).append((rank, write))
+    # One stream asks for as few files as can be.
+    files_each = max(write_streams, FILES_AT_LEAST // max(len(by_server), 1)) if write_streams > 1 else 1
     for server in sorted(by_server):
-        lay_out(plan, server, by_server[server], write_streams, file_bytes)
+        lay_out(plan, server, by_server[server], files_each, file_bytes)
     return plan
 
 
@@ -191,7 +199,7 @@ def lay_out(
     plan: SavePlan,
     server: str,
     dealt: list[tuple[int, Write]],
-    write_streams: int,
+    files_at_least: int,
     file_bytes: int,
 ) -> None:
     """Gives each chunk of one shard server its place in staging memory and in a file; goes into the plan.
@@ -200,12 +208,12 @@ def lay_out(
         plan: Gets the server's part.
         server: Its name.
         dealt: Its chunks, and the ranks that stage them.
-        write_streams: As for `deal`.
+        files_at_least: Into how many files they go, where they are not few bytes.
         file_bytes: As for `deal`.
     """
     files: list[FilePlan] = []
     offset = 0
-    for group, packed in into_files(dealt, write_streams, file_bytes):
+    for group, packed in into_files(dealt, files_at_least, file_bytes):
         names: set[str] = set()
         planned: list[ColumnPlan] = []
         for rank, write in group:
@@ -222,11 +230,11 @@ def lay_out(
 
 
 def into_files(
-    dealt: list[tuple[int, Write]], write_streams: int, file_bytes: int
+    dealt: list[tuple[int, Write]], files_at_least: int, file_bytes: int
 ) -> list[tuple[list[tuple[int, Write]], bool]]:
     """Which chunks of one shard server go into one file each, and whether it is packed; packed ones last."""
     total = sum(write.chunk.size_bytes for _, write in dealt)
-    target = max(min(-(-total // write_streams), file_bytes), 1 << 20)
+    target = max(min(-(-total // files_at_least), file_bytes), LEAST_FILE_BYTES)
     rows, columns = _small(dealt)
     return [(group, False) for group in _groups(columns, target)] + [(group, True) for group in _groups(rows, target)]
 
