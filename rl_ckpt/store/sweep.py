@@ -338,10 +338,9 @@ class Sweeper:
         with self._lock:  # after the listing: whoever wrote a listed file was in flight before it
             checkpoints = {commit.id for commit in live} | self._in_flight.keys()
             spared = set[str]().union(*self._in_flight.values()) - named
-        # Attempts hold more than they will name: what they let go is looked for again.
-        self._look |= any(item.name in spared for item in listed) or any(
-            name.startswith(records.BASES) for name in spared
-        )
+            # Attempts hold more than they will name: what they let go is looked for again.
+            in_bases = any(name.startswith(records.BASES) for name in spared)
+            self._look |= in_bases or any(item.name in spared for item in listed)
         named |= spared
         found = unnamed(self._run, listed, named, checkpoints)
         self._sizes = {item.name: item.size_bytes for item in found}
