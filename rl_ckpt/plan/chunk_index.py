@@ -113,7 +113,8 @@ class KnownChunks:
         np.add.at(used, self._file[rows], self._bytes[rows])
         used[self._outer] = 0
         state_bytes = sum(size for _, size in keys) - int(self._bytes[rows[self._outer[self._file[rows]]]].sum())
-        others = self._lasting_bytes - int(self._bytes[rows[self._lasting[rows]]].sum())
+        mine = rows[self._lasting[rows] & ~self._outer[self._file[rows]]]
+        others = self._lasting_bytes - int(self._bytes[mine].sum())
         leave = evacuate(Files(self._content, used, self._held), state_bytes, others, self.lasts)
         out: dict[Wanted, Found] = {}
         stay = ~leave[self._file[rows]]

@@ -183,6 +183,10 @@ class Sweeper:
         self.done.put_back += back
         return back
 
+    def know_files(self, files: Mapping[str, frozenset[str]]) -> None:
+        """Says which shard files checkpoints name, by id, so that their manifests need not be read."""
+        self._files |= files
+
     def know(self, files: Mapping[str, frozenset[str]]) -> None:
         """Says which shard files checkpoints name, by id, so that their manifests need not be read."""
         self._files |= files
@@ -239,8 +243,8 @@ class Sweeper:
         # Manifests first.
         store.delete(sorted(due - bases, key=lambda name: (not name.startswith(records.MANIFESTS), name)))
         for base in sorted(bases):  # a crash before it: the next writer finds the pin, and removes it
+            self._let_go.add(base)  # also where that fails: of a source that is gone, nobody is to hear at every save
             forks.let_go(self._run, base)
-            self._let_go.add(base)
         self.done.files += len(due - bases)
         self.done.bytes += sum(self._sizes.get(name, 0) for name in due)
         self._orphans = {name: since for name, since in orphans.items() if name not in due}
@@ -294,7 +298,7 @@ class Sweeper:
                 names |= self._named_by(self._leaving[checkpoint]) or frozenset()
             elif records.manifest_name(checkpoint) in due:
                 names |= self._named_in(records.manifest_name(checkpoint))
-        return names & due
+        return (names | {base_of(name) for name in names}) & due
 
     def _named_in(self, manifest: str) -> set[str]:
         """Files that a manifest names which no record vouches for; none where it can't be read."""
@@ -337,7 +341,8 @@ class Sweeper:
             checkpoints = {commit.id for commit in live} | self._in_flight.keys()
             spared = set[str]().union(*self._in_flight.values()) - named
             # Attempts hold more than they will name: what they let go is looked for again.
-            self._look |= any(item.name in spared for item in listed)
+            in_bases = any(name.startswith(records.BASES) for name in spared)
+            self._look |= in_bases or any(item.name in spared for item in listed)
         found = unnamed(self._run, listed, named | spared, checkpoints)
         self._sizes = {item.name: item.size_bytes for item in found}
         return [item.name for item in found if item.name not in self._let_go]

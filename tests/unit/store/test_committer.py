@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from rl_ckpt import fork
 from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError, StorageError
 from rl_ckpt.format import records
 from rl_ckpt.format.manifest import Manifest
@@ -175,3 +176,20 @@ def test_only_what_it_named_is_open(committer: Committer) -> None:
     assert not committer.is_open("1-other")
     land(committer, checkpoint, request)
     assert not committer.is_open(checkpoint)
+
+
+def test_a_save_under_way_that_leans_on_a_base_keeps_the_pin_there(committer: Committer, tmp_path: Path) -> None:
+    commit(committer, 1)
+    committer.close()
+    fork(str(tmp_path / "run"), str(tmp_path / "fork"))
+    forked = Committer(Run.open(str(tmp_path / "fork")), [LatestN(1)], 0.0)
+    slow = forked.attempt(SaveRequest(2))
+    assert [name.split("/")[0] for name in forked.stored(slow).names] == ["base"]
+    commit(forked, 3)
+    forked.tidy()
+    assert [record.step for record in forked.commits] == [3]
+    assert list((tmp_path / "run/pins").iterdir()) != []
+    forked.abandon(slow)
+    forked.tidy()
+    assert not (tmp_path / "run/pins").exists()
+    forked.close()
