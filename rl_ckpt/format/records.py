@@ -1,4 +1,4 @@
-"""Records: run.json, the commit log's records, pins and leases, as self-checking JSON (docs/format.md).
+"""Records: run.json, the commit log's records, labels, pins and leases, as self-checking JSON (docs/format.md).
 
 Owns: their fields and their encoding. A record's file is `{"digest": ..., "record": {...}}`, where the digest covers
 the bytes of `record` as they stand in the file. Does not know: where files are, who may create one.
@@ -19,6 +19,7 @@ FORMAT_VERSION = 1
 
 RUN_FILE = "run.json"
 COMMITS, MANIFESTS, SHARDS, PINS, LEASES = "commits/", "manifests/", "shards/", "pins/", "leases/"
+LABELS = "labels/"
 
 
 class RunRecord(msgspec.Struct, frozen=True, tag="run", tag_field="kind"):
@@ -76,13 +77,36 @@ class EpochRecord(msgspec.Struct, frozen=True, tag="epoch", tag_field="kind", kw
     """Id of the writer's lease; empty where it has none."""
 
 
+class LabelRecord(msgspec.Struct, frozen=True, tag="label", tag_field="kind", kw_only=True):
+    """What people say of a checkpoint after it was committed. Anybody may write it; the last one wins."""
+
+    checkpoint: str
+    """Id; also in the file's name."""
+    commit: CommitRecord
+    """The checkpoint's commit record, whole: a sweep that deleted it while the label came can put it back."""
+    tags: tuple[str, ...] = ()
+    note: str = ""
+    untagged: bool = False
+    """Whether the tag given at save counts no more."""
+    remove: bool = False
+    """Whether the checkpoint is to go, at the next sweep of whoever owns the run."""
+    confirmed: bool = False
+    """Whether the commit record was there after a label with tags was: if it is missing now, it may be put back."""
+    by: str = ""
+    """Who wrote it, for messages."""
+    time: float = 0.0
+    """Unix seconds, by the writer's clock."""
+
+
 class PinRecord(msgspec.Struct, frozen=True, tag="pin", tag_field="kind", kw_only=True):
     """A reader's hold on one checkpoint against the sweep."""
 
     checkpoint: str
     by: str
     expires: float
-    """Unix seconds."""
+    """Unix seconds, by the reader's clock."""
+    seconds: float = 0.0
+    """How long it holds after it was last written, by the store's clock; 0: only `expires` tells."""
 
 
 _ID = re.compile(r"\d{1,19}-\w+\Z", re.ASCII)
@@ -152,6 +176,11 @@ def decode(name: str, data: bytes, kind: type[Record]) -> Record:
         raise CorruptionError(f"{name} is damaged or no record of a run: {error}") from error
 
 
+def is_id(text: str) -> bool:
+    """Whether a text has the form of a checkpoint's id."""
+    return _ID.match(text) is not None
+
+
 def problem(record: CommitRecord) -> str | None:
     """Why nothing can be read by a record whose digest is right; None where it can.
 
@@ -199,6 +228,11 @@ def commit_number(name: str) -> int | None:
 def manifest_name(checkpoint: str) -> str:
     """File of a checkpoint's manifest."""
     return f"{MANIFESTS}{checkpoint}.json"
+
+
+def label_name(checkpoint: str) -> str:
+    """File of a checkpoint's label."""
+    return f"{LABELS}{checkpoint}.json"
 
 
 def pin_name(pin: str) -> str:

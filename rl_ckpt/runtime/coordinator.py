@@ -251,6 +251,10 @@ class Coordinator(CoordinatorWork):
         """Control messages so far, in number and bytes, ranks that repeated a plan, and what is held in memory."""
         return {**self._counts, **self._tier.counts()}
 
+    async def status(self) -> bytes:
+        """What is under way and what is held: a `ServiceStatus`, as msgpack (see `status`)."""
+        return await self._status.now()
+
     async def spec(self) -> RunSpec:
         """What shard servers are to work with: a driver's credentials may be others than those they were made with."""
         return self._spec

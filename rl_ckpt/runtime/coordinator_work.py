@@ -44,6 +44,7 @@ from rl_ckpt.runtime.save_machine import SaveMachine
 from rl_ckpt.runtime.save_work import SaveWork
 from rl_ckpt.runtime.server_calls import Servers, node_is_dead
 from rl_ckpt.runtime.spec import RunSpec
+from rl_ckpt.runtime.status_work import StatusWork
 from rl_ckpt.runtime.tier_work import TierWork
 from rl_ckpt.store.committer import SaveRequest
 
@@ -78,6 +79,7 @@ class CoordinatorWork:
         self._idle = asyncio.Event()
         self._idle.set()
         self._flushing = Flushing(self._saves, self._tier, self._save_work, self._do, self._idle)
+        self._status = StatusWork(self._saves, self._restores, self._tier, self._servers, lambda: None)
         self._counts = {"messages": 0, "bytes_in": 0, "bytes_out": 0, "largest": 0, "repeats": 0}
 
     async def _answer(self, key: str, rank: int, event: Callable[[], Iterable[Any]]) -> bytes:
@@ -109,6 +111,7 @@ class CoordinatorWork:
                     self._do_restore(instruction)
                 case _:
                     self._do_tier(instruction)
+        self._status.note()
         self._news.set()
         self._news = asyncio.Event()
         self._idle.clear() if self._saves.busy() else self._idle.set()

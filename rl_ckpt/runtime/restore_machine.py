@@ -85,6 +85,10 @@ class RestoreMachine:
         timed = restore is not None and restore.failure is None and (restore.state != OPENING or restore.fell_back)
         return bool(timed) or any(other.key == key for other in self._over.values())
 
+    def under_way_now(self) -> list[Restore]:
+        """Restores that have not failed; those of which ranks are still copying too."""
+        return [r for r in [*self._restores.values(), *self._over.values()] if r.failure is None]
+
     def states(self) -> dict[str, str]:
         """State of every restore under way or failed, by token."""
         under_way = {r.token: FAILED if r.failure else r.state for r in self._restores.values()}

@@ -454,6 +454,8 @@ def info_from(
         stall_s=stall_s,
         durable_s=durable_s,
         in_store=in_store,
+        tags=(record.tag,) if record.tag is not None else (),
+        parent=record.parent,
     )
 
 

@@ -100,8 +100,8 @@ class Run:
             return Run.open(url, storage_options)
         return Run(store, record)
 
-    def find(self, log: Log, step: int | None) -> CommitRecord:
-        """The newest commit, or the newest of a step.
+    def find(self, log: Log, step: int | str | None) -> CommitRecord:
+        """The newest commit, the newest of a step, or the one with an id.
 
         Raises:
             CheckpointNotFoundError: There is none; the message lists what there is.
@@ -116,9 +116,10 @@ class Run:
             raise CheckpointNotFoundError(f"{self.store.url} has no checkpoint yet")
         if step is None:
             return log.commits[-1]
-        found = [commit for commit in log.commits if commit.step == step]
+        found = [commit for commit in log.commits if step in (commit.step, commit.id)]
         if not found:
-            raise CheckpointNotFoundError(f"{self.store.url} has no checkpoint of step {step}; {_steps(log)}")
+            what = f"no checkpoint of step {step}" if isinstance(step, int) else f"no checkpoint {step}"
+            raise CheckpointNotFoundError(f"{self.store.url} has {what}; {_steps(log)}")
         return found[-1]
 
     def manifest(self, commit: CommitRecord) -> Manifest:

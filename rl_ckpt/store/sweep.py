@@ -17,8 +17,9 @@ from rl_ckpt.format import manifest as manifests
 from rl_ckpt.format import records
 from rl_ckpt.format.digest import digest
 from rl_ckpt.format.manifest import Manifest
-from rl_ckpt.format.records import CommitRecord, PinRecord
+from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.store.base import ObjectMissingError
+from rl_ckpt.store.pins import read_pins
 from rl_ckpt.store.probe import PROBE
 from rl_ckpt.store.run import Run
 
@@ -207,20 +208,9 @@ class Sweeper:
         ]
 
     def _pinned(self) -> set[str]:
-        out: set[str] = set()
-        for item in self._run.store.list(records.PINS):
-            try:
-                pin = records.decode(item.name, self._run.store.get(item.name), PinRecord)
-            except ObjectMissingError:
-                continue
-            except CorruptionError:  # a pin that can't be read names no checkpoint
-                self._run.store.delete([item.name])
-                continue
-            if pin.expires > time.time():
-                out.add(pin.checkpoint)
-            else:
-                self._run.store.delete([item.name])
-        return out
+        pins, over = read_pins(self._run.store, time.time())
+        self._run.store.delete(over)
+        return {item.record.checkpoint for item in pins}
 
 
 def _is_part(name: str) -> bool:

@@ -33,14 +33,14 @@ _PIN_S = 24 * 3600.0
 
 
 def verify(
-    url: str, storage_options: Mapping[str, Any], step: int | None, repair: bool, more: More | None = None
+    url: str, storage_options: Mapping[str, Any], step: int | str | None, repair: bool, more: More | None = None
 ) -> VerifyReport:
     """As `Checkpointer.verify`.
 
     Args:
         url: Of the run.
         storage_options: For fsspec.
-        step: Which checkpoint; None: all.
+        step: Which checkpoint, by its step or id; None: all.
         repair: Whether to write good bytes back.
         more: A further source: gives the bytes of a digest and size, or None. What it gives is compared.
     """
