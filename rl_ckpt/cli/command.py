@@ -111,7 +111,7 @@ def command(
             out = Output(arguments.pop("as_json", False))
             flags = {key: arguments.pop(key) for key in common}
             with _guarded(out, interrupted):
-                function(_session(out, flags, two_places), **arguments)  # type: ignore[call-arg]
+                function(_session(out, flags, two_places), **arguments)
 
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + more
         called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -151,7 +151,7 @@ def _guarded(out: Output, interrupted: str) -> Iterator[None]:
             yield
             sys.stdout.flush()
     except KeyboardInterrupt as error:
-        out.error(f"interrupted{'. ' if interrupted else ''}{interrupted}", "interrupted")
+        out.interrupted(f"interrupted{'; ' if interrupted else ''}{interrupted}")
         raise typer.Exit(INTERRUPTED) from error
     except CheckpointError as error:
         out.error(str(error), error.code)

@@ -1,4 +1,4 @@
-"""The entry point of `rl-ckpt`. Imports nothing that the extra `cli` brings along, so that it can say what is missing."""
+"""The entry point of `rl-ckpt`. Imports nothing of the extra `cli`, so that it can say what is missing."""
 
 from __future__ import annotations
 

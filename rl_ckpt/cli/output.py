@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from rl_ckpt.cli.text import as_json, clean
+from rl_ckpt.cli.text import as_json, clean, spoken
 
 _STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red", "skip": "dim"}
 
@@ -32,6 +32,8 @@ class Column:
     right: bool = False
     """Numbers stand on the right."""
     style: str = ""
+    whole: bool = False
+    """Never broken over lines: people copy it."""
 
 
 @dataclass(slots=True)
@@ -103,23 +105,31 @@ class Output:
                 sys.stdout.write(line + "\n")
             return
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        for column in columns:
-            table.add_column(column.name, justify="right" if column.right else "left", style=column.style or None)
+        for column, *texts in zip(columns, *cells, strict=True):
+            table.add_column(
+                column.name, justify="right" if column.right else "left", style=column.style or None,
+                no_wrap=column.whole, min_width=max(map(len, texts)) if column.whole else None,
+            )  # fmt: skip
         for row in cells:
             table.add_row(*map(Text, row))
         self._out.print(table)
 
-    def states(self, rows: Sequence[tuple[str, str, str, str]]) -> None:
-        """Findings: state ("ok", "warn", "fail", "skip"), name, what was found, and what to do."""
-        width = max((len(name) for _, name, _, _ in rows), default=0)
+    def states(self, rows: Sequence[tuple[str, str, str, str]], width: int = 0) -> None:
+        """Findings: state ("ok", "warn", "fail", "skip"), name, what was found, and what to do.
+
+        Args:
+            rows: Of these.
+            width: Of the names, at least.
+        """
+        width = max([width, *(len(name) for _, name, _, _ in rows)])
         for state, name, found, advice in rows:
             head = f"{state:4}  {clean(name).ljust(width)}  "
-            more = [f"{' ' * 6}{' ' * width}  → {clean(advice)}"] if advice else []
+            more = [f"{' ' * 6}{' ' * width}  → {clean(spoken(advice))}"] if advice else []
             if not self.terminal:
-                sys.stdout.write("\n".join([f"{head}{clean(found)}", *more]) + "\n")
+                sys.stdout.write("\n".join([f"{head}{clean(spoken(found))}", *more]) + "\n")
                 continue
             style = _STYLES.get(state, "")
-            self._out.print(Text.assemble((head, style), clean(found)), soft_wrap=True)
+            self._out.print(Text.assemble((head, style), clean(spoken(found))), soft_wrap=True)
             for line in more:
                 self._out.print(Text(line, style), soft_wrap=True)
 
@@ -132,8 +142,7 @@ class Output:
         stack = [(shown, root)]
         while stack:
             branch, node = stack.pop()
-            for child in node.children:
-                stack.append((branch.add(_label(child)), child))
+            stack.extend((branch.add(_label(child)), child) for child in node.children)
         self._out.print(shown, soft_wrap=True)
 
     def warn(self, text: str) -> None:
@@ -143,8 +152,14 @@ class Output:
     def error(self, text: str, code: str = "error") -> None:
         """Why the command ends; with `--json` also as the document."""
         if self.as_json:
-            self.json({"error": {"code": code, "message": text}})
+            self.json({"error": {"code": code, "message": spoken(text)}})
         self._said("error", text, "bold red")
+
+    def interrupted(self, text: str) -> None:
+        """That Ctrl-C or SIGTERM ended the command, and what it leaves."""
+        if self.as_json:
+            self.json({"error": {"code": "interrupted", "message": text}})
+        self.note(text)
 
     def note(self, text: str) -> None:
         """What goes on, on stderr."""
@@ -156,7 +171,7 @@ class Output:
         return Live(shown, console=self._out, auto_refresh=False, transient=False)
 
     def _said(self, what: str, text: str, style: str) -> None:
-        first, *more = text.splitlines() or [""]  # errors list what is wrong, a line each
+        first, *more = spoken(text).splitlines() or [""]  # errors list what is wrong, a line each
         lines = "\n".join([clean(first), *map(clean, more)])
         if self._err.is_terminal:
             self._err.print(Text.assemble((f"{what}: ", style), lines), soft_wrap=True)

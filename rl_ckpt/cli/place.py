@@ -33,9 +33,7 @@ def run_and_rest(words: Sequence[str | None]) -> tuple[str, list[str]]:
     if default and not (given and ("/" in given[0] or given[0] in (".", "..", "~"))):
         return default, given
     if not given:
-        raise InvalidInputError(
-            f"which run? Give its url, a folder or s3://bucket/run-7, or set ${URL_VARIABLE} to it"
-        )
+        raise InvalidInputError(f"which run? Give its url, a folder or s3://bucket/run-7, or set ${URL_VARIABLE} to it")
     return given[0], given[1:]
 
 
@@ -68,7 +66,9 @@ def run_and_refs(words: Sequence[str | None], names: Sequence[str], optional: in
     if len(rest) < len(names) - optional:
         raise InvalidInputError(f"{names[len(rest)]} is missing (the run is {url})")
     if len(rest) > len(names):
-        raise InvalidInputError(f"{rest[len(names)]!r} is too much (the run is {url}, from ${URL_VARIABLE} or the call)")
+        raise InvalidInputError(
+            f"{rest[len(names)]!r} is too much (the run is {url}, from ${URL_VARIABLE} or the call)"
+        )
     return url, [*rest, *[None] * (len(names) - len(rest))]
 
 

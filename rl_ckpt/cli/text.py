@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -70,9 +71,31 @@ def number(value: object) -> str:
 
 def count(n: int, one: str, many: str = "") -> str:
     """How many there are of something."""
-    return f"{n:,} {one if n == 1 else many or one + 's'}".replace(",", " ") if n >= 10_000 else (
-        f"{n} {one if n == 1 else many or one + 's'}"
+    return (
+        f"{n:,} {one if n == 1 else many or one + 's'}".replace(",", " ")
+        if n >= 10_000
+        else (f"{n} {one if n == 1 else many or one + 's'}")
     )
+
+
+_SPOKEN = (
+    (re.compile(r"`verify\((\d+), repair=True\)`"), r"`rl-ckpt verify URL \1 --repair`"),
+    (re.compile(r"`verify\(repair=True\)`"), "`rl-ckpt verify --repair`"),
+    (re.compile(r"storage_options=\{'key': …, 'secret': …\} \(\{'anon': True\}"), "-o key=… -o secret=… (-o anon=true"),
+    (re.compile(r"storage_options=\{'client_kwargs': \{'region_name': …\}\}"), "-o client_kwargs.region_name=…"),
+    (re.compile(r"storage_options\['endpoint_url'\]"), "--endpoint-url"),
+    (re.compile(r"storage_options\['(\w+)'\]"), r"-o \1=…"),
+    (re.compile(r"Pass allow_pickle=True"), "Give --allow-pickle"),
+    (re.compile(r"trust='full'"), "--trust full"),
+    (re.compile(r"give them in storage_options or the environment"), "give them in the environment, or with -o"),
+)
+
+
+def spoken(message: str) -> str:
+    """A message of the library, with what to do as it is done on the command line."""
+    for pattern, words in _SPOKEN:
+        message = pattern.sub(words, message)
+    return message
 
 
 def as_json(value: object) -> object:

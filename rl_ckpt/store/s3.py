@@ -133,6 +133,10 @@ class S3Store(Store):
         """Abort unfinished multipart uploads below the prefix: one listing, and a request for each."""
         return self._run(self._abort_uploads(datetime.now(UTC) - timedelta(seconds=older_than_s), spare))
 
+    def endpoint(self) -> str:
+        """Address of the server, for people."""
+        return self._connection.endpoint()
+
     def _key(self, name: str) -> str:
         return self._prefix + check_name(name)
 
