@@ -111,12 +111,12 @@ def command(
             out = Output(arguments.pop("as_json", False))
             flags = {key: arguments.pop(key) for key in common}
             with _guarded(out, interrupted):
-                function(_session(out, flags, two_places), **arguments)
+                function(_session(out, flags, two_places), **arguments)  # type: ignore[call-arg]
 
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + more
         called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         called.__annotations__ = {p.name: p.annotation for p in parameters}
-        del called.__wrapped__  # type: ignore[attr-defined]
+        del called.__wrapped__
         app.command(name, **settings)(called)
         return function
 
