@@ -38,11 +38,12 @@ from rl_ckpt.info import (
     Verdict,
     VerifyReport,
 )
-from rl_ckpt.plan.retention import EveryNSteps, KeepRule, LatestN
+from rl_ckpt.plan.retention import BestN, EveryNSteps, KeepRule, LatestN, NewerThan, OnePer, Tagged
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
 from rl_ckpt.store.pending import PendingSave
 
 __all__ = [
+    "BestN",
     "Catalog",
     "CheckpointError",
     "CheckpointInfo",
@@ -57,6 +58,8 @@ __all__ = [
     "InvalidInputError",
     "KeepRule",
     "LatestN",
+    "NewerThan",
+    "OnePer",
     "PendingSave",
     "PerRank",
     "Preemption",
@@ -70,6 +73,7 @@ __all__ = [
     "StorageError",
     "SuperviseReport",
     "SweepReport",
+    "Tagged",
     "UntrustedDataError",
     "Verdict",
     "VerifyReport",

@@ -18,6 +18,7 @@ from rl_ckpt.state.leaves import Json
 FORMAT_VERSION = 1
 
 RUN_FILE = "run.json"
+WAITING_FILE = "sweep.json"
 COMMITS, MANIFESTS, SHARDS, PINS, LEASES = "commits/", "manifests/", "shards/", "pins/", "leases/"
 LABELS = "labels/"
 
@@ -107,6 +108,13 @@ class PinRecord(msgspec.Struct, frozen=True, tag="pin", tag_field="kind", kw_onl
     """Unix seconds, by the reader's clock."""
     seconds: float = 0.0
     """How long it holds after it was last written, by the store's clock; 0: only `expires` tells."""
+
+
+class WaitingRecord(msgspec.Struct, frozen=True, tag="sweep", tag_field="kind", kw_only=True):
+    """What a sweep by hand leaves to the next one: files that no checkpoint names, and whose grace is not over."""
+
+    waiting: dict[str, float]
+    """File → when a sweep first saw that nothing names it, in Unix seconds by the store's clock."""
 
 
 _ID = re.compile(r"\d{1,19}-\w+\Z", re.ASCII)
