@@ -87,6 +87,9 @@ _SPOKEN = (
     (re.compile(r"storage_options\['(\w+)'\]"), r"-o \1=…"),
     (re.compile(r"Pass allow_pickle=True"), "Give --allow-pickle"),
     (re.compile(r"trust='full'"), "--trust full"),
+    (re.compile(r"LatestN\((?:n=)?(\d+)\)"), r"--latest \1"),
+    (re.compile(r"EveryNSteps\((?:n=)?(\d+)\)"), r"--every \1"),
+    (re.compile(r"take the tags off, or force it"), "take the tags off (`rl-ckpt untag`), or give --force"),
     (re.compile(r"give them in storage_options or the environment"), "give them in the environment, or with -o"),
 )
 
