@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from rl_ckpt._version import __version__
-from rl_ckpt.cli import checking, converting, keeping, listing, running
+from rl_ckpt.cli import checking, converting, keeping, lineage, listing, moving, running
 
 _EPILOG = (
     "A run is named by its url, a folder or any fsspec url (s3://bucket/run-7), or by $RL_CKPT_URL. A checkpoint is "
@@ -32,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for part in (listing, checking, keeping, converting, running):
+for part in (listing, checking, keeping, lineage, moving, converting, running):
     part.add(app)
 
 

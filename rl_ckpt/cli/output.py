@@ -85,6 +85,10 @@ class Output:
         else:
             sys.stdout.write(clean(text) + "\n")
 
+    def flush(self) -> None:
+        """So that who reads a pipe sees it now."""
+        sys.stdout.flush()
+
     def fields(self, pairs: Sequence[tuple[str, object]]) -> None:
         """Names and values, a line each."""
         width = max(len(name) for name, _ in pairs) + 1

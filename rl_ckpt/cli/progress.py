@@ -10,7 +10,8 @@ import threading
 import time
 from types import TracebackType
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
 
 from rl_ckpt.cli.output import Output
 from rl_ckpt.cli.text import duration, size
@@ -34,12 +35,9 @@ class Meter:
         self._begun = self._told = time.monotonic()
         self._bar: Progress | None = None
         if out.errors.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(binary_units=True),
-                TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False),
-                console=out.errors, transient=True,
-            )  # fmt: skip
-            self._task = self._bar.add_task(what, total=None, note="")
+            columns = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[said]}")
+            self._bar = Progress(*columns, console=out.errors, transient=True)
+            self._task = self._bar.add_task(what, total=None, said="")
 
     def __enter__(self) -> Meter:
         if self._bar is not None:
@@ -52,28 +50,35 @@ class Meter:
         if self._bar is not None:
             self._bar.stop()
 
-    def update(self, done: int, total: int | None, note: str = "") -> None:
+    def update(
+        self, done: int, total: int | None, note: str = "", rate: float | None = None, left_s: float | None = None
+    ) -> None:
         """Says how far the work is.
 
         Args:
             done: Bytes.
             total: Of all; None where that is not known (yet).
             note: What is being done at this moment.
+            rate: Bytes per second; None: on average, since the beginning.
+            left_s: Seconds that are left; None: at that rate.
         """
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total, note=note)
-            return
         now = time.monotonic()
         with self._lock:
-            if now - self._told < EVERY_S:
+            if self._bar is None and now - self._told < EVERY_S:
                 return
             self._told = now
-        self._out.note(f"{self._what}: {_said(done, total, now - self._begun)}{f', {note}' if note else ''}")
+        speed = rate if rate is not None else done / max(now - self._begun, 1e-3)
+        if left_s is None and total and speed > 0:
+            left_s = (total - done) / speed
+        said = f"{_said(done, total, speed, left_s)}{f', {note}' if note else ''}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, said=escape(said))
+        else:
+            self._out.note(f"{self._what}: {said}")
 
 
-def _said(done: int, total: int | None, seconds: float) -> str:
-    rate = done / seconds if seconds > 0 else 0.0
+def _said(done: int, total: int | None, rate: float, left_s: float | None) -> str:
     if not total:
         return f"{size(done)}, {size(rate)}/s"
-    left = duration((total - done) / rate) if rate > 0 else "?"
-    return f"{size(done)} of {size(total)} ({100 * done // total} %), {size(rate)}/s, {left} left"
+    left = "" if left_s is None else f", {duration(left_s)} left"
+    return f"{size(done)} of {size(total)} ({100 * done // total} %), {size(rate)}/s{left}"

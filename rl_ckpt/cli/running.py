@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
 from rich.console import Group
 from rich.text import Text
 
+from rl_ckpt.cli.cluster import Address, connected
 from rl_ckpt.cli.command import Session, command
 from rl_ckpt.cli.listing import Run
 from rl_ckpt.cli.place import only_run
 from rl_ckpt.cli.status_lines import status_lines
 from rl_ckpt.cli.text import clean
-from rl_ckpt.errors import InvalidInputError, StorageError
+from rl_ckpt.errors import StorageError
 
 _PANEL = "Run"
 _AS_GIVEN = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -34,10 +34,7 @@ def _top(
     url: Run = None,
     every_s: Annotated[float, typer.Option("--every", min=0.1, metavar="SECONDS", help="Between two looks.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Look once and end, as elsewhere than on a terminal.")] = False,
-    address: Annotated[
-        str | None,
-        typer.Option(envvar="RAY_ADDRESS", metavar="ADDRESS", help="Of the Ray cluster; 'auto': this machine's."),
-    ] = None,
+    address: Address = None,
 ) -> None:
     """Show what a run does now: saves and restores under way, the nodes' memory, the last checkpoint and its age.
 
@@ -47,7 +44,7 @@ def _top(
 
     place = only_run(url)
     reader = StatusReader(place, session.options(place))
-    with _connected(address):
+    with connected(address):
         status = reader.read()
         if session.out.as_json:
             session.out.json(status)
@@ -70,33 +67,6 @@ def _watch(session: Session, reader: Any, every_s: float) -> None:
             except StorageError as error:  # it may answer again
                 live.update(Group(shown, Text(clean(error), "red")), refresh=True)
             time.sleep(every_s)
-
-
-@contextlib.contextmanager
-def _connected(address: str | None) -> Iterator[None]:
-    """Connects to a Ray cluster for the time of the block.
-
-    Raises:
-        InvalidInputError: There is none.
-    """
-    if address is None:
-        yield
-        return
-    import logging
-
-    import ray
-
-    try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InvalidInputError(
-            f"no Ray cluster at {address!r}: {str(error).strip().splitlines()[0]}. Give the address that `ray status` "
-            "shows, or leave --address and $RAY_ADDRESS out to look at the store alone"
-        ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _demo(session: Session, context: typer.Context) -> None:

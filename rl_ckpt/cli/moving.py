@@ -1,0 +1,163 @@
+"""`pull`, `push` and `watch`: checkpoints to other places."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from rl_ckpt.cli.cluster import Address, connected
+from rl_ckpt.cli.command import Session, command
+from rl_ckpt.cli.place import ref
+from rl_ckpt.cli.progress import Meter
+from rl_ckpt.cli.text import count, duration, size
+from rl_ckpt.errors import InvalidInputError
+from rl_ckpt.info import Progress, PullReport
+from rl_ckpt.plan.retention import LatestN
+
+_PANEL = "Move"
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+_Source = Annotated[str, typer.Argument(metavar="SRC", help="The run: a folder or any fsspec url.", show_default=False)]
+_Target = Annotated[str, typer.Argument(metavar="DST", help="Its mirror; made where there is none.", show_default=False)]
+_At = Annotated[str, typer.Option(metavar="REF", help="Step, id, tag, 'latest', or 'all'.")]
+_Streams = Annotated[int | None, typer.Option(min=1, metavar="N", help="Reads at a time, of each node.")]
+_Limit = Annotated[str | None, typer.Option(metavar="RATE", help="Most bytes a second, such as 50MB or 1GiB.")]
+
+
+def add(app: typer.Typer) -> None:
+    """Adds these commands."""
+    kept = "what arrived is kept, nothing of it is a checkpoint yet; the same command goes on from there"
+    settings: dict[str, Any] = {"two_places": True, "interrupted": kept, "rich_help_panel": _PANEL}
+    command(app, "pull", **settings)(_pull)
+    command(app, "push", **settings)(_push)
+    command(app, "watch", **settings)(_watch)
+
+
+def _pull(
+    session: Session,
+    src: _Source,
+    dst: _Target,
+    at: _At = "latest",
+    streams: _Streams = None,
+    limit: _Limit = None,
+    address: Address = None,
+) -> None:
+    """Bring checkpoints of a run to another place; only what is missing there travels.
+
+    Every chunk is verified on its way, and a checkpoint is there wholly or not at all. With --address the nodes of that
+    cluster share the work.
+    """
+    _transfer(session, "pull", src, dst, at, streams, limit, address)
+
+
+def _push(
+    session: Session,
+    src: _Source,
+    dst: _Target,
+    at: _At = "latest",
+    streams: _Streams = None,
+    limit: _Limit = None,
+    address: Address = None,
+) -> None:
+    """Bring checkpoints of a run from here to another place: the same as `pull SRC DST`."""
+    _transfer(session, "push", src, dst, at, streams, limit, address)
+
+
+def _transfer(
+    session: Session, what: str, src: str, dst: str, at: str, streams: int | None, limit: str | None,
+    address: str | None,
+) -> None:  # fmt: skip
+    from rl_ckpt.transfer import pull
+
+    with connected(address), Meter(session.out, what) as meter:
+        report = pull(
+            src,
+            dst,
+            at=ref(at),
+            storage_options=session.options(src),
+            dst_storage_options=session.to_options(dst),
+            streams=streams,
+            max_bytes_per_s=_rate(limit),
+            progress=_teller(meter),
+        )
+    for notice in report.notices:
+        session.out.warn(notice)
+    if session.out.as_json:
+        session.out.json({"report": report})
+        return
+    for line in _lines(report):
+        session.out.line(line)
+
+
+def _teller(meter: Meter) -> Any:
+    def tell(now: Progress) -> None:
+        note = f"{now.phase} {now.checkpoint}"
+        meter.update(now.bytes, now.bytes_total or None, note, now.bytes_per_s, now.seconds_left)
+
+    return tell
+
+
+def _lines(report: PullReport) -> Sequence[str]:
+    brought = ", ".join(report.checkpoints) or "nothing new"
+    there = f"; there already: {', '.join(report.already)}" if report.already else ""
+    rate = f", {size(report.bytes_moved / report.seconds)}/s" if report.bytes_moved and report.seconds else ""
+    lines = [
+        f"{report.destination}: {brought}{there}",
+        f"{count(report.files, 'file')} travelled, {size(report.bytes_moved)} in {duration(report.seconds)}{rate}",
+    ]
+    if report.files_kept or report.bytes_kept:
+        lines.append(f"{count(report.files_kept, 'file')} were there already, {size(report.bytes_kept)} with parts")
+    lines += [f"node {node}: {size(moved)}" for node, moved in report.bytes_by_node.items()]
+    if not report.pinned and report.checkpoints:
+        lines.append("the source could not be held against its sweep, as it can't be written to")
+    return lines
+
+
+def _watch(
+    session: Session,
+    src: _Source,
+    dst: _Target,
+    every_s: Annotated[float, typer.Option("--every", min=0.1, metavar="SECONDS", help="Between two looks.")] = 10.0,
+    latest: Annotated[int | None, typer.Option(metavar="N", help="Keep the newest N at DST; all.")] = None,
+    times: Annotated[int | None, typer.Option(min=1, metavar="N", help="End after N checkpoints; never.")] = None,
+    streams: _Streams = None,
+    limit: _Limit = None,
+    address: Address = None,
+) -> None:
+    """Follow a run: bring every new checkpoint as it is committed. Ends with Ctrl-C. --json: a document a line."""
+    from rl_ckpt.transfer import watch
+
+    with connected(address):
+        reports = watch(
+            src,
+            dst,
+            poll_s=every_s,
+            keep=() if latest is None else [LatestN(latest)],
+            storage_options=session.options(src),
+            dst_storage_options=session.to_options(dst),
+            streams=streams,
+            max_bytes_per_s=_rate(limit),
+        )
+        for seen, report in enumerate(reports, 1):
+            for notice in report.notices:
+                session.out.warn(notice)
+            if session.out.as_json:
+                session.out.json_line({"report": report})
+            else:
+                session.out.line("  ".join(_lines(report)))
+                session.out.flush()
+            if seen == times:
+                return
+
+
+def _rate(text: str | None) -> float | None:
+    """Bytes per second: a number with k, M, G or T, times 1000, or with Ki, Mi, Gi or Ti, times 1024."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?(/s)?", text.strip().lower())
+    if found is None or not float(found[1]):
+        raise InvalidInputError(f"--limit {text!r} must be bytes per second, such as 50MB, 800k or 1GiB")
+    return float(found[1]) * (1024 if found[3] else 1000) ** _POWERS[found[2]]
