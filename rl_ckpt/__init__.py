@@ -28,8 +28,11 @@ from rl_ckpt.errors import (
     WorkerFailuresError,
 )
 from rl_ckpt.info import (
+    ArrayChange,
     CheckpointInfo,
     Damage,
+    Diff,
+    LeafChange,
     Preemption,
     Recovery,
     RestoreReport,
@@ -38,11 +41,13 @@ from rl_ckpt.info import (
     Verdict,
     VerifyReport,
 )
+from rl_ckpt.lineage import diff, fork
 from rl_ckpt.plan.retention import BestN, EveryNSteps, KeepRule, LatestN, NewerThan, OnePer, Tagged
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
 from rl_ckpt.store.pending import PendingSave
 
 __all__ = [
+    "ArrayChange",
     "BestN",
     "Catalog",
     "CheckpointError",
@@ -53,11 +58,13 @@ __all__ = [
     "CommitUnknownError",
     "CorruptionError",
     "Damage",
+    "Diff",
     "EveryNSteps",
     "FencedError",
     "InvalidInputError",
     "KeepRule",
     "LatestN",
+    "LeafChange",
     "NewerThan",
     "OnePer",
     "PendingSave",
@@ -79,4 +86,6 @@ __all__ = [
     "VerifyReport",
     "WorkerFailuresError",
     "__version__",
+    "diff",
+    "fork",
 ]

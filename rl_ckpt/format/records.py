@@ -15,15 +15,20 @@ from rl_ckpt.errors import CorruptionError, InvalidInputError
 from rl_ckpt.format.digest import digest
 from rl_ckpt.state.leaves import Json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that this release reads."""
+PLAIN_VERSION = 1
+"""Of a run or manifest whose files are all its own; those of forks have version 2 (docs/format.md, "Forks")."""
 
 RUN_FILE = "run.json"
 WAITING_FILE = "sweep.json"
+BASES = "base/"
+"""How the names of files begin that lie in another run, which this one was forked from."""
 COMMITS, MANIFESTS, SHARDS, PINS, LEASES = "commits/", "manifests/", "shards/", "pins/", "leases/"
 LABELS = "labels/"
 
 
-class RunRecord(msgspec.Struct, frozen=True, tag="run", tag_field="kind"):
+class RunRecord(msgspec.Struct, frozen=True, tag="run", tag_field="kind", omit_defaults=True):
     """A run: created once, never changed."""
 
     version: int
@@ -35,6 +40,13 @@ class RunRecord(msgspec.Struct, frozen=True, tag="run", tag_field="kind"):
     """Release, host and process that created it."""
     create_only: str
     """"probed" where the store kept the create-only promise under a race, "weak" where the user did without."""
+    bases: tuple[str, ...] = ()
+    """Where the files lie whose names begin with `base/0/`, `base/1/` …: urls of other runs, relative to this one where
+    they have no scheme."""
+    held: tuple[str, ...] = ()
+    """By base: the checkpoint there that this run's pin holds; empty where the base lies within this run."""
+    forked_from: str = ""
+    """The run that this one was forked from, as `bases`; for people."""
 
 
 class CommitRecord(msgspec.Struct, frozen=True, tag="commit", tag_field="kind", kw_only=True):
@@ -215,7 +227,10 @@ def decode_run(url: str, data: bytes) -> RunRecord:
         raise InvalidInputError(
             f"{url} has format version {record.version}; this release reads up to {FORMAT_VERSION}: upgrade rl-ckpt"
         )
-    return decode(f"{url}/{RUN_FILE}", data, RunRecord)
+    run = decode(f"{url}/{RUN_FILE}", data, RunRecord)
+    if len(run.held) != len(run.bases):
+        raise CorruptionError(f"{url}/{RUN_FILE} has {len(run.bases)} bases, and pins in {len(run.held)} of them")
+    return run
 
 
 class _Version(msgspec.Struct):
@@ -236,6 +251,29 @@ def commit_number(name: str) -> int | None:
 def manifest_name(checkpoint: str) -> str:
     """File of a checkpoint's manifest."""
     return f"{MANIFESTS}{checkpoint}.json"
+
+
+def based_name(base: int, name: str) -> str:
+    """The name by which a fork calls a shard file of one of its bases."""
+    return f"{BASES}{base}/{name}"
+
+
+def split_base(name: str) -> tuple[int, str] | None:
+    """Number of the base and the name there, of what lies in a base; None for any other name."""
+    if not name.startswith(BASES):
+        return None
+    number, _, rest = name.removeprefix(BASES).partition("/")
+    # What a base has of its own bases lies in it by their names.
+    if not (number.isdecimal() and number.isascii() and (rest.startswith(SHARDS) or split_base(rest))):
+        return None
+    return (int(number), rest) if number == str(int(number)) else None
+
+
+def in_run(name: str) -> str:
+    """A shard file's name in the run that wrote it, whatever its name in a fork."""
+    while (based := split_base(name)) is not None:
+        name = based[1]
+    return name
 
 
 def label_name(checkpoint: str) -> str:

@@ -22,8 +22,10 @@ from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.info import Verdict
 from rl_ckpt.plan.retention import KeepRule, decide
+from rl_ckpt.store import forks
 from rl_ckpt.store.base import ObjectMissingError
 from rl_ckpt.store.labels import LabelReader, Labels, leftovers, missing, put_back
+from rl_ckpt.store.orphans import base_of, checkpoint_of, is_base, is_part, list_parts, unnamed
 from rl_ckpt.store.pins import holders, read_pins
 from rl_ckpt.store.probe import PROBE
 from rl_ckpt.store.run import Run
@@ -91,6 +93,7 @@ class Sweeper:
         self._gone: set[str] = set()  # see take_gone
         self._orphans: dict[str, float] = {}  # name → when it was first seen as one, by this process's clock
         self._sizes: dict[str, int] = {}  # of orphans
+        self._let_go: set[str] = set()  # bases whose pins were removed
         self._clean_at = 0.0  # when to look for half-written objects next, by this process's clock
         self._look = True  # whether there may be orphans that nobody has seen: at first, what a killed writer left
 
@@ -226,11 +229,17 @@ class Sweeper:
         due = {name for name, since in orphans.items() if now - since >= self.grace_s}
         for commit in back:
             named = self._named_by(commit) or frozenset()
-            due -= {name for name in due if name in named or checkpoint_of(name) == commit.id}
+            bases = {base_of(name) for name in named}
+            due -= {name for name in due if name in named | bases or checkpoint_of(name) == commit.id}
         if due:  # pins that came before the records went: whoever set them has found the record there
             due -= self._held(due)
-        store.delete(sorted(due, key=lambda name: (not name.startswith(records.MANIFESTS), name)))  # manifests first
-        self.done.files += len(due)
+        bases = {name for name in due if is_base(name)}
+        # Manifests first.
+        store.delete(sorted(due - bases, key=lambda name: (not name.startswith(records.MANIFESTS), name)))
+        for base in sorted(bases):  # a crash before it: the next writer finds the pin, and removes it
+            forks.let_go(self._run, base)
+            self._let_go.add(base)
+        self.done.files += len(due - bases)
         self.done.bytes += sum(self._sizes.get(name, 0) for name in due)
         self._orphans = {name: since for name, since in orphans.items() if name not in due}
         left = {checkpoint_of(name) for name in self._orphans} | pinned.keys()
@@ -306,10 +315,10 @@ class Sweeper:
             mine = frozenset(self._in_flight)
         small = self.grace_s >= _SMALL_AGE_S
         self.done.partial += store.clean_partial(
-            self.grace_s, lambda name: checkpoint_of(name) in mine if _is_part(name) else not small
+            self.grace_s, lambda name: checkpoint_of(name) in mine if is_part(name) else not small
         )
         if not small:
-            self.done.partial += store.clean_partial(_SMALL_AGE_S, _is_part)
+            self.done.partial += store.clean_partial(_SMALL_AGE_S, is_part)
         self._clean_at = now + again_s
 
     def _find_orphans(self, live: Sequence[CommitRecord]) -> list[str]:
@@ -321,13 +330,13 @@ class Sweeper:
             if known is None:
                 return []  # an unreadable manifest may name any file: better to keep too much
             named |= known
-        listed = [*self._run.store.list(records.MANIFESTS), *self._run.store.list(records.SHARDS)]
+        listed = list_parts(self._run)
         with self._lock:  # after the listing: whoever wrote a listed file was in flight before it
             checkpoints = {commit.id for commit in live} | self._in_flight.keys()
             named = named.union(*self._in_flight.values())
-        found = [i for i in listed if i.name not in named and checkpoint_of(i.name) not in checkpoints]
+        found = unnamed(self._run, listed, named, checkpoints)
         self._sizes = {item.name: item.size_bytes for item in found}
-        return [item.name for item in found]
+        return [item.name for item in found if item.name not in self._let_go]
 
     def _names(self, prefix: str) -> list[str]:
         return [item.name for item in self._run.store.list(prefix)]
@@ -353,15 +362,3 @@ class Sweeper:
         pins, over = read_pins(self._run.store, self.clock.now(), self.store_now)
         self._run.store.delete(over)
         return holders(pins)
-
-
-def _is_part(name: str) -> bool:
-    """Whether an object is of one checkpoint."""
-    return name.startswith((records.MANIFESTS, records.SHARDS))
-
-
-def checkpoint_of(name: str) -> str:
-    """The checkpoint that a manifest or shard file was written for."""
-    if name.startswith(records.MANIFESTS):
-        return name.removeprefix(records.MANIFESTS).removesuffix(".json")
-    return name.removeprefix(records.SHARDS).split("/")[0]

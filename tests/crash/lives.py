@@ -219,7 +219,7 @@ def recover(world: World, url: str, told: Told) -> None:
     """The next process saves; after its sweep there is nothing that no checkpoint names."""
     world.age(url)
     later = SimpleNamespace(time=lambda: time.time() + 7200, monotonic=time.monotonic)  # pins of the dead have expired
-    too = mock.patch.object(Sweeper, "store_now", later.time)
+    too = mock.patch.object(Sweeper, "store_now", return_value=later.time())
     with mock.patch.object(sweep_module, "time", later), too, process(world.other(url)):
         ckpt = _checkpointer(url)
         _save(ckpt, 21, told)
