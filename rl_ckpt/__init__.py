@@ -30,12 +30,14 @@ from rl_ckpt.info import (
     CheckpointInfo,
     Damage,
     Preemption,
+    PrefetchReport,
     Recovery,
     RestoreReport,
     SuperviseReport,
     VerifyReport,
 )
 from rl_ckpt.plan.retention import EveryNSteps, KeepRule, LatestN
+from rl_ckpt.prefetching import Prefetch, prefetch
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
 from rl_ckpt.store.pending import PendingSave
 
@@ -56,6 +58,8 @@ __all__ = [
     "PendingSave",
     "PerRank",
     "Preemption",
+    "Prefetch",
+    "PrefetchReport",
     "Recovery",
     "Replicated",
     "RestoreReport",
@@ -69,4 +73,5 @@ __all__ = [
     "VerifyReport",
     "WorkerFailuresError",
     "__version__",
+    "prefetch",
 ]

@@ -33,6 +33,7 @@ from rl_ckpt.runtime.messages import (
 )
 from rl_ckpt.runtime.owners import Owners, User
 from rl_ckpt.runtime.owners_kept import KeptOwners, dead_jobs
+from rl_ckpt.runtime.prefetch_messages import PrefetchOrder
 from rl_ckpt.runtime.spec import RunSpec
 
 _DEATH_KNOWN_S = 5.0  # within which Ray knows that a driver was killed
@@ -182,6 +183,16 @@ class Coordinator(CoordinatorWork):
         """
         return await self._servers.held_chunk(self._restore_work.held(chunk, size_bytes), chunk, size_bytes)
 
+    async def prefetch(self, data: bytes) -> bytes:
+        """A checkpoint of the store is to be brought into the nodes' memory; answers once that is begun."""
+        order = self._read(data, PrefetchOrder)
+        await self._adopt()
+        return self._reply(self._prefetches.begin(order))
+
+    async def prefetched(self, checkpoint: str) -> bytes:
+        """Answers once the prefetch of a checkpoint is over."""
+        return self._reply(await self._prefetches.wait(checkpoint))
+
     async def attach(self, user: str) -> None:
         """A Checkpointer uses the run's actors."""
         self._take_care()
@@ -230,6 +241,7 @@ class Coordinator(CoordinatorWork):
             self._spec = spec
             self._servers.configure(spec)
         self._tier_work.configure(spec)
+        self._prefetches.configure(spec)
         self._save_work.configure(spec, anew)
         self._restore_work.configure(spec, anew)
 
