@@ -1,4 +1,4 @@
-"""Prefetch on a real cluster: the store is read once, before the restore, and what fails there is left to the restore."""
+"""Prefetch on a real cluster: the store is read once, before the restore; what fails there is left to the restore."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.ray.holders import (
     give,
     kill_process,
     link,
-    number_of_sets,
     on_nodes,
     pid_of,
     same,
     server_stats,
     servers,
     several_nodes,
+    spec_of,
     states_of,
     total,
     until,
@@ -40,13 +40,16 @@ from tests.store.faulty_proxy import Fault, Proxy, run_proxy
 CHUNK = 1 << 18
 WORLD = 3
 SHARED, OWN = 8 * 300_000, 8 * 40_000
-UNIQUE = SHARED + WORLD * OWN
+
+
+def common(step: int) -> dict[str, Any]:
+    """What all ranks share, and an array without values."""
+    return {"w": np.arange(300_000) + 7 * step, "none": np.zeros(0), "step": step}
 
 
 def state(rank: int, step: int = 0) -> dict[str, Any]:
-    """What all share, what is each rank's own, and an array without values."""
-    own = np.full(40_000, 100.0 * rank + step) + np.arange(40_000)
-    return {"w": np.arange(300_000) + 7 * step, "own": own, "none": np.zeros(0)}
+    """And what is each rank's own."""
+    return common(step) | {"own": np.full(40_000, 100.0 * rank + step) + np.arange(40_000)}
 
 
 @pytest.fixture(scope="module")
@@ -107,67 +110,80 @@ class Store:
         return prefetch(self.url, storage_options=self.options, **how)
 
 
-@pytest.fixture
-def store(moto_server: S3Server) -> Iterator[Store]:
-    with run_proxy(moto_server) as proxy:
-        yield Store(moto_server, proxy)
-
-
-def saved(store: Store, workers: list[Any], *steps: int) -> list[str]:
-    """Checkpoints that another cluster made, say: nothing of them is in memory any more."""
-    ids = []
-    with store.run() as ckpt:
-        for step in steps or (1,):
-            give(workers, [state(rank, step) for rank in range(WORLD)])
-            ids.append(ckpt.save(step, workers).result(WAIT_S).id)
-    assert not actors()
-    give(workers, [state(9, 99)] * WORLD)
-    return ids
-
-
 def actors() -> list[str]:
     return [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE]
 
 
-def restored(ckpt: Checkpointer, workers: list[Any], step: int = 1, **how: Any) -> Any:
-    report = ckpt.restore(workers, **how)
-    assert report.step == step
-    for rank, found in enumerate(states_of(workers)):
-        same(found, state(rank, step))
+@pytest.fixture
+def store(moto_server: S3Server) -> Iterator[Store]:
+    with run_proxy(moto_server) as proxy:
+        made = Store(moto_server, proxy)
+        yield made
+        if actors():  # of a prefetch that nobody restored from, or of a test that failed
+            with made.run() as ckpt:
+                spec_of(ckpt)
+
+
+def saved(store: Store, workers: list[Any], *steps: int) -> list[str]:
+    """Checkpoints that another cluster made, say, of what all ranks share: nothing of them is in memory."""
+    with store.run() as ckpt:
+        ids = [ckpt.save_state(step, common(step)).result(WAIT_S).id for step in steps or (1,)]
+    give(workers, [common(99)] * WORLD)
+    return ids
+
+
+def saved_by_ranks(store: Store, workers: list[Any]) -> str:
+    """The same of what the ranks have, saved by this cluster and let go."""
+    with store.run() as ckpt:
+        give(workers, [state(rank, 1) for rank in range(WORLD)])
+        checkpoint = ckpt.save(1, workers).result(WAIT_S).id
+    assert not actors()
     give(workers, [state(9, 99)] * WORLD)
+    return checkpoint
+
+
+def restored(ckpt: Checkpointer, workers: list[Any], expected: int = 1, **how: Any) -> Any:
+    report = ckpt.restore(workers, **how)
+    assert report.step == expected
+    for found in states_of(workers):
+        same(found, common(expected))
+    give(workers, [common(99)] * WORLD)
     return report
 
 
 def whole(report: PrefetchReport) -> None:
     """All of it is in memory, and nothing went wrong."""
-    assert (report.bytes, report.bytes_left) == (UNIQUE, 0)
+    assert (report.bytes, report.bytes_left) == (SHARED, 0)
     assert (dict(report.damaged), dict(report.fell_back), report.notices) == ({}, {}, ())
 
 
 def test_a_restore_after_a_prefetch_reads_nothing_from_the_store(store: Store, workers: list[Any]) -> None:
-    (checkpoint,) = saved(store, workers)
+    checkpoint = saved_by_ranks(store, workers)
+    unique = SHARED + WORLD * OWN
     before = store.reads()
     handle = store.prefetch()
     assert (handle.step, handle.checkpoint) == (1, checkpoint)
     report = handle.result(WAIT_S)
-    whole(report)
-    assert report.bytes_fetched == sum(report.nodes.values()) == UNIQUE
+    assert (report.bytes, report.bytes_left, report.damaged, report.notices) == (unique, 0, {}, ())
+    assert report.bytes_fetched == sum(report.nodes.values()) == unique
     assert len(report.nodes) == 3
-    assert max(report.nodes.values()) <= UNIQUE / 3 + CHUNK, "level, but for a chunk"
+    assert max(report.nodes.values()) <= unique / 3 + CHUNK, "level, but for a chunk"
     assert store.reads() > before
     with store.run() as ckpt:
         stats = server_stats(ckpt)
-        assert UNIQUE <= total(stats, "store_bytes_read") <= 1.01 * UNIQUE, "each chunk left the store once"
+        assert unique <= total(stats, "store_bytes_read") <= 1.01 * unique, "each chunk left the store once"
         complete(ckpt, 6)
         before = store.reads()
-        back = restored(ckpt, workers)
+        back = ckpt.restore(workers)
+        for rank, found in enumerate(states_of(workers)):
+            same(found, state(rank, 1))
         assert set(back.bytes_from) == {"memory", "peers_memory"}
         assert sum(back.bytes_from.values()) == WORLD * (SHARED + OWN)
         assert store.reads() == before
         assert total(server_stats(ckpt), "store_bytes_read") == total(stats, "store_bytes_read")
         assert (back.repaired, back.fell_back) == ({}, {})
         # Training goes on as after any restore, and a newer checkpoint takes the place of this one.
-        give(workers, [state(rank, 2) for rank in range(WORLD)])
+        give(workers, [common(2)] * WORLD)
         newer = ckpt.save(2, workers).result(WAIT_S)
         until(lambda: run_status(store.url, storage_options=store.options).service.in_memory == (newer.id,), "it went")
         assert restored(ckpt, workers, 2).fell_back == {}
@@ -197,15 +213,14 @@ def test_a_restore_during_a_prefetch_waits_for_it_and_each_chunk_leaves_the_stor
             assert not handle.done()
             progress = handle.progress()
             assert progress is not None
-            assert (progress.step, progress.bytes, progress.under_way) == (1, UNIQUE, True)
-            assert progress.bytes_in_memory < UNIQUE
-            assert number_of_sets(workers) == [0] * WORLD
+            assert (progress.step, progress.bytes, progress.under_way) == (1, SHARED, True)
+            assert progress.bytes_in_memory < SHARED
         restoring.join(WAIT_S)
         assert set(reports[0].bytes_from) == {"memory", "peers_memory"}
-        for rank, found in enumerate(states_of(workers)):
-            same(found, state(rank, 1))
+        for found in states_of(workers):
+            same(found, common(1))
         whole(handle.result(WAIT_S))
-        assert UNIQUE <= total(server_stats(ckpt), "store_bytes_read") <= 1.01 * UNIQUE
+        assert SHARED <= total(server_stats(ckpt), "store_bytes_read") <= 1.01 * SHARED
 
 
 def test_a_damaged_chunk_is_left_out_and_said_and_the_restore_deals_with_it(store: Store, workers: list[Any]) -> None:
@@ -232,7 +247,7 @@ def test_what_has_no_room_is_left_to_the_store(store: Store, workers: list[Any])
     report = store.prefetch(memory_bytes=limit).result(WAIT_S)
     assert report.bytes - report.bytes_left == report.bytes_fetched <= 3 * limit
     assert report.bytes_fetched > 2 * limit, "all that fits"
-    assert f"{report.bytes_left} of {UNIQUE} bytes have no room" in report.notices[0]
+    assert f"{report.bytes_left} of {SHARED} bytes have no room" in report.notices[0]
     with store.run() as ckpt:
         read = total(server_stats(ckpt), "store_bytes_read")
         assert all(one["bytes_held"] <= limit for one in server_stats(ckpt).values()), "copies counted"
@@ -258,7 +273,7 @@ def test_a_run_that_is_not_there_or_has_no_checkpoint_starts_nothing(store: Stor
 def test_what_is_newer_and_in_memory_already_is_not_replaced(store: Store, workers: list[Any]) -> None:
     with store.run(persist_every=2) as ckpt:
         for step in (1, 2):
-            give(workers, [state(rank, step) for rank in range(WORLD)])
+            give(workers, [common(step)] * WORLD)
             info = ckpt.save(step, workers).result(WAIT_S)
         assert not info.in_store
         before = store.reads()
