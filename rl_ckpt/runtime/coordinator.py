@@ -241,7 +241,6 @@ class Coordinator(CoordinatorWork):
             self._spec = spec
             self._servers.configure(spec)
         self._tier_work.configure(spec)
-        self._prefetches.configure(spec)
         self._save_work.configure(spec, anew)
         self._restore_work.configure(spec, anew)
 

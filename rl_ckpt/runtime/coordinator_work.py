@@ -80,7 +80,7 @@ class CoordinatorWork:
         self._idle = asyncio.Event()
         self._idle.set()
         self._flushing = Flushing(self._saves, self._tier, self._save_work, self._do, self._idle)
-        self._prefetches = PrefetchWork(spec, self._servers, self._tier_work, self._do, self._something)
+        self._prefetches = PrefetchWork(self._servers, self._tier_work, self._do, self._something)
         self._status = StatusWork(self._saves, self._restores, self._tier, self._servers, self._prefetches.status)
         self._counts = {"messages": 0, "bytes_in": 0, "bytes_out": 0, "largest": 0, "repeats": 0}
 

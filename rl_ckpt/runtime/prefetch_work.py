@@ -26,7 +26,6 @@ from rl_ckpt.plan.prefetch import Dealt, Key, Stored, deal_parts, names_of, plac
 from rl_ckpt.runtime.messages import Failure, FetchItem, Ok
 from rl_ckpt.runtime.prefetch_messages import BringDone, BringOrder, PrefetchDone, PrefetchOrder
 from rl_ckpt.runtime.server_calls import Servers
-from rl_ckpt.runtime.spec import RunSpec
 from rl_ckpt.runtime.status import PrefetchStatus
 from rl_ckpt.runtime.tier_steps import Bring, Release
 from rl_ckpt.runtime.tier_work import TierWork
@@ -66,7 +65,6 @@ class PrefetchWork:
 
     def __init__(
         self,
-        spec: RunSpec,
         servers: Servers,
         tier: TierWork,
         tell: Callable[[Iterable[Any]], None],
@@ -75,23 +73,17 @@ class PrefetchWork:
         """None is under way.
 
         Args:
-            spec: The run.
             servers: Of the run.
-            tier: The memory tier.
+            tier: The run's memory tier.
             tell: Takes instructions of its brain, to have them carried out.
             news: Waits until something has happened.
         """
-        self._spec = spec
         self._servers = servers
         self._tier = tier
         self._tell = tell
         self._news = news
         self._all: OrderedDict[str, _Prefetch] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
-
-    def configure(self, spec: RunSpec) -> None:
-        """Takes a driver's options."""
-        self._spec = spec
 
     # What drivers ask.
 
@@ -101,8 +93,8 @@ class PrefetchWork:
         Returns:
             `Ok` where it is on its way, or in memory: `wait` tells.
         """
-        if not self._spec.options.memory_tier:
-            text = f"{self._spec.url} is saved with memory_tier=False: its service keeps no checkpoint in memory"
+        if not self._tier.spec.options.memory_tier:
+            text = f"{self._tier.spec.url} is saved with memory_tier=False: its service keeps no checkpoint in memory"
             return Failure.of(InvalidInputError(text))
         under_way = self._all.get(order.record.id)
         if under_way is not None and not under_way.done.is_set():
@@ -166,7 +158,7 @@ class PrefetchWork:
         one = self._all.get(checkpoint)
         if one is not None:
             try:
-                await asyncio.wait_for(one.brought.wait(), self._spec.options.write_timeout_s)
+                await asyncio.wait_for(one.brought.wait(), self._tier.spec.options.write_timeout_s)
             except TimeoutError:
                 return
 
@@ -238,8 +230,8 @@ class PrefetchWork:
     async def _rooms(self, one: _Prefetch) -> dict[str, int]:
         """Starts a server on each node; by server, how many bytes it may take."""
         await self._tier.watch.look()
-        limit = self._spec.options.memory_bytes if one.order.memory_bytes is None else one.order.memory_bytes
-        names = [self._spec.server(node) for node in one.order.nodes]
+        limit = self._tier.spec.options.memory_bytes if one.order.memory_bytes is None else one.order.memory_bytes
+        names = [self._tier.spec.server(node) for node in one.order.nodes]
         found = await asyncio.gather(*(self._room(name) for name in names))
         room: dict[str, int] = {}
         for name, free in zip(names, found, strict=True):
@@ -253,7 +245,7 @@ class PrefetchWork:
 
     async def _room(self, server: str) -> int | str:
         """Bytes of shared memory that a server's node has free, or why it can't take part."""
-        limit_s = self._spec.options.join_timeout_s
+        limit_s = self._tier.spec.options.join_timeout_s
         try:
             async with asyncio.timeout(limit_s):
                 await self._tier.ensure(server)
@@ -269,25 +261,31 @@ class PrefetchWork:
 
     async def _bring(self, server: str, part: Part) -> None:
         """Has a server bring a part in, and tells the tier what came of it: also where it never answers."""
-        brain, limit_s = self._tier.brain, self._spec.options.write_timeout_s
-        refused = partial(brain.not_held, part.checkpoint, part.name, server)
+        brain, limit_s = self._tier.brain, self._tier.spec.options.write_timeout_s
         try:
             async with asyncio.timeout(limit_s):
                 await self._tier.ensure(server)
                 done: BringDone = await self._tier.ask(server, "bring", partial(self._order, part), BringDone)
         except TimeoutError:
-            self._tell(refused(f"shard server {server} did not answer within {limit_s} s"))
+            self._refused(server, part, f"shard server {server} did not answer within {limit_s} s")
             self._tell([Release(server, part.name)])  # it may have it by now, or later, and nobody would know
         except CheckpointError as error:
-            self._tell(refused(str(error)))
+            self._refused(server, part, str(error))
         except Exception as error:  # noqa: BLE001 - a bug of ours must not keep a restore waiting
-            self._tell(refused(f"internal error in the coordinator: {type(error).__name__}: {error}"))
+            self._refused(server, part, f"internal error in the coordinator: {type(error).__name__}: {error}")
         else:
             self._take(server, part, done)
             if done.path:
                 self._tell(brain.brought(server, done.part, done.path))
             else:
                 self._tell(brain.not_stored(part.checkpoint, part.name, server))
+
+    def _refused(self, server: str, part: Part, why: str) -> None:
+        """A server can't have a part: another one is asked, if there is any."""
+        one = self._all.get(part.checkpoint)
+        if one is not None:
+            one.notices.append(why)
+        self._tell(self._tier.brain.not_held(part.checkpoint, part.name, server, why))
 
     def _take(self, server: str, part: Part, done: BringDone) -> None:
         one = self._all.get(part.checkpoint)

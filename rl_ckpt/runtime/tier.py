@@ -399,10 +399,12 @@ class Tier(KeptCheckpoints):
     def _retire(self) -> list[Instruction]:
         """Gives up what a newer checkpoint replaces."""
         checkpoints = [kept for kept in self._kept.values() if kept.done is not None]
-        newest = next((i for i in range(len(checkpoints) - 1, -1, -1) if checkpoints[i].settled), -1)
+        # One of the store that did not come takes nobody's place.
+        over = [k.settled and not (k.prefetched and not _held(k)) for k in checkpoints]
+        newest = max((i for i, takes_place in enumerate(over) if takes_place), default=-1)
         out: list[Instruction] = []
         for i, kept in enumerate(checkpoints):
-            nothing = kept.settled and not any(piece.holders or piece.asked for piece in kept.pieces.values())
+            nothing = kept.settled and not _held(kept)
             if (i < newest or nothing) and not kept.users:
                 out += self._release(kept)
         return out
@@ -416,6 +418,11 @@ class Tier(KeptCheckpoints):
             # Of those that were asked, `held` comes later, and is answered in the same way.
         ]
         return out if kept.generation is None else [*out, GenerationFree(kept.generation)]
+
+
+def _held(kept: Kept) -> bool:
+    """Whether anybody has, or is to have, anything of it."""
+    return any(piece.holders or piece.asked for piece in kept.pieces.values())
 
 
 def _newest(found: Mapping[str, Found]) -> Remembered | None:

@@ -83,6 +83,11 @@ class TierWork:
         if not spec.options.memory_tier:  # what only memory has stays until the next commit
             self._tell(self.brain.make_room())
 
+    @property
+    def spec(self) -> RunSpec:
+        """Of the run, with the options of who saves."""
+        return self._spec
+
     def forget(self) -> None:
         """What is held is given up: it is of no use any more."""
         self._tell(self.brain.forget())

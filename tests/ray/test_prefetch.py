@@ -14,7 +14,7 @@ import ray
 from rl_ckpt import Checkpointer, Prefetch, PrefetchReport, prefetch
 from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError, SaveTimeoutError
 from rl_ckpt.runtime.spec import NAMESPACE
-from rl_ckpt.runtime.status import run_status
+from rl_ckpt.runtime.status import ServiceStatus, run_status
 from tests.ray.holders import (
     HEALTH,
     WAIT_S,
@@ -106,6 +106,12 @@ class Store:
     def run(self, **options: Any) -> Checkpointer:
         return Checkpointer(self.url, storage_options=self.options, chunk_bytes=CHUNK, **options)
 
+    def service(self) -> ServiceStatus:
+        """What the run's coordinator says."""
+        found = run_status(self.url, storage_options=self.options).service
+        assert found is not None
+        return found
+
     def prefetch(self, **how: Any) -> Prefetch:
         return prefetch(self.url, storage_options=self.options, **how)
 
@@ -185,7 +191,7 @@ def test_a_restore_after_a_prefetch_reads_nothing_from_the_store(store: Store, w
         # Training goes on as after any restore, and a newer checkpoint takes the place of this one.
         give(workers, [common(2)] * WORLD)
         newer = ckpt.save(2, workers).result(WAIT_S)
-        until(lambda: run_status(store.url, storage_options=store.options).service.in_memory == (newer.id,), "it went")
+        until(lambda: store.service().in_memory == (newer.id,), "the older one went")
         assert restored(ckpt, workers, 2).fell_back == {}
     assert not actors()
 
@@ -201,13 +207,7 @@ def test_a_restore_during_a_prefetch_waits_for_it_and_each_chunk_leaves_the_stor
             reports: list[Any] = []
             restoring = threading.Thread(target=lambda: reports.append(ckpt.restore(workers)))
             restoring.start()
-
-            def phases() -> list[str]:
-                service = run_status(store.url, storage_options=store.options).service
-                assert service is not None
-                return [one.phase for one in service.restores]
-
-            until(lambda: phases() == ["awaiting"], "the restore waits")
+            until(lambda: [one.phase for one in store.service().restores] == ["awaiting"], "the restore waits")
             with pytest.raises(SaveTimeoutError, match="still being brought in"):
                 handle.result(0.01)
             assert not handle.done()
