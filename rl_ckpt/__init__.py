@@ -34,6 +34,7 @@ from rl_ckpt.info import (
     Diff,
     LeafChange,
     Preemption,
+    PrefetchReport,
     Recovery,
     RestoreReport,
     SuperviseReport,
@@ -43,6 +44,7 @@ from rl_ckpt.info import (
 )
 from rl_ckpt.lineage import diff, fork
 from rl_ckpt.plan.retention import BestN, EveryNSteps, KeepRule, LatestN, NewerThan, OnePer, Tagged
+from rl_ckpt.prefetching import Prefetch, prefetch
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
 from rl_ckpt.store.pending import PendingSave
 
@@ -70,6 +72,8 @@ __all__ = [
     "PendingSave",
     "PerRank",
     "Preemption",
+    "Prefetch",
+    "PrefetchReport",
     "Recovery",
     "Replicated",
     "RestoreReport",
@@ -88,4 +92,5 @@ __all__ = [
     "__version__",
     "diff",
     "fork",
+    "prefetch",
 ]

@@ -121,7 +121,7 @@ class PrefetchStatus:
     bytes: int
     """To be brought in, each chunk once."""
     bytes_in_memory: int
-    """Of them, that are in some node's memory, whole parts only."""
+    """Of them, that are in some node's memory."""
     under_way: bool
     """Whether more is on its way."""
 

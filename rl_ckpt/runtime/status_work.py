@@ -6,6 +6,7 @@ Owns: since when something is in its state (the machines know no clock). Looks a
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -65,12 +66,13 @@ class StatusWork:
 
     async def now(self) -> bytes:
         """A `ServiceStatus`, as msgpack."""
-        servers = await asyncio.gather(*(self._server(name) for name in self._servers.names()))
+        found = await asyncio.gather(*(self._server(name) for name in self._servers.names()))
+        servers = [server for server, _ in found]
         counts = self._tier.counts()
         status = ServiceStatus(
             tuple(_save(save, *self._ages(save.token)) for save in self._saves.under_way_now()),
             tuple(_restore(restore, *self._ages(restore.token)) for restore in self._restores.under_way_now()),
-            self._prefetch(),
+            self._with(sum(coming for _, coming in found)),
             tuple(servers),
             counts["bytes_held"],
             counts["parts_held"],
@@ -84,13 +86,21 @@ class StatusWork:
         _, state, first = self._since.get(token, ("", now, now))
         return now - state, now - first
 
-    async def _server(self, name: str) -> ServerStatus:
+    def _with(self, bytes_coming: int) -> PrefetchStatus | None:
+        """The prefetch, with what there is of parts that are not whole yet."""
+        prefetch = self._prefetch()
+        if prefetch is None or not prefetch.under_way:
+            return prefetch
+        there = min(prefetch.bytes, prefetch.bytes_in_memory + bytes_coming)
+        return dataclasses.replace(prefetch, bytes_in_memory=there)
+
+    async def _server(self, name: str) -> tuple[ServerStatus, int]:
         try:
             async with asyncio.timeout(_ANSWER_S):
                 found: Mapping[str, Any] = await self._servers.get(name).stats.remote()
         except (CheckpointError, ray.exceptions.RayError, TimeoutError):
-            return ServerStatus(name, False)
-        return ServerStatus(
+            return ServerStatus(name, False), 0
+        status = ServerStatus(
             name,
             True,
             found["parts_held"],
@@ -100,6 +110,7 @@ class StatusWork:
             found["store_retries"],
             found["bytes_from_peers"],
         )
+        return status, found["bytes_coming"]
 
 
 def _save(save: Save, state_s: float, seconds: float) -> SaveStatus:

@@ -69,7 +69,7 @@ class Servers:
         if name == "server-1":
             raise StorageError("it is gone")
         names = ("parts_held", "bytes_held", "store_bytes_read", "store_bytes_written", "store_retries")
-        stats = dict(zip((*names, "bytes_from_peers"), range(1, 7), strict=True))
+        stats = dict(zip((*names, "bytes_from_peers", "bytes_coming"), (1, 2, 3, 4, 5, 6, 3), strict=True))
 
         async def answer() -> dict[str, int]:
             return stats
@@ -86,7 +86,7 @@ def test_saves_and_restores_under_way_are_told_with_their_states_and_since_when(
     prefetch = PrefetchStatus(1, "1-a", 8, 4, True)
     machines = saves.machine, restores.machine, Tier(Options()), Servers()
     work = StatusWork(*machines, lambda: prefetch, clock)  # type: ignore[arg-type]
-    assert look(work) == ServiceStatus((), (), prefetch, look(work).servers)
+    assert look(work) == ServiceStatus((), (), look(work).prefetch, look(work).servers)
 
     saves.join(0, 7)
     work.note()
@@ -121,7 +121,7 @@ def test_saves_and_restores_under_way_are_told_with_their_states_and_since_when(
         ("server-0", True, 1, 2, 6),
         ("server-1", False, 0, 0, 0),
     ]
-    assert status.prefetch == prefetch
+    assert status.prefetch == PrefetchStatus(1, "1-a", 8, 7, True), "with what is coming on the one that answers"
     assert json.loads(json.dumps(dataclasses.asdict(status)))["saves"][0]["step"] == 7
 
 
