@@ -13,7 +13,7 @@ from rl_ckpt.cli.doctor import Finding, look_at_machine, look_at_store
 from rl_ckpt.cli.listing import Ref, Run
 from rl_ckpt.cli.place import ref, run_and_refs, run_and_rest
 from rl_ckpt.cli.progress import Meter
-from rl_ckpt.cli.text import count, duration, short, size
+from rl_ckpt.cli.text import count, duration, short, size, spoken
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.info import Damage, VerifyReport
 
@@ -65,7 +65,7 @@ def _damage(item: Damage) -> list[tuple[str, object]]:
     pairs += [("leaves", short(", ".join(item.paths), 400))] if item.paths else []
     pairs += [("needed by", short(", ".join(item.checkpoints), 400))] if item.checkpoints else []
     pairs += [("repaired from", item.repaired_from)] if item.repaired_from is not None else []
-    return pairs + ([("what to do", item.advice)] if item.advice else [])
+    return pairs + ([("what to do", spoken(item.advice))] if item.advice else [])
 
 
 def _doctor(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
 from rl_ckpt.errors import InvalidInputError
+
+_REACH_S = 5.0
 
 Address = Annotated[
     str | None,
@@ -30,14 +33,37 @@ def connected(address: str | None) -> Iterator[None]:
 
     import ray
 
+    if ray.is_initialized():  # whoever runs a command in a process of his own cluster's
+        yield
+        return
+    _check_reached(address)
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InvalidInputError(
-            f"no Ray cluster at {address!r}: {str(error).strip().splitlines()[0]}. Give the address that `ray status` "
-            "shows, or leave --address and $RAY_ADDRESS out to do without a cluster"
-        ) from error
+        raise _nobody(address, str(error).strip().splitlines()[0]) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_reached(address: str) -> None:
+    """Fails at once where nothing listens, for which Ray takes a minute.
+
+    Raises:
+        InvalidInputError: Nothing does.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_S).close()
+    except (OSError, OverflowError) as error:
+        raise _nobody(address, str(error)) from error
+
+
+def _nobody(address: str, why: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"no Ray cluster at {address!r}: {why}. Start one (`ray start --head`), or give its head's address, such as "
+        "10.0.0.1:6379, with --address or in $RAY_ADDRESS"
+    )

@@ -7,6 +7,7 @@ output. Starts no Ray.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
@@ -17,11 +18,13 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from rl_ckpt._version import __version__
 from rl_ckpt.cli.text import count, duration, size, when
 from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptionError, InvalidInputError, StorageError
+from rl_ckpt.format.records import RUN_FILE
 from rl_ckpt.store.base import Store
 from rl_ckpt.store.lease import holder
 from rl_ckpt.store.probe import PROBE, probe_create_only
@@ -201,6 +204,7 @@ def _masked(key: str) -> str:
 def _writing(store: Store) -> Iterator[Finding]:
     """Rights, and promises that only writing shows."""
     name, data = f"{PROBE}doctor-{uuid.uuid4().hex}", b"written by rl-ckpt doctor"
+    made = _folders_to_make(store)
     before = time.time()
     wrote = _tried("write", lambda: _nothing(store.put(name, [data])))
     after = time.time()
@@ -213,7 +217,16 @@ def _writing(store: Store) -> Iterator[Finding]:
         yield _tried("create-only PUT", lambda: _race(store))
     finally:
         deleted = _tried("delete", lambda: _nothing(store.delete([name])), f"{store.object_url(name)} is left there")
+        for folder in made:
+            with contextlib.suppress(OSError):  # not empty: somebody saves there by now
+                os.rmdir(folder)
     yield deleted
+
+
+def _folders_to_make(store: Store) -> list[Path]:
+    """Of a local run, the folders down to it that are not there yet, the innermost first."""
+    path = store.local_path(RUN_FILE)
+    return [] if path is None else [folder for folder in Path(path).parents if not folder.exists()]
 
 
 def _nothing(_: None) -> str:
