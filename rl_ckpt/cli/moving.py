@@ -215,4 +215,5 @@ def _bytes(text: str, option: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
     if found is None or not float(found[1]):
         raise InvalidInputError(f"{option} {text!r} must be a number of bytes, such as 800k, 50MB or 1GiB")
-    return float(found[1]) * (1024 if found[3] else 1000) ** _POWERS[found[2]]
+    unit: int = (1024 if found[3] else 1000) ** _POWERS[found[2]]
+    return float(found[1]) * unit

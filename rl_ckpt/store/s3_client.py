@@ -104,12 +104,13 @@ class S3Connection:
 
     def last_get(self) -> tuple[BulkSession, Sent] | None:
         """The last GET of a whole object, and the session that sent it; None where it is not one of ours."""
-        client = self._filesystem()._s3
-        session = client._endpoint.http_session if client is not None else None
-        signer = client._request_signer if client is not None else None
-        if not isinstance(session, BulkSession) or session.last_get is None or signer._credentials is None:
+        client: Any = self._filesystem()._s3
+        if client is None:
             return None
-        keys = self.run(_frozen(signer._credentials))
+        session, credentials = client._endpoint.http_session, client._request_signer._credentials
+        if not isinstance(session, BulkSession) or session.last_get is None or credentials is None:
+            return None
+        keys = self.run(_frozen(credentials))
         return session, Sent(*session.last_get, keys.secret_key)
 
     def era(self) -> object:

@@ -67,9 +67,7 @@ def test_repair(cli: Cli, run: Path, ids: dict[int, str]) -> None:
     cli("verify", run)
 
 
-def test_progress_elsewhere_than_on_a_terminal_is_a_line(
-    cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_progress_elsewhere_than_on_a_terminal_is_a_line(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli("verify", run).stderr == ""
     monkeypatch.setattr(progress, "EVERY_S", 0)
     lines = cli("verify", run).stderr.splitlines()
@@ -199,7 +197,11 @@ def test_doctor_without_credentials_or_server_or_bucket(moto_server: S3Server) -
 
 
 def test_secrets_are_shown_nowhere(monkeypatch: pytest.MonkeyPatch, cli: Cli, moto_server: S3Server) -> None:
-    env = {**moto_server.environment(), "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE", "AWS_SECRET_ACCESS_KEY": "hush-hush"}
+    env = {
+        **moto_server.environment(),
+        "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE",
+        "AWS_SECRET_ACCESS_KEY": "hush-hush",
+    }
     shown = cli("doctor", f"s3://{moto_server.new_bucket()}/run", env=env).output
     assert "access key AKIA…LE from env" in shown
     assert "hush" not in shown

@@ -49,7 +49,10 @@ def test_fork(cli: Cli, run: Path, tmp_path: Path, ids: dict[int, str]) -> None:
 
 
 def test_forks_that_cannot_be(cli: Cli, run: Path, tmp_path: Path) -> None:
-    assert "no checkpoint of step 7; its steps are 100, 200, 300" in cli("fork", run, tmp_path / "f", "--at", 7, code=3).stderr
+    assert (
+        "no checkpoint of step 7; its steps are 100, 200, 300"
+        in cli("fork", run, tmp_path / "f", "--at", 7, code=3).stderr
+    )
     assert "no run at" in cli("fork", tmp_path / "none", tmp_path / "f", code=3).stderr
     assert not (tmp_path / "f").exists()
     first = tmp_path / "first"
