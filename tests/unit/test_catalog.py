@@ -20,10 +20,12 @@ from rl_ckpt import (
     InvalidInputError,
     LatestN,
     RunOwnedError,
+    StorageError,
 )
 from rl_ckpt.format import records
 from rl_ckpt.format.records import LabelRecord, PinRecord
 from rl_ckpt.store.base import Store
+from rl_ckpt.store.committer import Committer, SaveRequest
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.urls import open_store
 from tests.unit.trees import assert_same
@@ -274,14 +276,14 @@ def test_a_sweep_does_what_its_dry_run_said(url: str, store: Store) -> None:
 
 
 def test_a_dry_run_beside_a_job_leaves_its_saves_under_way_alone(url: str, store: Store) -> None:
-    with Checkpointer(url, grace_s=0) as ckpt:
-        for step in (1, 2):
-            ckpt.save_state(step, state(step)).result(60)
-        store.put(f"{records.SHARDS}3-abc/s-0.arrow", [b"x" * 1000])
-        dry = Catalog(url).sweep([LatestN(1)], dry_run=True, grace_s=0)
-        assert (dry.files, "owns the run" in dry.notices[0]) == (2, True)
-        assert dry.bytes > 0
-    assert Catalog(url).sweep([LatestN(1)], dry_run=True, grace_s=0).files == 3
+    save(url, 1, 2)
+    committer = Committer(Run.open(url), [], 0.0)
+    store.put(f"{records.SHARDS}{committer.attempt(SaveRequest(3))}/s-0.arrow", [b"x" * 1000])
+    dry = Catalog(url).sweep([LatestN(1)], dry_run=True, grace_s=0)
+    assert (dry.files, "owns the run" in dry.notices[0]) == (1, True), "the manifest of the first"
+    committer.close()
+    assert Catalog(url).sweep([LatestN(1)], dry_run=True, grace_s=0).files == 2
+    assert Catalog(url).sweep([LatestN(1)], grace_s=0).files == 2
 
 
 def test_files_go_when_their_grace_is_over_though_sweeps_are_short(
@@ -322,6 +324,43 @@ def test_a_sweep_with_nothing_to_do_leaves_no_trace(url: str, store: Store) -> N
     report = Catalog(url).sweep([LatestN(2)])
     assert report.deleted == ()
     assert names(store) == before
+
+
+def test_who_may_not_look_for_half_written_objects_sweeps_all_else(
+    url: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(url, 1, 2, 3)
+
+    def refuse(*_: object) -> int:
+        raise StorageError("AccessDenied")
+
+    monkeypatch.setattr(type(store), "clean_partial", refuse)
+    for dry_run in (True, False):
+        report = Catalog(url).sweep([LatestN(1)], dry_run=dry_run, grace_s=0)
+        assert "half-written objects" in report.notices[0]
+        assert "AccessDenied" in report.notices[0]
+        assert (len(report.deleted), report.files) == (2, 3)
+    assert steps(url) == [3]
+
+
+def test_a_store_that_fails_a_sweep_is_told_of_and_the_next_one_goes_on(
+    url: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(url, 1, 2, 3)
+    real = type(store).delete
+
+    def refuse(self: Store, wanted: list[str]) -> None:
+        if any(name.startswith(records.MANIFESTS) for name in wanted):
+            raise StorageError("no more")
+        real(self, wanted)
+
+    monkeypatch.setattr(type(store), "delete", refuse)
+    with pytest.raises(StorageError, match="no more"):
+        Catalog(url).sweep([LatestN(1)], grace_s=0)
+    monkeypatch.undo()
+    assert steps(url) == [3]
+    assert Catalog(url).sweep(grace_s=0).files == 3
+    assert_nothing_left_over(url, store)
 
 
 def test_a_pinned_checkpoint_is_told_of_and_stays(url: str, store: Store) -> None:
