@@ -50,6 +50,8 @@ class Log:
     """The newest epoch record."""
     damaged: dict[str, str] = field(default_factory=dict)
     """Records that can't be read: name → why."""
+    epochs: tuple[EpochRecord, ...] = ()
+    """All epoch records, oldest first."""
 
 
 class CommitLog:
@@ -127,6 +129,7 @@ class CommitLog:
             epochs[-1].owner if epochs else "",
             epochs[-1] if epochs else None,
             damaged,
+            tuple(epochs),
         )
         return log, set(names.values()) - self._known.keys() - damaged.keys()
 
