@@ -10,6 +10,7 @@ Importing the package imports neither Ray nor torch nor jax.
 """
 
 from rl_ckpt._version import __version__
+from rl_ckpt.catalog import Catalog
 from rl_ckpt.checkpointer import Checkpointer
 from rl_ckpt.errors import (
     CheckpointError,
@@ -33,6 +34,8 @@ from rl_ckpt.info import (
     Recovery,
     RestoreReport,
     SuperviseReport,
+    SweepReport,
+    Verdict,
     VerifyReport,
 )
 from rl_ckpt.plan.retention import EveryNSteps, KeepRule, LatestN
@@ -40,6 +43,7 @@ from rl_ckpt.state.declare import PerRank, Replicated, Sharded
 from rl_ckpt.store.pending import PendingSave
 
 __all__ = [
+    "Catalog",
     "CheckpointError",
     "CheckpointInfo",
     "CheckpointNotFoundError",
@@ -65,7 +69,9 @@ __all__ = [
     "Sharded",
     "StorageError",
     "SuperviseReport",
+    "SweepReport",
     "UntrustedDataError",
+    "Verdict",
     "VerifyReport",
     "WorkerFailuresError",
     "__version__",

@@ -38,6 +38,56 @@ class CheckpointInfo:
     """From the call of `save` to the commit, in seconds; only known to the process that saved."""
     in_store: bool = True
     """False for what only the nodes' memory has (`persist_every`, or a deadline that left no time for the store)."""
+    tags: tuple[str, ...] = ()
+    """The tag given at save first, then those that were added later, as listings know them."""
+    note: str = ""
+    """As written later by `Catalog.note`, as listings know it."""
+    parent: str | None = None
+    """Id of the checkpoint that this one continues, also where that is gone; None: it is the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the retention rules say of one checkpoint."""
+
+    id: str
+    """Of the checkpoint."""
+    step: int
+    """Its step."""
+    keep: bool
+    """Whether it stays."""
+    why: str
+    """For people: which rule or tag keeps it, or why it goes."""
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport:
+    """What a sweep deleted, or would (`dry_run`)."""
+
+    verdicts: tuple[Verdict, ...]
+    """One per checkpoint, oldest first."""
+    deleted: tuple[str, ...]
+    """Ids of the checkpoints that went: their commit records are deleted, their files when the grace time is over."""
+    pinned: Mapping[str, str] = field(default_factory=dict)
+    """Checkpoints that were to go, and stay as somebody holds them: id → who."""
+    requested: Mapping[str, str] = field(default_factory=dict)
+    """Checkpoints that a job which owns the run was asked to remove: id → who, and when it does."""
+    put_back: tuple[str, ...] = ()
+    """Ids of tagged checkpoints that a sweep had begun to drop as their tag came, and that are listed again."""
+    files: int = 0
+    """Manifests and shard files that were deleted."""
+    bytes: int = 0
+    """Of these files."""
+    waiting_files: int = 0
+    """That no checkpoint names, and that a later sweep deletes, when the grace time is over."""
+    waiting_bytes: int = 0
+    """Of these files."""
+    partial_uploads: int = 0
+    """Uploads and temporary files of killed writers that were removed."""
+    dry_run: bool = False
+    """Whether nothing was changed: all the above is what a sweep would do now."""
+    notices: tuple[str, ...] = ()
+    """What could not be done or judged, and why."""
 
 
 @dataclass(frozen=True, slots=True)

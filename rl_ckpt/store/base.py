@@ -258,6 +258,13 @@ class Store(ABC):
         """Space that the unfinished object of that name takes already, in bytes."""
         check_name(name)
         return 0
+    def is_local(self) -> bool:
+        """Whether processes of this machine can map all objects."""
+        return self.local_path("any") is not None
+
+    def missing(self, name: str) -> str:
+        """Says of an object that is not there where it should be, for messages."""
+        return f"{self.object_url(name)} is missing"
 
     def free_bytes(self) -> int | None:
         """Bytes that can still be stored; None where the store does not tell."""

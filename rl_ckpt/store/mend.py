@@ -192,7 +192,7 @@ def run_by_its_log(url: str, storage_options: Mapping[str, Any]) -> Run | None:
         return None
     created = min(entry.time for entry in found)
     by = f"{who()}, from the commit log"
-    return Run(store, RunRecord(records.FORMAT_VERSION, found[0].run, created, by, "weak"))
+    return Run(store, RunRecord(records.PLAIN_VERSION, found[0].run, created, by, "weak"))
 
 
 def write_run_record(run: Run) -> str:

@@ -17,8 +17,12 @@ from rl_ckpt.format import manifest as manifests
 from rl_ckpt.format import records
 from rl_ckpt.format.digest import digest
 from rl_ckpt.format.manifest import Manifest
-from rl_ckpt.format.records import CommitRecord, PinRecord
+from rl_ckpt.format.records import CommitRecord
+from rl_ckpt.store import forks
 from rl_ckpt.store.base import ObjectMissingError
+from rl_ckpt.store.based import is_inner
+from rl_ckpt.store.layout import writer_of
+from rl_ckpt.store.pins import read_pins
 from rl_ckpt.store.probe import PROBE
 from rl_ckpt.store.run import Run
 
@@ -49,6 +53,7 @@ class Sweeper:
         self._recorded: set[str] = set()  # those of them whose records may still be there
         self._gone: set[str] = set()  # see take_gone
         self._orphans: dict[str, float] = {}  # name → when it was first seen as one, by this process's clock
+        self._let_go: set[str] = set()  # bases whose pins were removed
         self._clean_at = 0.0  # when to look for half-written objects next, by this process's clock
         self._look = True  # whether there may be orphans that nobody has seen: at first, what a killed writer left
 
@@ -124,7 +129,13 @@ class Sweeper:
         due = {name for name, since in orphans.items() if now - since >= self.grace_s}
         if due:  # pins that came before the records went: whoever set them has found the record there
             due -= self._held(due)
-        store.delete(sorted(due, key=lambda name: (not name.startswith(records.MANIFESTS), name)))  # manifests first
+        bases = {name for name in due if name.startswith(records.BASES) and records.split_base(name) is None}
+        store.delete(
+            sorted(due - bases, key=lambda name: (not name.startswith(records.MANIFESTS), name))
+        )  # manifests first
+        for base in sorted(bases):  # a crash before it: the next writer finds the pin, and removes it
+            forks.let_go(self._run, base)
+            self._let_go.add(base)
         self._orphans = {name: since for name, since in orphans.items() if name not in due}
         left = {_checkpoint_of(name) for name in self._orphans} | pinned
         self._leaving = {name: commit for name, commit in self._leaving.items() if name in left}
@@ -181,11 +192,16 @@ class Sweeper:
             if known is None:
                 return []  # an unreadable manifest may name any file: better to keep too much
             named |= known
-        listed = [*self._run.store.list(records.MANIFESTS), *self._run.store.list(records.SHARDS)]
+        store, record = self._run.store, self._run.record
+        listed = [*store.list(records.MANIFESTS), *store.list(records.SHARDS)]
+        if any(is_inner(record, number) for number in range(len(record.bases))):
+            listed += store.list(records.BASES)
         with self._lock:  # after the listing: whoever wrote a listed file was in flight before it
             checkpoints = {commit.id for commit in live} | self._in_flight.keys()
             named = named.union(*self._in_flight.values())
-        return [item.name for item in listed if item.name not in named and _checkpoint_of(item.name) not in checkpoints]
+        unused = set(forks.bases_held(self._run)) - self._let_go - {"/".join(name.split("/")[:2]) for name in named}
+        out = [item.name for item in listed if item.name not in named and _checkpoint_of(item.name) not in checkpoints]
+        return [*out, *sorted(unused)]
 
     def _names(self, prefix: str) -> list[str]:
         return [item.name for item in self._run.store.list(prefix)]
@@ -207,29 +223,18 @@ class Sweeper:
         ]
 
     def _pinned(self) -> set[str]:
-        out: set[str] = set()
-        for item in self._run.store.list(records.PINS):
-            try:
-                pin = records.decode(item.name, self._run.store.get(item.name), PinRecord)
-            except ObjectMissingError:
-                continue
-            except CorruptionError:  # a pin that can't be read names no checkpoint
-                self._run.store.delete([item.name])
-                continue
-            if pin.expires > time.time():
-                out.add(pin.checkpoint)
-            else:
-                self._run.store.delete([item.name])
-        return out
+        pins, over = read_pins(self._run.store, time.time())
+        self._run.store.delete(over)
+        return {item.record.checkpoint for item in pins}
 
 
 def _is_part(name: str) -> bool:
     """Whether an object is of one checkpoint."""
-    return name.startswith((records.MANIFESTS, records.SHARDS))
+    return name.startswith((records.MANIFESTS, records.SHARDS, records.BASES))
 
 
 def _checkpoint_of(name: str) -> str:
     """The checkpoint that a manifest or shard file was written for."""
     if name.startswith(records.MANIFESTS):
         return name.removeprefix(records.MANIFESTS).removesuffix(".json")
-    return name.removeprefix(records.SHARDS).split("/")[0]
+    return writer_of(name)
