@@ -31,6 +31,8 @@ from rl_ckpt.info import (
     CheckpointInfo,
     Damage,
     Preemption,
+    Progress,
+    PullReport,
     Recovery,
     RestoreReport,
     SuperviseReport,
@@ -41,6 +43,7 @@ from rl_ckpt.info import (
 from rl_ckpt.plan.retention import EveryNSteps, KeepRule, LatestN
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
 from rl_ckpt.store.pending import PendingSave
+from rl_ckpt.transfer import pull, watch
 
 __all__ = [
     "Catalog",
@@ -60,6 +63,8 @@ __all__ = [
     "PendingSave",
     "PerRank",
     "Preemption",
+    "Progress",
+    "PullReport",
     "Recovery",
     "Replicated",
     "RestoreReport",
@@ -75,4 +80,6 @@ __all__ = [
     "VerifyReport",
     "WorkerFailuresError",
     "__version__",
+    "pull",
+    "watch",
 ]

@@ -1,25 +1,24 @@
-"""Pulling, the pure part: which checkpoints travel, in which pieces, how fast, and how long it will take.
+"""Pulling, the pure part: whether it may be, in which pieces, how fast, and how long it will take.
 
-Owns: what `at` means, whether a destination is a mirror of the source, how a shard file is cut for its way, the limit of
-the bandwidth, and the estimate of the time that is left. Promises: no input, no output, no clock of its own. Does not
-know: stores, threads, nodes (store/pull.py, store/copier.py).
+Owns: whether a destination is a mirror of the source, how a shard file is cut for its way, the limit of the bandwidth,
+and the estimate of the time that is left. Promises: no input, no output, no clock of its own. Does not know: stores,
+threads, nodes (store/pull.py, store/copier.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError
+from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.format.records import CommitRecord, EpochRecord
 
 PIECE_BYTES = 16 << 20
 """What is read at once: as large as a chunk is at most, unless the run was told otherwise."""
 _SLACK_BYTES = 1 << 20  # a piece may be so much larger: heads, ends and paddings travel with a chunk beside them
 _WINDOW_S = 10.0  # over which the rate is measured
-_SHOWN = 20  # steps named in a message
 
 Place = tuple[int, int, str]
 """A chunk in a shard file: offset and size in bytes, digest in hex."""
@@ -139,40 +138,6 @@ class Estimate:
         if left_bytes <= 0:
             return 0.0
         return left_bytes / rate if rate > 0 else None
-
-
-def choose(url: str, commits: Sequence[CommitRecord], at: int | str, tags: Mapping[str, str]) -> list[CommitRecord]:
-    """The checkpoints that `at` means.
-
-    Args:
-        url: Of the run, for messages.
-        commits: All of the run, oldest first.
-        at: A step, an id, a tag, "latest" or "all". A number as text is a step.
-        tags: Further tags: tag → id.
-
-    Returns:
-        Oldest first, at least one. Where several have the step or tag, the newest of them.
-
-    Raises:
-        CheckpointNotFoundError: There is none; the message lists what there is.
-        InvalidInputError: `at` is none of these.
-    """
-    if isinstance(at, bool) or not isinstance(at, int | str) or at == "":
-        raise InvalidInputError(f"at={at!r} must be a step, an id, a tag, 'latest' or 'all'")
-    if not commits:
-        raise CheckpointNotFoundError(f"{url} has no checkpoint yet")
-    if at == "all":
-        return list(commits)
-    if at == "latest":
-        return [commits[-1]]
-    step = at if isinstance(at, int) else int(at) if at.isdecimal() else None
-    found = [commit for commit in commits if commit.step == step or at in (commit.id, commit.tag)]
-    found = found or [commit for commit in commits if isinstance(at, str) and commit.id == tags.get(at)]
-    if not found:
-        steps = [commit.step for commit in commits]
-        shown = f"{'… ' if len(steps) > _SHOWN else ''}{', '.join(map(str, steps[-_SHOWN:]))}"
-        raise CheckpointNotFoundError(f"{url} has no checkpoint {at!r}; its steps are {shown}")
-    return [found[-1]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -258,6 +258,7 @@ class Store(ABC):
         """Space that the unfinished object of that name takes already, in bytes."""
         check_name(name)
         return 0
+
     def is_local(self) -> bool:
         """Whether processes of this machine can map all objects."""
         return self.local_path("any") is not None

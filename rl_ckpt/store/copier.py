@@ -189,10 +189,10 @@ class Copier:
     # Pieces.
 
     def _bring(self, file: _OpenFile, piece: Piece, room: memoryview) -> None:
-        if file.partial is not None and file.partial.resumed and piece.places:
-            if self._pass_over(file, piece, room, file.partial.read, None) is None:
-                self._meter.arrived(0, piece.bytes)
-                return
+        left_over = file.partial if file.partial is not None and file.partial.resumed and piece.places else None
+        if left_over is not None and self._pass_over(file, piece, room, left_over.read, None) is None:
+            self._meter.arrived(0, piece.bytes)
+            return
         wrong: tuple[Place, str] | None = None
         for _ in range(_READ_TRIES):
             write = file.partial.write if file.partial is not None else None
@@ -254,7 +254,7 @@ def _stream(
     read: Callable[[int, memoryview], None],
     write: Callable[[int, memoryview], None] | None,
 ) -> tuple[Place, str] | None:
-    """A single chunk that is larger than the room, part by part. A damaged one is written, and found when it is read."""
+    """A single chunk that is larger than the room, part by part; written even where it turns out damaged."""
     running = hasher()
     for begin in range(0, piece.bytes, len(room)):
         part = room[: min(len(room), piece.bytes - begin)]

@@ -1,8 +1,8 @@
 """A file on a local disk that arrives piece by piece, and of which a process that was killed leaves what had arrived.
 
-Owns: the hidden file beside the object's place, its name, and its becoming the object. Promises: the object appears under
-its name only when `finish` is called, whole and on the disk. Does not know which pieces are there: whoever goes on with
-such a file reads it and compares digests.
+Owns: the hidden file beside the object's place, its name, and its becoming the object. Promises: the object appears
+under its name only when `finish` is called, whole and on the disk. Does not know which pieces are there: whoever goes
+on with such a file reads it and compares digests.
 """
 
 from __future__ import annotations
@@ -45,7 +45,11 @@ class PartialFile:
     """One unfinished file, open. May be used by many threads, and by several processes that write the same bytes."""
 
     def __init__(
-        self, path: str, size_bytes: int, guard: Callable[[], AbstractContextManager[None]], count: Callable[[int], None]
+        self,
+        path: str,
+        size_bytes: int,
+        guard: Callable[[], AbstractContextManager[None]],
+        count: Callable[[int], None],
     ) -> None:
         """Opens it, or makes it, of its full size.
 
