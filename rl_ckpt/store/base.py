@@ -246,7 +246,7 @@ class Store(ABC):
             size_bytes: Of the whole object.
 
         Returns:
-            None where the store has no such thing: then the object goes by `put`, whole.
+            None where the store has no such thing, or another process is at it: then the object goes by `put`, whole.
 
         Raises:
             StorageError, InvalidInputError: As `put`, here and from its methods.

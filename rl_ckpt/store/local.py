@@ -165,12 +165,13 @@ class LocalStore(Store):
                         self._prune(folder)
         return removed
 
-    def partial(self, name: str, size_bytes: int) -> PartialFile:
-        """A hidden file beside the object's place."""
+    def partial(self, name: str, size_bytes: int) -> PartialFile | None:
+        """A hidden file beside the object's place; None where another process is at it."""
         path = self._path(name)
-        with self._writing("write", name, size_bytes):
+        with self._writing("write", name, size_bytes), suppress(BlockingIOError):
             guard = partial(self._writing, "write", name, size_bytes)
             return self._with_folder(path, lambda: PartialFile(path, size_bytes, guard, self.stats.count_write))
+        return None
 
     def partial_bytes(self, name: str) -> int:
         """Of the hidden file, as far as it is filled."""

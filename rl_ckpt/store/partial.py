@@ -7,6 +7,8 @@ on with such a file reads it and compares digests.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import time
 from collections.abc import Callable
@@ -16,6 +18,8 @@ SUFFIX = ".rl_ckpt-part"
 KEPT_S = 24 * 3600.0
 """An unfinished file that nobody wrote to for so long is left over: `clean_partial` removes it."""
 _NAME_CHARS = 200
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems say that have no locks: two processes at one file then write the same bytes twice."""
 
 
 def partial_path(path: str) -> str:
@@ -42,7 +46,7 @@ def kept_bytes(path: str) -> int:
 
 
 class PartialFile:
-    """One unfinished file, open. May be used by many threads, and by several processes that write the same bytes."""
+    """One unfinished file, open; for many threads of one process."""
 
     def __init__(
         self,
@@ -60,13 +64,14 @@ class PartialFile:
             count: Told the bytes of each write.
 
         Raises:
+            BlockingIOError: Another process is at it.
             OSError: The disk.
         """
         self._guard, self._count = guard, count
         self._path = path
         self._hidden = partial_path(path)
         self._size = size_bytes
-        self._fd = os.open(self._hidden, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._fd = _open_alone(self._hidden)
         try:
             self.resumed = os.fstat(self._fd).st_size == size_bytes
             """Whether there may be pieces in it."""
@@ -100,11 +105,7 @@ class PartialFile:
         """Makes it the object. A crash before the last line leaves the hidden file, or the object's old state."""
         with self._guard():
             os.fsync(self._fd)
-            try:
-                os.rename(self._hidden, self._path)
-            except FileNotFoundError:  # another process, with the same bytes, was faster
-                if os.stat(self._path).st_size != self._size:
-                    raise
+            os.rename(self._hidden, self._path)
             folder = os.open(os.path.dirname(self._path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 os.fsync(folder)
@@ -114,3 +115,24 @@ class PartialFile:
     def close(self) -> None:
         """Closes the file; what has arrived stays."""
         os.close(self._fd)
+
+
+def _open_alone(path: str) -> int:
+    """Opens a file, or makes it, that nobody else has open in this way."""
+    import fcntl  # which only Unix has
+
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(path).st_ino == os.fstat(fd).st_ino:
+                    return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # whoever had it has finished it in this moment
