@@ -28,8 +28,11 @@ from rl_ckpt.errors import (
     WorkerFailuresError,
 )
 from rl_ckpt.info import (
+    ArrayChange,
     CheckpointInfo,
     Damage,
+    Diff,
+    LeafChange,
     Preemption,
     Progress,
     PullReport,
@@ -40,12 +43,14 @@ from rl_ckpt.info import (
     Verdict,
     VerifyReport,
 )
+from rl_ckpt.lineage import diff, fork
 from rl_ckpt.plan.retention import EveryNSteps, KeepRule, LatestN
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
 from rl_ckpt.store.pending import PendingSave
 from rl_ckpt.transfer import pull, watch
 
 __all__ = [
+    "ArrayChange",
     "Catalog",
     "CheckpointError",
     "CheckpointInfo",
@@ -55,11 +60,13 @@ __all__ = [
     "CommitUnknownError",
     "CorruptionError",
     "Damage",
+    "Diff",
     "EveryNSteps",
     "FencedError",
     "InvalidInputError",
     "KeepRule",
     "LatestN",
+    "LeafChange",
     "PendingSave",
     "PerRank",
     "Preemption",
@@ -80,6 +87,8 @@ __all__ = [
     "VerifyReport",
     "WorkerFailuresError",
     "__version__",
+    "diff",
+    "fork",
     "pull",
     "watch",
 ]

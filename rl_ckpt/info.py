@@ -288,3 +288,95 @@ class PullReport:
     """That it took."""
     notices: tuple[str, ...] = ()
     """What the user should know though the pull succeeded; mostly empty."""
+
+
+class ArrayChange:
+    """An array that two checkpoints have at one path, and that is not the same."""
+
+    path: str
+    """Of the leaf."""
+    ranks: tuple[int, ...] | None
+    """Whose it is; None: everybody's."""
+    before: str
+    """Dtype, shape and kind, as "float32 (3, 4) numpy"."""
+    after: str
+    """The same, of the later one."""
+    elements: int
+    """That it has now."""
+    changed: int | None
+    """Elements whose bits differ; None where dtype or shape are others: then nothing was read."""
+    norm: float | None
+    """Euclidean norm of the difference; None where `changed` is, and for text, bytes and structures."""
+    max_abs: float | None
+    """Greatest absolute difference of an element; None as `norm`."""
+    not_finite: int = 0
+    """Changed elements with a NaN or an infinity on one side: left out of `norm` and `max_abs`."""
+
+    @property
+    def share(self) -> float | None:
+        """Of the elements, how many changed: from 0 to 1."""
+        return None if self.changed is None else self.changed / self.elements
+
+
+@dataclass(frozen=True, slots=True)
+class LeafChange:
+    """Plain data that is not the same in two checkpoints, or a leaf that is of another kind."""
+
+    path: str
+    """Of the leaf."""
+    ranks: tuple[int, ...] | None
+    """Whose it is; None: everybody's."""
+    before: object
+    """The value; of an array, a container or pickled data a text that describes it."""
+    after: object
+    """The same, of the later one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Diff:
+    """What differs between two checkpoints."""
+
+    a: CheckpointInfo
+    """The one before."""
+    b: CheckpointInfo
+    """The one after."""
+    added: Mapping[str, tuple[int, ...] | None]
+    """Paths that only `b` has → on which ranks; None: on all."""
+    removed: Mapping[str, tuple[int, ...] | None]
+    """Paths that only `a` has, in the same way."""
+    arrays: tuple[ArrayChange, ...]
+    """In the order of the tree."""
+    leaves: tuple[LeafChange, ...]
+    """In the order of the tree."""
+    unchanged: int
+    """Leaves that are the same, by their digests: none of their bytes were read."""
+    bytes_read: int
+    """Of chunks, from both checkpoints."""
+    seconds: float
+    """That it took."""
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing differs."""
+        return not (self.added or self.removed or self.arrays or self.leaves)
+
+    def __str__(self) -> str:
+        """A line for each path that differs."""
+        lines = [f"{self.a.id} → {self.b.id}: {self.unchanged} leaves unchanged, {self.bytes_read} bytes read"]
+        lines += [f"+ {path}{_of_ranks(ranks)}" for path, ranks in self.added.items()]
+        lines += [f"- {path}{_of_ranks(ranks)}" for path, ranks in self.removed.items()]
+        lines += [f"~ {leaf.path}{_of_ranks(leaf.ranks)}: {leaf.before!r} → {leaf.after!r}" for leaf in self.leaves]
+        for one in self.arrays:
+            text = one.after if one.before == one.after else f"{one.before} → {one.after}"
+            if one.share is not None:
+                text += f", {one.share:.2%} of {one.elements} elements"
+            if one.norm is not None:
+                text += f", norm {one.norm:.4g}, at most {one.max_abs:.4g}"
+            if one.not_finite:
+                text += f", {one.not_finite} not finite"
+            lines.append(f"~ {one.path}{_of_ranks(one.ranks)}: {text}")
+        return "\n".join(lines)
+
+
+def _of_ranks(ranks: tuple[int, ...] | None) -> str:
+    return "" if ranks is None else f" (ranks {', '.join(map(str, ranks))})"

@@ -219,7 +219,10 @@ def decode_run(url: str, data: bytes) -> RunRecord:
         raise InvalidInputError(
             f"{url} has format version {record.version}; this release reads up to {FORMAT_VERSION}: upgrade rl-ckpt"
         )
-    return decode(f"{url}/{RUN_FILE}", data, RunRecord)
+    run = decode(f"{url}/{RUN_FILE}", data, RunRecord)
+    if len(run.held) != len(run.bases):
+        raise CorruptionError(f"{url}/{RUN_FILE} has {len(run.bases)} bases, and pins in {len(run.held)} of them")
+    return run
 
 
 class _Version(msgspec.Struct):

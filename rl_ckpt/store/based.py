@@ -267,8 +267,8 @@ class BasedStore(Store):
         if store is self.own or store.exists(records.RUN_FILE):
             return text
         return (
-            f"{text}: {self.url} was forked from the run at {store.url}, which is not there (any more); put it back, "
-            "or move both together"
+            f"{text} ({self.url} was forked from the run at {store.url}, which is not there any more: put it back, or "
+            "move both together)"
         )
 
     def free_bytes(self) -> int | None:

@@ -15,14 +15,14 @@ from typing import Any
 
 import msgspec
 
-from rl_ckpt.errors import CheckpointNotFoundError, CorruptionError, InvalidInputError
+from rl_ckpt.errors import CheckpointNotFoundError, CorruptionError, InvalidInputError, StorageError
 from rl_ckpt.format import manifest as manifests
 from rl_ckpt.format import records
 from rl_ckpt.format.digest import digest
 from rl_ckpt.format.manifest import Manifest, ShardFileEntry
 from rl_ckpt.format.records import CommitRecord, PinRecord, RunRecord
 from rl_ckpt.store.base import ObjectExistsError, ObjectMissingError, Store
-from rl_ckpt.store.based import BasedStore, base_entry, is_inner, sizes_of
+from rl_ckpt.store.based import BasedStore, base_entry, sizes_of
 from rl_ckpt.store.chunk_check import bad_spots
 from rl_ckpt.store.commit_log import CommitLog
 from rl_ckpt.store.pins import FOREVER
@@ -43,6 +43,7 @@ class _Base:
     """Its own, as it is opened for the source."""
     held: str
     """Id of its checkpoint that names those files."""
+    log: CommitLog
 
 
 def make_fork(
@@ -101,8 +102,7 @@ def make_fork(
         record = begun
     # From here on the fork is a run without a checkpoint, whose bases must stay: a crash leaves that, and the same call
     # goes on. The pins come first, so that a fork with a checkpoint always has them.
-    for base in bases:
-        base.store.put(records.pin_name(record.run), [records.encode(_pin(own, base, FOREVER))])
+    _hold(own, record, bases, FOREVER)
     fork = Run(own, record, storage_options)
     first = msgspec.structs.replace(
         manifest,
@@ -143,44 +143,45 @@ def _commit(fork: Run, manifest: Manifest, source: CommitRecord) -> CommitRecord
 
 
 def _begin(own: Store, record: RunRecord, bases: Sequence[_Base]) -> None:
-    """Holds the source, and creates the run.
+    """Holds the source for a while, and creates the run.
 
     Raises:
         CheckpointNotFoundError: A checkpoint was dropped before it was held.
         InvalidInputError: Another process created a run there.
     """
-    name = records.pin_name(record.run)
-    made: list[_Base] = []
+    _hold(own, record, bases, time.time() + _BEGIN_S)
     try:
-        for base in bases:
-            base.store.put(name, [records.encode(_pin(own, base, time.time() + _BEGIN_S))])
-            made.append(base)
-            _check_there(base)
+        own.create(records.RUN_FILE, records.encode(record))
+    except ObjectExistsError as error:  # by another process, or by this one, and the reply was lost
+        if records.decode_run(own.url, own.get(records.RUN_FILE)).run != record.run:
+            _let_all_go(record, bases)
+            raise InvalidInputError(f"{own.url} was created by another process meanwhile") from error
+
+
+def _hold(own: Store, record: RunRecord, bases: Sequence[_Base], expires: float) -> None:
+    """Pins the checkpoints that the fork leans on.
+
+    Raises:
+        CheckpointNotFoundError: One was dropped before; no pin is left.
+    """
+    for base in bases:
+        pin = PinRecord(checkpoint=base.held, by=f"fork {own.url}", expires=expires)
         try:
-            own.create(records.RUN_FILE, records.encode(record))
-        except ObjectExistsError as error:  # by another process, or by this one, and the reply was lost
-            if records.decode_run(own.url, own.get(records.RUN_FILE)).run != record.run:
-                raise InvalidInputError(f"{own.url} was created by another process meanwhile") from error
-    except (CheckpointNotFoundError, InvalidInputError):
-        for base in made:
-            base.store.delete([name])
-        raise
+            base.store.put(records.pin_name(record.run), [records.encode(pin)])
+        except (StorageError, InvalidInputError) as error:
+            raise type(error)(f"{base.store.url} could not be pinned, and must be for a fork: {error}") from error
+    for base in bases:  # after its pin: what is there now stays (store/pins.py)
+        if base.held not in {commit.id for commit in base.log.read().commits}:
+            _let_all_go(record, bases)
+            raise CheckpointNotFoundError(
+                f"checkpoint {base.held} of {base.store.url} was dropped by the retention rules meanwhile; choose "
+                "another"
+            )
 
 
-def _pin(own: Store, base: _Base, expires: float) -> PinRecord:
-    return PinRecord(checkpoint=base.held, by=f"fork {own.url}", expires=expires)
-
-
-def _check_there(base: _Base) -> None:
-    """After its pin: what is there now stays (store/pins.py)."""
-    try:
-        found = records.decode_run(base.store.url, base.store.get(records.RUN_FILE))
-    except ObjectMissingError as error:
-        raise CheckpointNotFoundError(f"{base.store.url}, from which the source was forked, is not there") from error
-    if base.held not in {commit.id for commit in CommitLog(base.store, found.run).read().commits}:
-        raise CheckpointNotFoundError(
-            f"checkpoint {base.held} of {base.store.url} was dropped by the retention rules meanwhile; choose another"
-        )
+def _let_all_go(record: RunRecord, bases: Sequence[_Base]) -> None:
+    for base in bases:
+        base.store.delete([records.pin_name(record.run)])
 
 
 def _unfinished(own: Store) -> RunRecord | None:
@@ -253,17 +254,33 @@ def _check_files(source: Run, manifest: Manifest, verify: bool) -> None:
 
 def _based(source: Run, commit: CommitRecord, manifest: Manifest) -> tuple[tuple[ShardFileEntry, ...], list[_Base]]:
     """The checkpoint's files as the fork will call them, and the runs in which they lie."""
-    own = source.store.own if isinstance(source.store, BasedStore) else source.store
+    store = source.store
+    own = store.own if isinstance(store, BasedStore) else store
     bases: dict[str, tuple[int, _Base]] = {}
     files = []
     for file in manifest.files:
-        base, name = _Base(own, commit.id), file.name
+        base, name = _Base(own, commit.id, source.log), file.name
         based = records.split_base(file.name)
-        if based is not None and isinstance(source.store, BasedStore) and not is_inner(source.record, based[0]):
-            base, name = _Base(source.store.base(based[0]), source.record.held[based[0]]), based[1]
-        number, _ = bases.setdefault(base.store.url, (len(bases), base))
-        files.append(ShardFileEntry(records.based_name(number, name), file.bytes))
+        if based is not None and isinstance(store, BasedStore) and store.is_outer(based[0]):
+            number, name = based
+            url = store.base(number).url
+            base = bases[url][1] if url in bases else _opened(store.base(number), source.record.held[number])
+        place, _ = bases.setdefault(base.store.url, (len(bases), base))
+        files.append(ShardFileEntry(records.based_name(place, name), file.bytes))
     return tuple(files), [base for _, base in bases.values()]
+
+
+def _opened(store: Store, held: str) -> _Base:
+    """A run that the source was forked from.
+
+    Raises:
+        CheckpointNotFoundError: It is not there.
+    """
+    try:
+        record = records.decode_run(store.url, store.get(records.RUN_FILE))
+    except ObjectMissingError as error:
+        raise CheckpointNotFoundError(f"{store.url}, from which the source was forked, is not there") from error
+    return _Base(store, held, CommitLog(store, record.run))
 
 
 def _check_readable(store: Store, files: Sequence[ShardFileEntry]) -> None:
