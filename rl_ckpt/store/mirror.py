@@ -19,7 +19,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rl_ckpt.errors import CheckpointError, CommitConflictError, CorruptionError, InvalidInputError, RunOwnedError
 from rl_ckpt.format import records
@@ -210,11 +210,12 @@ class Mirror:
         self.run = Run(self.store, record)
         return self.run
 
-    def commit(self, commits: Sequence[CommitRecord]) -> None:
+    def commit(self, commits: Sequence[CommitRecord], raw: Mapping[str, bytes]) -> None:
         """Copies commit records, and the epoch records before them. What they commit must be there.
 
         Args:
             commits: Oldest first.
+            raw: By checkpoint: its record as it stands in the source, or stood there a moment ago.
 
         Raises:
             RunOwnedError, CommitConflictError: Somebody writes to the destination.
@@ -227,11 +228,10 @@ class Mirror:
         theirs: list[LogRecord] = [*epochs, *commits]
         for record in sorted(theirs, key=lambda record: record.number):
             if ours.get(record.number) != record:
-                self._copy(record)
+                name = records.commit_name(record.number)
+                self._copy(name, raw[record.id] if isinstance(record, CommitRecord) else self._source.store.get(name))
 
-    def _copy(self, record: LogRecord) -> None:
-        name = records.commit_name(record.number)
-        data = self._source.store.get(name)
+    def _copy(self, name: str, data: bytes) -> None:
         for _ in range(2):
             try:
                 self.store.create(name, data)

@@ -222,8 +222,7 @@ def _bring_batch(
     arriving = Arriving(store, [commit.id for commit in batch], f"a pull from {source.store.url}, {who()}")
     try:
         # Before the files: together with the pins it tells a sweep which files of older checkpoints are waited for.
-        for commit in batch:
-            _bring_manifest(source, store, commit, why)
+        raw = {commit.id: _bring_manifest(source, store, commit, why) for commit in batch}
         jobs = [found.files[name] for name in named if name not in done]
         for _ in range(_TRIES):
             tell("copying", newest)
@@ -248,7 +247,7 @@ def _bring_batch(
             )
         tell("committing", newest)
         # Commit records last: a crash before this line leaves what the next pull takes up, never half a checkpoint.
-        mirror.commit(batch)
+        mirror.commit(batch, raw)
     finally:
         arriving.close()
 
@@ -257,15 +256,17 @@ def _anew(job: FileJob) -> FileJob:
     return FileJob(job.name, job.bytes, job.places)
 
 
-def _bring_manifest(source: Run, target: Store, commit: CommitRecord, why: str) -> None:
+def _bring_manifest(source: Run, target: Store, commit: CommitRecord, why: str) -> bytes:
+    """Brings a manifest; gives the commit record as it stands in the source, while it does."""
     name = records.manifest_name(commit.id)
     try:
-        data = source.store.get(name)
+        data, record = source.store.get(name), source.store.get(records.commit_name(commit.number))
     except ObjectMissingError as error:
         _raise_if_gone(source, commit.id, why, error)
         raise CorruptionError(f"{source.store.object_url(name)} is missing, though it is committed") from error
     check(source.store.object_url(name), data, bytes.fromhex(commit.manifest_digest))
     target.put(name, [data])
+    return record
 
 
 def _bring_labels(source: Run, target: Store, labels: Labels, commits: Sequence[CommitRecord]) -> None:
