@@ -7,13 +7,15 @@ Works between any two urls; bringing something out (a push) is a pull with the a
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from rl_ckpt.catalog import Catalog
 from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError, StorageError
@@ -21,7 +23,7 @@ from rl_ckpt.info import Progress, PullReport
 from rl_ckpt.plan.pulling import Estimate
 from rl_ckpt.plan.retention import KeepRule
 from rl_ckpt.store.base import Store
-from rl_ckpt.store.copier import Copier, FileJob
+from rl_ckpt.store.copier import Copier, FileJob, missing_bytes
 from rl_ckpt.store.meter import PullMeter
 from rl_ckpt.store.mirror import Mirror
 from rl_ckpt.store.pending import in_thread
@@ -147,12 +149,11 @@ class _Pull:
         teller("checking", found.todo[-1].id if found.todo else found.already[-1].id if found.already else "")
         outcome, by_node = Outcome(), dict[str, int]()
         if found.todo:
-            with self._mover(meter, teller) as mover:
+            with self._mover(meter, found, teller.again) as mover:
                 outcome = bring(
                     self.source, self.mirror, found, labels, mover.move, teller, self._settings.weak_commits
                 )
-                by_node, notices = mover.bytes_by_node, mover.notices
-            outcome.notices += notices
+                by_node, outcome.notices = mover.bytes_by_node, [*outcome.notices, *mover.notices]
         bring_labels(self.source, self.mirror.store, labels, found.already)
         if found.todo or found.already:
             teller("done", (found.todo or found.already)[-1].id)
@@ -183,12 +184,33 @@ class _Pull:
                 return report
         return None
 
-    def _mover(self, meter: PullMeter, teller: _Teller) -> Any:
+    @contextlib.contextmanager
+    def _mover(self, meter: PullMeter, found: Survey, again: Callable[[], None]) -> Iterator[_Mover]:
         source, target = self.source.store, self.mirror.store
-        streams = self._settings.streams
-        if streams is None:
-            streams = _LOCAL_STREAMS if source.is_local() and target.is_local() else _STREAMS
-        return Alone(source, target, meter, streams, teller.again)
+        local = source.is_local() and target.is_local()
+        streams = self._settings.streams or (_LOCAL_STREAMS if local else _STREAMS)
+        if self._settings.nodes and sys.modules.get("ray") is not None and sys.modules["ray"].is_initialized():
+            from rl_ckpt.runtime.pull_nodes import FROM_BYTES, NodesMover
+
+            if missing_bytes(list(found.files.values()), target) >= FROM_BYTES:
+                limit = self._settings.max_bytes_per_s
+                with NodesMover(source, target, meter, streams, limit, again) as mover:
+                    if mover.nodes:
+                        yield mover
+                        return
+        yield Alone(source, target, meter, streams, again)
+
+
+class _Mover(Protocol):
+    """Who brings files."""
+
+    bytes_by_node: dict[str, int]
+    """What each node of a cluster has moved."""
+    notices: list[str]
+    """What the user should know."""
+
+    def move(self, jobs: Sequence[FileJob]) -> None:
+        """Brings files; raises what `Copier.copy` raises."""
 
 
 class Alone:
@@ -207,13 +229,6 @@ class Alone:
         self._copier, self._meter, self._streams, self._again = Copier(source, target, meter), meter, streams, again
         self.bytes_by_node: dict[str, int] = {}
         self.notices: list[str] = []
-
-    def __enter__(self) -> Alone:
-        """Itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing is left to end."""
 
     def move(self, jobs: Sequence[FileJob]) -> None:
         """Brings files; the caller's thread only waits, so that ctrl-C ends it at once and nothing is half done."""
@@ -345,9 +360,7 @@ def _watch(
                 )
             report = following.next()
             failing_since = None
-        except (
-            CheckpointNotFoundError
-        ):  # nothing there yet, or dropped while it was on its way: there will be newer ones
+        except CheckpointNotFoundError:  # nothing there yet, or dropped on its way: there will be newer ones
             report = None
         except StorageError:
             failing_since = time.monotonic() if failing_since is None else failing_since

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rl_ckpt.errors import CheckpointError
@@ -28,6 +28,15 @@ class Counts:
     bytes_kept: int = 0
     files_moved: int = 0
     files_kept: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        """Of both together."""
+        return Counts(
+            self.bytes_moved + other.bytes_moved,
+            self.bytes_kept + other.bytes_kept,
+            self.files_moved + other.files_moved,
+            self.files_kept + other.files_kept,
+        )
 
 
 class PullMeter:
@@ -52,10 +61,15 @@ class PullMeter:
         self._wait = self._stopped.wait if wait is None else wait
         self._lock = threading.Lock()
         self._counts = Counts()
+        self._elsewhere = Counts()
 
     def counts(self) -> Counts:
-        """Up to this moment."""
-        return self._counts
+        """Up to this moment, with those of other processes as far as they were told."""
+        return self._counts + self._elsewhere
+
+    def elsewhere(self, counts: Sequence[Counts]) -> None:
+        """Says what other processes have counted so far."""
+        self._elsewhere = sum(counts, Counts())
 
     def stop(self) -> None:
         """Has everybody who pays raise `PullStoppedError` from now on."""
@@ -88,10 +102,4 @@ class PullMeter:
 
     def _add(self, more: Counts) -> None:
         with self._lock:
-            now = self._counts
-            self._counts = Counts(
-                now.bytes_moved + more.bytes_moved,
-                now.bytes_kept + more.bytes_kept,
-                now.files_moved + more.files_moved,
-                now.files_kept + more.files_kept,
-            )
+            self._counts += more

@@ -116,7 +116,7 @@ def test_all_arrive_and_what_they_share_once(src: str, dst: str) -> None:
     assert [info.step for info in Catalog(dst).checkpoints()] == [1, 2, 3]
     for step in (1, 2, 3):
         assert_mirror(src, dst, step)
-    shards = [item for item in open_store(src).list(records.SHARDS)]
+    shards = open_store(src).list(records.SHARDS)
     assert report.files == len(shards)
     assert report.bytes_moved == sum(item.size_bytes for item in shards)
 
@@ -284,7 +284,9 @@ def test_wrong_arguments(src: str, dst: str, options: dict[str, Any]) -> None:
 
 
 def test_a_damaged_source_commits_nothing(src: str, dst: str) -> None:
-    shard = max(open_store(src).list(records.SHARDS), key=lambda item: (Catalog(src).find().id in item.name, item.size_bytes))
+    shard = max(
+        open_store(src).list(records.SHARDS), key=lambda item: (Catalog(src).find().id in item.name, item.size_bytes)
+    )
     path = Path(src, shard.name)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -336,7 +338,8 @@ def test_what_arrived_whole_counts_though_the_source_has_dropped_it(
     assert Checkpointer(dst).verify().ok
     saved(src, range(4, 5))
     pull(src, dst)
-    assert_mirror(src, dst, 4)
+    assert_same(Checkpointer(dst).load_state(2), state(2))
+    assert_same(Checkpointer(dst).load_state(4), state(4))
 
 
 def test_a_checkpoint_that_went_before_its_turn_is_passed_over(src: str, dst: str) -> None:
@@ -367,7 +370,7 @@ def test_files_that_vanish_at_the_destination_are_brought_again(src: str, dst: s
 def test_a_store_that_fails_leaves_what_arrived(src: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dst, commit = str(tmp_path / "dst"), pull_module.Mirror.commit
 
-    def fail(self: object, commits: object) -> None:
+    def fail(*_: object) -> None:
         raise StorageError("503: Slow Down")
 
     monkeypatch.setattr(pull_module.Mirror, "commit", fail)
@@ -430,10 +433,11 @@ def test_what_arrived_before_a_kill_is_kept(tmp_path: Path, sign: signal.Signals
     assert Checkpointer(dst).checkpoints() == []
     report = pull(src, dst)
     assert report.bytes_kept >= 2_900_000
-    assert report.bytes_kept + report.bytes_moved == sum(item.size_bytes for item in open_store(src).list(records.SHARDS))
+    assert report.bytes_kept + report.bytes_moved == sum(
+        item.size_bytes for item in open_store(src).list(records.SHARDS)
+    )
     assert_same(Checkpointer(dst).load_state(), big)
-    hidden = [path for path in Path(dst).rglob(".*")]
-    assert hidden == []
+    assert list(Path(dst).rglob(".*")) == []
 
 
 @pytest.mark.parametrize("phase", ["copying", "committing"])
@@ -485,7 +489,9 @@ def test_between_two_servers_with_their_own_credentials(
     assert_mirror(open_store(src, mine), open_store(dst, theirs), 4)
 
 
-def test_every_byte_leaves_the_source_once(moto_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_byte_leaves_the_source_once(
+    moto_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url, options = f"s3://{moto_server.new_bucket()}/run", moto_server.storage_options()
     big = {f"w{i}": np.random.default_rng(i).random(5_000_000) for i in range(2)}  # 80 MB, in chunks of 16 MiB
     with Checkpointer(url, storage_options=options) as ckpt:

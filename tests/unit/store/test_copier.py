@@ -56,7 +56,9 @@ copier_module_cut = copier_module.cut
 
 def made(source: Store, name: str = NAME, chunks: Sequence[int] = (64 * KIB,) * 5, gap: int = 100) -> FileJob:
     """A file at the source, with gaps before, between and after its chunks."""
-    data = np.random.default_rng(len(chunks) + sum(chunks)).integers(0, 256, sum(chunks) + gap * (len(chunks) + 1), "u1")
+    data = np.random.default_rng(len(chunks) + sum(chunks)).integers(
+        0, 256, sum(chunks) + gap * (len(chunks) + 1), "u1"
+    )
     places: list[Place] = []
     at = gap
     for size in chunks:
@@ -97,7 +99,9 @@ def test_one_file_is_read_by_several_streams(source: Store, target: Store, monke
     assert target.get(NAME) == source.get(NAME)
 
 
-def test_a_chunk_that_comes_damaged_is_read_again(source: Store, target: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_that_comes_damaged_is_read_again(
+    source: Store, target: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job, read, turned = made(source), source.read_into, list[int]()
 
     def turn(name: str, reads: Sequence[tuple[int, memoryview]]) -> None:
@@ -239,7 +243,9 @@ def test_a_full_disk_says_so(source: Store, disk: Store, monkeypatch: pytest.Mon
         Copier(source, disk, PullMeter()).copy([job], streams=2)
 
 
-def test_files_on_their_way_to_an_object_store_take_bounded_memory(source: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_on_their_way_to_an_object_store_take_bounded_memory(
+    source: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = open_store(f"memory://copier_target_{next(_numbers)}")
     jobs = [made(source, f"shards/1-a/s-{i}.arrow") for i in range(8)]
     areas, most, lock = [0], [0], threading.Lock()
