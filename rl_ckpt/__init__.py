@@ -44,13 +44,14 @@ from rl_ckpt.info import (
     VerifyReport,
 )
 from rl_ckpt.lineage import diff, fork
-from rl_ckpt.plan.retention import EveryNSteps, KeepRule, LatestN
+from rl_ckpt.plan.retention import BestN, EveryNSteps, KeepRule, LatestN, NewerThan, OnePer, Tagged
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
 from rl_ckpt.store.pending import PendingSave
 from rl_ckpt.transfer import pull, watch
 
 __all__ = [
     "ArrayChange",
+    "BestN",
     "Catalog",
     "CheckpointError",
     "CheckpointInfo",
@@ -67,6 +68,8 @@ __all__ = [
     "KeepRule",
     "LatestN",
     "LeafChange",
+    "NewerThan",
+    "OnePer",
     "PendingSave",
     "PerRank",
     "Preemption",
@@ -82,6 +85,7 @@ __all__ = [
     "StorageError",
     "SuperviseReport",
     "SweepReport",
+    "Tagged",
     "UntrustedDataError",
     "Verdict",
     "VerifyReport",

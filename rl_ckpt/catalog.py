@@ -7,18 +7,22 @@ Writes no checkpoints (rl_ckpt/checkpointer.py).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.format.records import CommitRecord, LabelRecord
-from rl_ckpt.info import CheckpointInfo, VerifyReport
+from rl_ckpt.info import CheckpointInfo, SweepReport, VerifyReport
+from rl_ckpt.options import Options
+from rl_ckpt.plan.retention import KeepRule
 from rl_ckpt.state.leaves import is_utf8
+from rl_ckpt.store import sweep_by_hand
 from rl_ckpt.store.labels import Labels, relabel
 from rl_ckpt.store.listing import Ref, check_tag, find_ref, infos, listed, read
 from rl_ckpt.store.pins import pin
+from rl_ckpt.store.sweep_by_hand import check_grace
 from rl_ckpt.store.urls import check_url
 from rl_ckpt.store.verify import verify
 
@@ -133,6 +137,55 @@ class Catalog:
         if not isinstance(text, str) or not is_utf8(text):
             raise InvalidInputError(f"note {text!r} must be a string of Unicode text")
         return self._change(ref, lambda label: msgspec.structs.replace(label, note=text))
+
+    def remove(
+        self, refs: Ref | Sequence[Ref], *, force: bool = False, grace_s: float = Options.grace_s
+    ) -> SweepReport:
+        """Removes checkpoints. Their files, as far as no other checkpoint names them, go when the grace time is over.
+
+        Where a job that is alive owns the run, it is asked to do it: the report's `requested` says who, and when.
+
+        Args:
+            refs: Which checkpoints, one or several.
+            force: Whether tagged ones too.
+            grace_s: As for `sweep`.
+
+        Raises:
+            InvalidInputError: One of them is the newest, tagged (without `force`), or held by a reader or a fork;
+                nothing was removed.
+            CheckpointNotFoundError: No such run or checkpoint.
+            StorageError: The store failed, or can't be written to.
+        """
+        wanted = [refs] if isinstance(refs, int | str) else list(refs)
+        run, log, labels = read(self._url, self._storage_options)
+        commits = {commit.id: commit for commit in (find_ref(run, log, labels, ref) for ref in wanted)}
+        if not commits:
+            raise InvalidInputError("refs is empty: say which checkpoints are to be removed")
+        return sweep_by_hand.remove(run, log, labels, [*commits.values()], force, check_grace(grace_s))
+
+    def sweep(
+        self, keep: Sequence[KeepRule] = (), *, dry_run: bool = False, grace_s: float = Options.grace_s
+    ) -> SweepReport:
+        """Deletes the checkpoints that no rule keeps, and what no checkpoint names.
+
+        In two phases: commit records go at once; manifests and files when `grace_s` seconds have passed since a sweep
+        has first seen that nothing names them, so by a later sweep, as readers may still be at them.
+
+        Args:
+            keep: Retention rules; a checkpoint stays where any of them keeps it. None: all stay, and only what was
+                asked to be removed goes, and what no checkpoint names.
+            dry_run: Changes nothing, and says what would go and why.
+            grace_s: In seconds; 0 where nobody reads the run.
+
+        Raises:
+            InvalidInputError: The rules keep nothing of what is there; nothing was deleted.
+            RunOwnedError: A job that is alive owns the run; nothing was deleted.
+            CheckpointNotFoundError: No such run.
+            StorageError: The store failed, or can't be written to.
+        """
+        run, log, labels = read(self._url, self._storage_options)
+        act = sweep_by_hand.dry_run if dry_run else sweep_by_hand.sweep
+        return act(run, log, labels, keep, check_grace(grace_s))
 
     def verify(self, ref: Ref | None = None, *, repair: bool = False) -> VerifyReport:
         """Reads every chunk of a checkpoint, or of all of them, and compares it with what was committed.

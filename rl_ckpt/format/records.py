@@ -21,6 +21,9 @@ PLAIN_VERSION = 1
 """Of a run or manifest whose files are all its own; those of forks have version 2 (docs/format.md, "Forks")."""
 
 RUN_FILE = "run.json"
+WAITING_FILE = "sweep.json"
+FORK_FILE = "fork.json"
+"""A copy of a fork's run.json: nothing else tells where its bases are."""
 BASES = "base/"
 """How the names of files begin that lie in another run, which this one was forked from."""
 COMMITS, MANIFESTS, SHARDS, PINS, LEASES = "commits/", "manifests/", "shards/", "pins/", "leases/"
@@ -119,6 +122,13 @@ class PinRecord(msgspec.Struct, frozen=True, tag="pin", tag_field="kind", kw_onl
     """Unix seconds, by the reader's clock."""
     seconds: float = 0.0
     """How long it holds after it was last written, by the store's clock; 0: only `expires` tells."""
+
+
+class WaitingRecord(msgspec.Struct, frozen=True, tag="sweep", tag_field="kind", kw_only=True):
+    """What a sweep by hand leaves to the next one: files that no checkpoint names, and whose grace is not over."""
+
+    waiting: dict[str, float]
+    """File → when a sweep first saw that nothing names it, in Unix seconds by the store's clock."""
 
 
 _ID = re.compile(r"\d{1,19}-\w+\Z", re.ASCII)

@@ -227,7 +227,8 @@ class Store(ABC):
 
         Args:
             older_than_s: Leave alone what is younger, in seconds: its writer may be alive.
-            spare: Given the name of the object that was being written: whether to leave it alone at any age.
+            spare: Given the name of the object that was being written, or of a folder that was left empty, with a `/`
+                at its end: whether to leave it alone although it is old enough.
 
         Returns:
             How many were removed.

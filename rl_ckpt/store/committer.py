@@ -20,10 +20,10 @@ from rl_ckpt.format import records
 from rl_ckpt.format.digest import digest
 from rl_ckpt.format.manifest import ArrayEntry, Manifest, ShardFileEntry
 from rl_ckpt.format.records import CommitRecord
-from rl_ckpt.info import CheckpointInfo
+from rl_ckpt.info import CheckpointInfo, Verdict
 from rl_ckpt.plan.deal import SavePlan, Stored, Written, entries
 from rl_ckpt.plan.parts import memory_entries
-from rl_ckpt.plan.retention import KeepRule, to_drop
+from rl_ckpt.plan.retention import KeepRule
 from rl_ckpt.state import leaves
 from rl_ckpt.state.arrays import UnsupportedLeafError
 from rl_ckpt.state.leaves import Json
@@ -93,6 +93,7 @@ class Committer:
         job: str = "",
         service: str = "",
         lease_s: float = LEASE_S,
+        beside: bool = False,
     ) -> None:
         """Takes the run over: appends an epoch record, and keeps a lease from then on.
 
@@ -104,6 +105,7 @@ class Committer:
             job: What this writer works for, for messages.
             service: Id of what opens the run again from another process when this one dies (store/lease.py).
             lease_s: How long another writer must wait when this one dies where it can't see that, in seconds.
+            beside: Whether another writer of this very process counts as another job; else it gives way.
 
         Raises:
             RunOwnedError: Another writer owns the run and is alive; nothing was written.
@@ -111,7 +113,7 @@ class Committer:
         """
         self.run = run
         self._keep = tuple(keep)
-        self._lease = Lease(run.store, who(), job=job, service=service, lease_s=lease_s)
+        self._lease = Lease(run.store, who(), job=job, service=service, lease_s=lease_s, beside=beside)
         try:
             log = run.log.claim(who(), self._lease, take_over)
         except BaseException:
@@ -129,6 +131,7 @@ class Committer:
         self._reuse = Reuse(run)
         self._landed: dict[str, int] = {}  # only in memory, and in the line that goes on: the step
         self._parents: dict[str, str | None] = {}  # of all that landed, of other branches too: the committed parent
+        self.verdicts: Sequence[Verdict] = ()  # of the last `tidy`
         self.last_manifest = b""  # of the last `commit`, as it was encoded
 
     def configure(self, keep: Sequence[KeepRule], grace_s: float) -> None:
@@ -145,6 +148,11 @@ class Committer:
     def commits(self) -> Sequence[CommitRecord]:
         """All commits of the run, oldest first."""
         return self._commits
+
+    @property
+    def sweeper(self) -> Sweeper:
+        """What sweeps for this committer."""
+        return self._sweeper
 
     def attempt(self, request: SaveRequest) -> str:
         """Checks a request and names its checkpoint; asks an object store nothing.
@@ -349,9 +357,10 @@ class Committer:
         Raises:
             StorageError: The store failed; what is left goes at the next sweep.
         """
-        dropped = {
-            commit.id for commit in to_drop(self._commits, self._keep) if not self.run.log.in_doubt(commit.number)
-        }
+        back, self.verdicts = self._sweeper.judge(self._commits, self._keep)
+        with self._lock:
+            self._commits = sorted([*self._commits, *back], key=lambda commit: commit.number)
+        dropped = {verdict.id for verdict in self.verdicts if not verdict.keep}
         try:
             self._sweeper.sweep(
                 [commit for commit in self._commits if commit.id in dropped],

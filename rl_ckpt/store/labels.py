@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -24,6 +24,7 @@ import msgspec
 from rl_ckpt.errors import CheckpointNotFoundError, CorruptionError
 from rl_ckpt.format import records
 from rl_ckpt.format.records import CommitRecord, LabelRecord
+from rl_ckpt.plan.retention import Said
 from rl_ckpt.store.base import ObjectExistsError, ObjectMissingError, Store, StoredObject
 from rl_ckpt.store.run import Run, who
 
@@ -44,6 +45,12 @@ class Labels:
         label = self.by_checkpoint.get(commit.id)
         given = () if commit.tag is None or (label is not None and label.untagged) else (commit.tag,)
         return given + tuple(tag for tag in (label.tags if label is not None else ()) if tag not in given)
+
+    def said(self, commits: Sequence[CommitRecord]) -> Said:
+        """As the retention rules take it."""
+        tags = {commit.id: tags for commit in commits if (tags := self.tags(commit))}
+        removals = {id_: label.by for id_, label in self.by_checkpoint.items() if label.remove}
+        return Said(tags, removals, frozenset(self.damaged))
 
     def note(self, checkpoint: str) -> str:
         """The note on a checkpoint; mostly empty."""
@@ -132,7 +139,7 @@ def relabel(run: Run, commit: CommitRecord, change: Callable[[LabelRecord], Labe
     blank = LabelRecord(checkpoint=commit.id, commit=commit)
     old = before if isinstance(before, LabelRecord) else blank
     label = change(msgspec.structs.replace(old, commit=commit, by=who(), time=time.time()))
-    confirmed = old.confirmed and bool(old.tags) and not old.remove  # then every sweep has kept it all the time
+    confirmed = old.confirmed and _keeps(old)  # then every sweep has kept it all the time
     run.store.put(name, [records.encode(msgspec.structs.replace(label, confirmed=confirmed))])
     # A crash here leaves a label that no sweep drops the checkpoint over, but of which nobody was told that it is so.
     if commit.id not in {there.id for there in run.log.read().commits}:
@@ -144,13 +151,19 @@ def relabel(run: Run, commit: CommitRecord, change: Callable[[LabelRecord], Labe
             f"checkpoint {commit.id} of {run.store.url} was dropped by the retention rules while it was being "
             "labelled; choose another"
         )
+    if confirmed or not _keeps(label):
+        return label
     label = msgspec.structs.replace(label, confirmed=True)
-    if not confirmed:
-        run.store.put(name, [records.encode(label)])
+    run.store.put(name, [records.encode(label)])
     return label
 
 
-def put_back(run: Run, labels: Labels, checkpoints: Sequence[str]) -> list[CommitRecord]:
+def _keeps(label: LabelRecord) -> bool:
+    """Whether a label keeps its checkpoint from every sweep."""
+    return not label.remove and bool(Labels({label.checkpoint: label}).tags(label.commit))
+
+
+def put_back(run: Run, labels: Labels, checkpoints: Iterable[str]) -> list[CommitRecord]:
     """Creates commit records anew that were deleted while their checkpoints were being tagged.
 
     Only for the run's owner, and before it deletes any file.
@@ -170,7 +183,7 @@ def put_back(run: Run, labels: Labels, checkpoints: Sequence[str]) -> list[Commi
     found: list[CommitRecord] = []
     for checkpoint in checkpoints:
         label = labels.by_checkpoint.get(checkpoint)
-        if label is None or label.remove or not labels.tags(label.commit):
+        if label is None or not _keeps(label):
             continue
         try:
             run.manifest(label.commit)
@@ -180,3 +193,27 @@ def put_back(run: Run, labels: Labels, checkpoints: Sequence[str]) -> list[Commi
             run.store.create(records.commit_name(label.commit.number), records.encode(label.commit))
         found.append(label.commit)
     return found
+
+
+def missing(labels: Labels, known: Collection[str], head: int) -> list[str]:
+    """Checkpoints that must be in the log as their labels were confirmed, and are not.
+
+    Args:
+        labels: Of the run.
+        known: Ids of the commits that there are.
+        head: Number of the newest record that was known before the labels were read.
+    """
+    return [
+        checkpoint
+        for checkpoint, label in labels.by_checkpoint.items()
+        if checkpoint not in known and label.confirmed and _keeps(label) and label.commit.number < head
+    ]
+
+
+def leftovers(labels: Labels, known: Collection[str], head: int) -> list[str]:
+    """Files of labels whose checkpoints are gone for good, as far as the log was known up to `head`."""
+    return [
+        records.label_name(checkpoint)
+        for checkpoint, label in labels.by_checkpoint.items()
+        if checkpoint not in known and label.commit.number < head
+    ]

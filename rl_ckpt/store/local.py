@@ -154,14 +154,14 @@ class LocalStore(Store):
         with self._writing("clean", _TMP_SUFFIX, 0):
             for path in _files_below(self.root, hidden=True):
                 with suppress(FileNotFoundError):
-                    mine = path.endswith(_TMP_SUFFIX) and not spare(self._named_by(path))
-                    if (mine and os.stat(path).st_mtime <= limit) or is_left_over(path):
+                    old = path.endswith(_TMP_SUFFIX) and os.stat(path).st_mtime <= limit
+                    if (old or is_left_over(path)) and not spare(self._named_by(path)):
                         os.unlink(path)
                         removed += 1
                         self._prune(os.path.dirname(path))
             for folder in _empty_folders(self.root):
                 with suppress(FileNotFoundError):
-                    if os.stat(folder).st_mtime <= limit:
+                    if os.stat(folder).st_mtime <= limit and not spare(f"{os.path.relpath(folder, self.root)}/"):
                         self._prune(folder)
         return removed
 

@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, CorruptionError
@@ -145,13 +145,14 @@ def _record(checkpoint: str, by: str, seconds: float | None) -> PinRecord:
     return PinRecord(checkpoint=checkpoint, by=by, expires=time.time() + seconds, seconds=seconds)
 
 
-def read_pins(store: Store, now: float, store_now: float | None = None) -> tuple[list[Pin], list[str]]:
+def read_pins(store: Store, now: float, store_now: Callable[[], float | None]) -> tuple[list[Pin], list[str]]:
     """The pins that are on a store.
 
     Args:
         store: Of the run.
         now: Unix seconds by this process's clock.
-        store_now: Unix seconds by the store's clock, or earlier; None: it is not known, only `now` decides.
+        store_now: Unix seconds by the store's clock, or earlier; None: it is not known, only `now` decides. Asked where
+            that makes a difference.
 
     Returns:
         Those that hold, and the files of those that are over or can't be read.
@@ -165,12 +166,19 @@ def read_pins(store: Store, now: float, store_now: float | None = None) -> tuple
         except CorruptionError:  # a pin that can't be read names no checkpoint
             over.append(item.name)
             continue
-        lasts = store_now is not None and store_now < item.modified + record.seconds
-        if record.expires > now or lasts:
+        if record.expires > now or _lasts(record, item.modified, store_now):
             pins.append(Pin(item.name, record))
         else:
             over.append(item.name)
     return pins, over
+
+
+def _lasts(record: PinRecord, modified: float, store_now: Callable[[], float | None]) -> bool:
+    """Whether a pin holds by the store's clock."""
+    if not record.seconds or not modified:
+        return False
+    now = store_now()
+    return now is not None and now < modified + record.seconds
 
 
 def holders(pins: list[Pin]) -> Mapping[str, str]:

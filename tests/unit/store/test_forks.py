@@ -282,6 +282,38 @@ def test_a_chunk_damaged_in_the_source_is_read_from_the_fork_where_it_has_the_sa
         assert_same(load(url, 0), state(0))
 
 
+@pytest.mark.parametrize("how", ["lost", "damaged", "a copy's, lost"])
+def test_a_forks_lost_run_json_is_made_anew_with_its_bases(root: str, how: str) -> None:
+    source, url = f"{root}/source", f"{root}/fork"
+    save(source, range(2))
+    fork(source, url)
+    save(url, range(2, 3))
+    if how.startswith("a copy"):
+        copied(url, f"{root}/copy")
+        open_store(f"{root}/copy").delete([records.FORK_FILE])
+        remove(source)
+        url = f"{root}/copy"
+    store = open_store(url)
+    before = Run.open(url).record
+    if how == "damaged":
+        store.put(records.RUN_FILE, [b"nothing"])
+    else:
+        store.delete([records.RUN_FILE])
+    assert Checkpointer(url).verify(repair=True).ok
+    assert (Run.open(url).record.run, Run.open(url).record.bases) == (before.run, before.bases)
+    assert_same(load(url), state(2))
+
+
+def test_a_fork_of_which_nothing_tells_the_bases_is_not_made_a_plain_run(root: str) -> None:
+    source, url = f"{root}/source", f"{root}/fork"
+    save(source, range(2))
+    fork(source, url)
+    open_store(url).delete([records.RUN_FILE, records.FORK_FILE])
+    with pytest.raises(CorruptionError, match=r"run.json is missing, though there is a commit log"):
+        Checkpointer(url).verify(repair=True)
+    assert not open_store(url).exists(records.RUN_FILE)
+
+
 # Calls that can't be carried out: nothing is written, to either.
 
 
