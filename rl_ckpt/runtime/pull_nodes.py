@@ -151,7 +151,9 @@ class NodesMover:
         """Starts actors on all nodes, and asks each what it reaches."""
         alive = [node for node, leaving in nodes().items() if not leaving]
         grouped: Any = ray.remote
-        self._till = grouped(num_cpus=0)(_Till).remote(self._limit)
+        # On this process's own node: whatever other node dies, the others go on.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        self._till = grouped(num_cpus=0)(_Till).options(scheduling_strategy=here).remote(self._limit)
         made = {
             node: grouped(num_cpus=0, max_concurrency=_CALLS)(_Puller)
             .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
@@ -203,7 +205,8 @@ class NodesMover:
         except BaseException:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.get(self._till.stop.remote(), timeout=_READY_S)
-                ray.wait(list(under_way), num_returns=len(under_way) or 1, timeout=_READY_S) if under_way else None
+                if under_way:  # what is being read now ends; files on local disks stay unfinished, for the next pull
+                    ray.wait(list(under_way), num_returns=len(under_way), timeout=_READY_S)
             raise
         self._count()
 
