@@ -147,7 +147,7 @@ def test_a_sweep_that_began_before_the_commit_deletes_nothing_of_it(
     """It knows nothing of the checkpoint, and the pin is gone when it looks for pins the last time."""
     from rl_ckpt.store.sweep import Sweeper
 
-    pull(src, dst, at=3)
+    pull(src, dst, at=1)
     find, pulled = Sweeper._find_orphans, list[object]()
 
     def late(self: Sweeper, live: Any) -> list[str]:
@@ -155,7 +155,7 @@ def test_a_sweep_that_began_before_the_commit_deletes_nothing_of_it(
             pulled.append(1)
             store = open_store(dst)
             for item in open_store(src).list(records.SHARDS):
-                if not store.exists(item.name):  # what a killed pull had left
+                if Catalog(src).find(2).id in item.name:  # what a killed pull had left
                     store.put(item.name, [open_store(src).get(item.name)])
             found = find(self, live)
             with monkeypatch.context() as patch:  # that the sweep owns the run is seen first, mostly; not so in a race
@@ -168,7 +168,7 @@ def test_a_sweep_that_began_before_the_commit_deletes_nothing_of_it(
     open_store(dst).put("shards/1-dead/x-0.arrow", [b"an orphan"])
     report = Catalog(dst).sweep(grace_s=0)
     assert (len(pulled), report.files) == (2, 1)
-    assert_good(dst, 2, 3)
+    assert_good(dst, 1, 2)
 
 
 def test_a_job_that_begins_to_save_there_ends_the_pull(src: str, dst: str) -> None:
