@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -399,26 +398,32 @@ def test_what_a_killed_pull_left_is_compared_before_it_counts(src: str, tmp_path
 
 _PULLER = """
 import json, sys, rl_ckpt
+src, dst, limit, moved, phase = sys.argv[1:]
 def tell(progress):
-    print(json.dumps({"phase": progress.phase, "moved": progress.bytes_moved}), flush=True)
-src, dst, options, limit = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), float(sys.argv[4])
-rl_ckpt.pull(src, dst, storage_options=options, progress=tell, max_bytes_per_s=limit, streams=2, nodes=False)
+    if progress.bytes_moved >= int(moved) and phase in ("", progress.phase):
+        print("there", flush=True)
+        sys.stdin.read()
+rl_ckpt.pull(src, dst, progress=tell, max_bytes_per_s=float(limit), streams=2, nodes=False)
 """
 
 
-def killed(src: str, dst: str, when: Callable[[dict[str, Any]], bool], limit: float, sign: int = signal.SIGKILL) -> int:
-    """Runs a pull in a process of its own, and kills it."""
-    command = [sys.executable, "-c", _PULLER, src, dst, "{}", str(limit)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+def killed(
+    src: str, dst: str, *, limit: float = 1e9, moved: int = 0, phase: str = "", sign: int = signal.SIGKILL
+) -> int:
+    """Runs a pull in a process of its own, which waits when so much has moved, or at a phase, and is killed there."""
+    command = [sys.executable, "-c", _PULLER, src, dst, str(limit), str(moved), phase]
+    pipes: dict[str, Any] = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            if when(json.loads(line)):
-                process.send_signal(sign)
-                break
-        else:
-            assert process.stderr is not None
-            raise AssertionError(process.stderr.read())
-        process.communicate(timeout=60)
+        assert process.stderr is not None
+        assert process.stdout.readline() == "there\n", process.stderr.read()
+        process.send_signal(sign)
+        process.wait(60)
     return process.returncode
 
 
@@ -428,7 +433,7 @@ def test_what_arrived_before_a_kill_is_kept(tmp_path: Path, sign: signal.Signals
     big = {f"w{i}": np.random.default_rng(i).random(250_000) for i in range(4)}
     with Checkpointer(src, chunk_bytes=1 << 20) as ckpt:
         ckpt.save_state(1, big).result(60)
-    code = killed(src, dst, lambda told: told["moved"] >= 3_000_000, 4e6, sign)
+    code = killed(src, dst, limit=4e6, moved=3_000_000, sign=sign)
     assert code == -signal.SIGKILL if sign == signal.SIGKILL else code not in (0, -signal.SIGKILL)
     assert Checkpointer(dst).checkpoints() == []
     report = pull(src, dst)
@@ -444,7 +449,7 @@ def test_what_arrived_before_a_kill_is_kept(tmp_path: Path, sign: signal.Signals
 def test_killed_at_any_phase_it_goes_on(tmp_path: Path, phase: str) -> None:
     src, dst = saved(str(tmp_path / "src")), str(tmp_path / "dst")
     pull(src, dst, at=1)
-    killed(src, dst, lambda told: told["phase"] == phase, 1e9)
+    killed(src, dst, phase=phase)
     assert_same(Checkpointer(dst).load_state(1), state(1))
     pull(src, dst)
     for url in (src, dst):  # which end by themselves
