@@ -30,7 +30,7 @@ from rl_ckpt.store.lease import Lease, moment
 _READERS = 16
 _READ_TRIES = 50
 _APPEND_TRIES = 5
-_LATEST_S = 600.0
+LATEST_S = 600.0
 """No request arrives at the store later than this after it was sent."""
 
 
@@ -262,7 +262,7 @@ class CommitLog:
         If the record were deleted now, that request could find its number free, and bring back a checkpoint whose files
         are gone.
         """
-        return time.monotonic() < self._sent.get(number, -math.inf) + _LATEST_S
+        return time.monotonic() < self._sent.get(number, -math.inf) + LATEST_S
 
     def overtaken(self) -> bool:
         """Whether the log holds records that this process does not know: another coordinator may own the run by now.

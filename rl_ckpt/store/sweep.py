@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from rl_ckpt.errors import CheckpointError, CorruptionError
@@ -24,9 +24,8 @@ from rl_ckpt.info import Verdict
 from rl_ckpt.plan.retention import KeepRule, decide
 from rl_ckpt.store import forks
 from rl_ckpt.store.base import ObjectMissingError
-from rl_ckpt.store.based import is_inner
 from rl_ckpt.store.labels import LabelReader, Labels, leftovers, missing, put_back
-from rl_ckpt.store.layout import writer_of
+from rl_ckpt.store.orphans import base_of, checkpoint_of, is_base, is_part, list_parts, unnamed
 from rl_ckpt.store.pins import holders, read_pins
 from rl_ckpt.store.probe import PROBE
 from rl_ckpt.store.run import Run
@@ -87,28 +86,32 @@ class Sweeper:
         self.done = Swept()
         self.grace_s = grace_s
         self._files: dict[str, frozenset[str]] = {}  # by checkpoint: the shard files that its manifest names
-        self._in_flight: dict[str, set[str]] = {}  # by checkpoint: files of older ones that it will name
+        self._in_flight: dict[str, Set[str]] = {}  # by checkpoint: files of older ones that it will name
         self._lock = threading.Lock()  # attempts begin in another thread than the one that sweeps
         self._leaving: dict[str, CommitRecord] = {}  # by id: dropped, and not all of their files are deleted
         self._recorded: set[str] = set()  # those of them whose records may still be there
         self._gone: set[str] = set()  # see take_gone
         self._orphans: dict[str, float] = {}  # name → when it was first seen as one, by this process's clock
-        self._let_go: set[str] = set()  # bases whose pins were removed
         self._sizes: dict[str, int] = {}  # of orphans
+        self._let_go: set[str] = set()  # bases whose pins were removed
         self._clean_at = 0.0  # when to look for half-written objects next, by this process's clock
         self._look = True  # whether there may be orphans that nobody has seen: at first, what a killed writer left
 
-    def protect(self, checkpoint: str, files: set[str]) -> None:
+    def protect(self, checkpoint: str, files: Set[str]) -> None:
         """Says that files of `checkpoint` are being written, and that it will name `files` of older ones.
 
         May be called while another thread sweeps.
         """
         with self._lock:
-            self._in_flight[checkpoint] = _with_bases(files)
+            self._in_flight[checkpoint] = files
+
+    def know(self, manifest: Manifest) -> None:
+        """Says what a live checkpoint names: its manifest need not be read again."""
+        self._files[manifest.id] = frozenset(file.name for file in manifest.files)
 
     def committed(self, manifest: Manifest) -> None:
         """Says that `manifest` is committed."""
-        self._files[manifest.id] = frozenset(_with_bases(file.name for file in manifest.files))
+        self.know(manifest)
         with self._lock:
             self._in_flight.pop(manifest.id, None)
 
@@ -182,7 +185,7 @@ class Sweeper:
         self.done.put_back += back
         return back
 
-    def know(self, files: Mapping[str, frozenset[str]]) -> None:
+    def know_files(self, files: Mapping[str, frozenset[str]]) -> None:
         """Says which shard files checkpoints name, by id, so that their manifests need not be read."""
         self._files |= files
 
@@ -230,18 +233,19 @@ class Sweeper:
         due = {name for name, since in orphans.items() if now - since >= self.grace_s}
         for commit in back:
             named = self._named_by(commit) or frozenset()
-            due -= {name for name in due if name in named or checkpoint_of(name) == commit.id}
+            bases = {base_of(name) for name in named}
+            due -= {name for name in due if name in named | bases or checkpoint_of(name) == commit.id}
         if due:  # pins that came before the records went: whoever set them has found the record there
             due -= self._held(due)
-        bases = due & forks.bases_held(self._run)
-        due -= bases
-        store.delete(sorted(due, key=lambda name: (not name.startswith(records.MANIFESTS), name)))  # manifests first
-        self.done.files += len(due)
-        self.done.bytes += sum(self._sizes.get(name, 0) for name in due)
-        for base in sorted(bases - self._let_go):  # a crash before it: the next writer finds the pin, and removes it
+        bases = {name for name in due if is_base(name)}
+        # Manifests first.
+        store.delete(sorted(due - bases, key=lambda name: (not name.startswith(records.MANIFESTS), name)))
+        for base in sorted(bases):  # a crash before it: the next writer finds the pin, and removes it
             self._let_go.add(base)  # also where that fails: of a source that is gone, nobody is to hear at every save
             forks.let_go(self._run, base)
-        self._orphans = {name: since for name, since in orphans.items() if name not in due | bases}
+        self.done.files += len(due - bases)
+        self.done.bytes += sum(self._sizes.get(name, 0) for name in due)
+        self._orphans = {name: since for name, since in orphans.items() if name not in due}
         left = {checkpoint_of(name) for name in self._orphans} | pinned.keys()
         self._leaving = {name: commit for name, commit in self._leaving.items() if name in left}
         known = {commit.id for commit in kept} | self._leaving.keys()
@@ -297,7 +301,7 @@ class Sweeper:
             if commit.id not in self._files:
                 names |= {name for name in due if checkpoint_of(name) == commit.id}
                 names |= self._named_by(commit) or due
-        return names & due
+        return (names | {base_of(name) for name in names}) & due
 
     def _named_in(self, manifest: str) -> set[str]:
         """Files that a manifest names which no record vouches for; none where it can't be read."""
@@ -307,7 +311,7 @@ class Sweeper:
             found = manifests.decode(store.object_url(manifest), data, digest(data))
         except (ObjectMissingError, CorruptionError):
             return set()
-        return _with_bases(file.name for file in found.files)
+        return {file.name for file in found.files}
 
     def _clean_partial(self, now: float, again_s: float) -> None:
         """Removes what killed writers left half-written; what is too young for that goes the next time.
@@ -323,10 +327,10 @@ class Sweeper:
         mine |= {checkpoint_of(name) for one in pinned for name in self._named_in(records.manifest_name(one))}
         small = self.grace_s >= _SMALL_AGE_S
         self.done.partial += store.clean_partial(
-            self.grace_s, lambda name: checkpoint_of(name) in mine if _is_part(name) else not small
+            self.grace_s, lambda name: checkpoint_of(name) in mine if is_part(name) else not small
         )
         if not small:
-            self.done.partial += store.clean_partial(_SMALL_AGE_S, _is_part)
+            self.done.partial += store.clean_partial(_SMALL_AGE_S, is_part)
         self._clean_at = now + again_s
 
     def _find_orphans(self, live: Sequence[CommitRecord]) -> list[str]:
@@ -338,17 +342,18 @@ class Sweeper:
             if known is None:
                 return []  # an unreadable manifest may name any file: better to keep too much
             named |= known
-        store, record = self._run.store, self._run.record
-        listed = [*store.list(records.MANIFESTS), *store.list(records.SHARDS)]
-        if any(is_inner(record, number) for number in range(len(record.bases))):
-            listed += store.list(records.BASES)
+        listed = list_parts(self._run)
         with self._lock:  # after the listing: whoever wrote a listed file was in flight before it
             checkpoints = {commit.id for commit in live} | self._in_flight.keys()
-            named = named.union(*self._in_flight.values())
-        found = [i for i in listed if i.name not in named and checkpoint_of(i.name) not in checkpoints]
+            spared = set[str]().union(*self._in_flight.values()) - named
+        # Attempts hold more than they will name: what they let go is looked for again.
+        self._look |= any(item.name in spared for item in listed) or any(
+            name.startswith(records.BASES) for name in spared
+        )
+        named |= spared
+        found = unnamed(self._run, listed, named, checkpoints)
         self._sizes = {item.name: item.size_bytes for item in found}
-        bases = forks.bases_held(self._run) - self._let_go - named
-        return [*(item.name for item in found), *sorted(bases)]
+        return [item.name for item in found if item.name not in self._let_go]
 
     def _names(self, prefix: str) -> list[str]:
         return [item.name for item in self._run.store.list(prefix)]
@@ -356,7 +361,7 @@ class Sweeper:
     def _named_by(self, commit: CommitRecord) -> frozenset[str] | None:
         if commit.id not in self._files:
             try:
-                self._files[commit.id] = frozenset(_with_bases(f.name for f in self._run.manifest(commit).files))
+                self._files[commit.id] = frozenset(file.name for file in self._run.manifest(commit).files)
             except CorruptionError:
                 return None
         return self._files[commit.id]
@@ -374,21 +379,3 @@ class Sweeper:
         pins, over = read_pins(self._run.store, self.clock.now(), self.store_now)
         self._run.store.delete(over)
         return holders(pins)
-
-
-def _with_bases(files: Iterable[str]) -> set[str]:
-    """Names of files, and beside those of files in a base the base itself, which stands for the pin there."""
-    names = set(files)
-    return names | {"/".join(name.split("/")[:2]) for name in names if name.startswith(records.BASES)}
-
-
-def _is_part(name: str) -> bool:
-    """Whether an object is of one checkpoint."""
-    return name.startswith((records.MANIFESTS, records.SHARDS, records.BASES))
-
-
-def checkpoint_of(name: str) -> str:
-    """The checkpoint that a manifest or shard file was written for."""
-    if name.startswith(records.MANIFESTS):
-        return name.removeprefix(records.MANIFESTS).removesuffix(".json")
-    return writer_of(name)

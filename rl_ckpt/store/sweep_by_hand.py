@@ -23,9 +23,9 @@ from rl_ckpt.store.base import ObjectMissingError, Store, StoredObject
 from rl_ckpt.store.commit_log import Log
 from rl_ckpt.store.committer import Committer
 from rl_ckpt.store.labels import Labels, leftovers, missing, relabel
+from rl_ckpt.store.orphans import checkpoint_of, is_base, list_parts, unnamed
 from rl_ckpt.store.pins import holders, read_pins
 from rl_ckpt.store.run import Run
-from rl_ckpt.store.sweep import checkpoint_of
 
 _READERS = 16
 
@@ -89,7 +89,7 @@ def _sweep(store: Store, committer: Committer, planned: _Planned) -> SweepReport
         notices.append("the store tells no times: files whose grace is not over wait for a sweep that runs as long")
     else:
         sweeper.seen({name: now - first for name, first in before.items()})
-    sweeper.know(planned.files)
+    sweeper.know_files(planned.files)
     try:
         committer.tidy()
     except StorageError as error:
@@ -111,7 +111,7 @@ def _sweep(store: Store, committer: Committer, planned: _Planned) -> SweepReport
         put_back=tuple(commit.id for commit in done.put_back),
         files=done.files,
         bytes=done.bytes,
-        waiting_files=len(waiting),
+        waiting_files=sum(not is_base(name) for name in waiting),
         waiting_bytes=sum(size for _, size in waiting.values()),
         partial_uploads=done.partial,
         notices=tuple(notices),
@@ -172,7 +172,7 @@ def _plan(run: Run, log: Log, labels: Labels, keep: Sequence[KeepRule], grace_s:
     going = [v.id for v in verdicts if not v.keep and v.id not in held]
     ids = {commit.id for commit in log.commits}
     files, notices = _files(run, [commit for commit in log.commits if commit.id not in going])
-    listed = [*run.store.list(records.MANIFESTS), *run.store.list(records.SHARDS)]
+    listed = list_parts(run)
     owner = _owner(run.store, log)
     if owner:
         notices.append(f"{owner} owns the run or was killed not long ago; while it lives only it sweeps")
@@ -182,7 +182,7 @@ def _plan(run: Run, log: Log, labels: Labels, keep: Sequence[KeepRule], grace_s:
     if not (log.damaged or len(files) < len(ids) - len(going)):
         named = frozenset[str]().union(*files.values())
         stay = ids.difference(going)
-        free = [i for i in listed if i.name not in named and checkpoint_of(i.name) not in stay]
+        free = unnamed(run, listed, named, stay)
         if owner:  # what no checkpoint names may be a save under way
             free = [item for item in free if checkpoint_of(item.name) in ids]
     partial = _half_written(run.store, grace_s, notices)
@@ -191,7 +191,7 @@ def _plan(run: Run, log: Log, labels: Labels, keep: Sequence[KeepRule], grace_s:
         deleted=tuple(going),
         pinned={v.id: held[v.id] for v in verdicts if not v.keep and v.id in held},
         put_back=tuple(missing(labels, ids, log.head)),
-        files=len(free),
+        files=sum(not is_base(item.name) for item in free),
         bytes=sum(item.size_bytes for item in free),
         partial_uploads=partial,
         dry_run=True,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rl_ckpt import Checkpointer
+from rl_ckpt import Catalog, Checkpointer, LatestN
 from rl_ckpt.store import sweep as sweep_module
 from rl_ckpt.store.committer import Committer, SaveRequest
 from rl_ckpt.store.run import Run
@@ -25,7 +25,7 @@ from tests.unit.trees import assert_same
 SAVE = """
 import sys
 import numpy as np
-from rl_ckpt import Checkpointer
+from rl_ckpt import Catalog, Checkpointer, LatestN
 url, endpoint, key, secret = sys.argv[1:]
 options = {"endpoint_url": endpoint, "key": key, "secret": secret}
 state = {"w": np.random.default_rng(0).integers(0, 255, 20 << 20, np.uint8)}
@@ -107,3 +107,21 @@ def test_one_who_lost_the_run_aborts_nothing(moto_server: S3Server) -> None:
     moto_server.client().create_multipart_upload(Bucket=bucket, Key=key)
     old.tidy()
     assert uploads(moto_server, url) == [key]
+
+
+def test_a_sweep_by_hand_counts_and_aborts_them(moto_server: S3Server) -> None:
+    url, options = f"s3://{moto_server.new_bucket()}/run", moto_server.storage_options()
+    with Checkpointer(url, storage_options=options) as ckpt:
+        for step in (1, 2):
+            ckpt.save_state(step, state(step)).result(60)
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    for key in ("a", "b"):
+        moto_server.client().create_multipart_upload(Bucket=bucket, Key=f"{prefix}/shards/9-0123456789ab/{key}.arrow")
+    catalog = Catalog(url, storage_options=options)
+    dry = catalog.sweep([LatestN(1)], dry_run=True)
+    assert (dry.partial_uploads, len(uploads(moto_server, url))) == (2, 2)
+    done = catalog.sweep([LatestN(1)], grace_s=0)
+    assert (done.partial_uploads, uploads(moto_server, url)) == (2, [])
+    assert done.deleted == dry.deleted
+    assert (done.files, done.bytes) == (dry.files, dry.bytes)
+    assert [info.step for info in catalog.checkpoints()] == [2]
