@@ -35,6 +35,8 @@ from rl_ckpt.info import (
     LeafChange,
     Preemption,
     PrefetchReport,
+    Progress,
+    PullReport,
     Recovery,
     RestoreReport,
     SuperviseReport,
@@ -47,6 +49,7 @@ from rl_ckpt.plan.retention import BestN, EveryNSteps, KeepRule, LatestN, NewerT
 from rl_ckpt.prefetching import Prefetch, prefetch
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
 from rl_ckpt.store.pending import PendingSave
+from rl_ckpt.transfer import pull, watch
 
 __all__ = [
     "ArrayChange",
@@ -74,6 +77,8 @@ __all__ = [
     "Preemption",
     "Prefetch",
     "PrefetchReport",
+    "Progress",
+    "PullReport",
     "Recovery",
     "Replicated",
     "RestoreReport",
@@ -93,4 +98,6 @@ __all__ = [
     "diff",
     "fork",
     "prefetch",
+    "pull",
+    "watch",
 ]
