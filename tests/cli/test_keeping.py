@@ -76,9 +76,13 @@ def test_what_is_refused_changes_nothing(words: list[str], code: int, said: str,
 
 
 def test_rm(cli: Cli, run: Path, ids: dict[int, str]) -> None:
-    text = cli("rm", run, 100, "best", "--force", "--grace", "0s").stdout
+    text = cli("rm", run, 100, "best", "--force").stdout
     assert "2 checkpoints removed\n" in text
     assert steps(run) == [300]
+    assert "deleted by a later sweep" in cli("sweep", run).stdout
+    assert len(list((run / "manifests").iterdir())) == 3
+    cli("sweep", run, "--grace", "0s")
+    assert [path.stem for path in (run / "manifests").iterdir()] == [ids[300]]
     cli("verify", run)
 
 

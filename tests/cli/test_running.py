@@ -29,7 +29,10 @@ from tests.s3_servers import free_port
 def test_a_status_in_lines() -> None:
     service = ServiceStatus(
         saves=(SaveStatus(9, "9-a", "staging", 4, 4, 3, 4 << 20, 3 << 20, 2 << 20, 1 << 20, 1.0, 2.5),),
-        restores=(RestoreStatus(None, "", "opening", 4, 1, {}, 0.5, 0.5), RestoreStatus(8, "8-a", "fetching", 4, 4, {"store": 1024}, 1, 2)),
+        restores=(
+            RestoreStatus(None, "", "opening", 4, 1, {}, 0.5, 0.5),
+            RestoreStatus(8, "8-a", "fetching", 4, 4, {"store": 1024}, 1, 2),
+        ),
         prefetch=PrefetchStatus(8, "8-a", 4096, 1024, True),
         servers=(ServerStatus("a", True, 2, 2048, 10, 20, 3, 0), ServerStatus("b", False)),
         memory_bytes=4096, memory_parts=2, copies_missing=1, in_memory=("8-a", "7-a"),

@@ -133,9 +133,9 @@ def test_refs() -> None:
 
 
 def test_options_of_the_store() -> None:
-    words = ["anon=true", "retry_deadline_s=2.5", "key=0123", "client_kwargs.region_name=eu", 'x={"a": 1}', "y=a=b"]
+    words = ["anon=true", "retry_deadline_s=2.5", "key=1234", "client_kwargs.region_name=eu", 'x={"a": 1}', "y=a=b"]
     assert storage_options(words, "http://s3", "team") == {
-        "anon": True, "retry_deadline_s": 2.5, "key": "0123", "client_kwargs": {"region_name": "eu"}, "x": {"a": 1},
+        "anon": True, "retry_deadline_s": 2.5, "key": "1234", "client_kwargs": {"region_name": "eu"}, "x": {"a": 1},
         "y": "a=b", "endpoint_url": "http://s3", "profile": "team",
     }  # fmt: skip
     assert storage_options(None, None, None) == {}
