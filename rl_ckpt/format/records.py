@@ -22,6 +22,8 @@ PLAIN_VERSION = 1
 
 RUN_FILE = "run.json"
 WAITING_FILE = "sweep.json"
+FORK_FILE = "fork.json"
+"""A copy of a fork's run.json: nothing else tells where its bases are."""
 BASES = "base/"
 """How the names of files begin that lie in another run, which this one was forked from."""
 COMMITS, MANIFESTS, SHARDS, PINS, LEASES = "commits/", "manifests/", "shards/", "pins/", "leases/"

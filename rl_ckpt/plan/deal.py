@@ -2,7 +2,7 @@
 
 Owns: balance (by bytes over ranks, then over nodes), the layout of a generation of staging memory, the split into
 files (packed ones for many small chunks), and, once all is staged and its digests are known, de-duplication (within the
-save and against the checkpoint that it continues). A plan depends on shapes and on who has what, not on values: the
+save, and against what is stored). A plan depends on shapes and on who has what, not on values: the
 next save of the same shape can use it again. Moves nothing.
 """
 
@@ -17,6 +17,8 @@ import msgspec
 
 from rl_ckpt.format.manifest import ArrayEntry, Chunk, Manifest, ShardFileEntry, shard_file_name
 from rl_ckpt.format.shard_file import ALIGNMENT, PAGE_BYTES
+from rl_ckpt.plan.chunk_index import Found, KnownChunks, Wanted
+from rl_ckpt.plan.compaction import file_target
 from rl_ckpt.plan.merge import Merged, MergedArray, MergedChunk
 from rl_ckpt.state.boxes import Box
 from rl_ckpt.state.dtypes import dtype_from_name
@@ -26,6 +28,12 @@ PACK_BELOW_BYTES = 64 << 10
 COLUMNS_BEFORE_PACKING = 1024
 """So many small chunks a server are columns; with more, all of them are rows."""
 
+
+FILES_AT_LEAST = 16
+"""So many files take a save where several are written at a time, whatever the number of servers: those of which little is wanted later are written anew,
+one at a time (plan/compaction.py)."""
+LEAST_FILE_BYTES = 256 << 10
+"""No smaller files are made for that, nor to have several to write at a time."""
 
 Place = tuple[int, int]
 """Which chunk: the number of its array, and its own in it."""
@@ -95,12 +103,12 @@ class Source(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     """A chunk that is stored already, and its file."""
 
 
-Stored = Mapping[tuple[bytes, int], tuple[ShardFileEntry, Chunk]]
-"""Chunks that the newest checkpoint holds, by digest and bytes."""
+Stored = Mapping[Wanted, Found] | KnownChunks
+"""Chunks that need not be written, by digest and bytes."""
 
 
-def stored_chunks(manifest: Manifest) -> dict[tuple[bytes, int], tuple[ShardFileEntry, Chunk]]:
-    """The chunks that a checkpoint holds, for the next save to refer to."""
+def stored_chunks(manifest: Manifest) -> dict[Wanted, Found]:
+    """The chunks that a checkpoint holds, for a save to refer to."""
     return {
         (bytes.fromhex(c.digest), c.bytes): (manifest.files[c.file], c)
         for array in manifest.arrays
@@ -127,7 +135,7 @@ def deal(
     Args:
         merged: From `merge`.
         servers: Shard server of each rank's node, by rank.
-        write_streams: Shard files that a server writes at a time.
+        write_streams: Shard files that a server writes at a time: as many there are at least.
         file_bytes: Size past which a shard file is split further.
 
     Returns:
@@ -140,8 +148,10 @@ def deal(
     by_server: dict[str, list[tuple[int, Write]]] = {}
     for rank, write in balance(writes, servers):
         by_server.setdefault(servers[rank], []).append((rank, write))
+    # One stream asks for as few files as can be.
+    files_each = max(write_streams, FILES_AT_LEAST // max(len(by_server), 1)) if write_streams > 1 else 1
     for server in sorted(by_server):
-        lay_out(plan, server, by_server[server], write_streams, file_bytes)
+        lay_out(plan, server, by_server[server], files_each, file_bytes)
     return plan
 
 
@@ -189,7 +199,7 @@ def lay_out(
     plan: SavePlan,
     server: str,
     dealt: list[tuple[int, Write]],
-    write_streams: int,
+    files_at_least: int,
     file_bytes: int,
 ) -> None:
     """Gives each chunk of one shard server its place in staging memory and in a file; goes into the plan.
@@ -198,12 +208,12 @@ def lay_out(
         plan: Gets the server's part.
         server: Its name.
         dealt: Its chunks, and the ranks that stage them.
-        write_streams: As for `deal`.
+        files_at_least: Into how many files they go, where they are not few bytes.
         file_bytes: As for `deal`.
     """
     files: list[FilePlan] = []
     offset = 0
-    for group, packed in into_files(dealt, write_streams, file_bytes):
+    for group, packed in into_files(dealt, files_at_least, file_bytes):
         names: set[str] = set()
         planned: list[ColumnPlan] = []
         for rank, write in group:
@@ -220,11 +230,11 @@ def lay_out(
 
 
 def into_files(
-    dealt: list[tuple[int, Write]], write_streams: int, file_bytes: int
+    dealt: list[tuple[int, Write]], files_at_least: int, file_bytes: int
 ) -> list[tuple[list[tuple[int, Write]], bool]]:
     """Which chunks of one shard server go into one file each, and whether it is packed; packed ones last."""
     total = sum(write.chunk.size_bytes for _, write in dealt)
-    target = max(min(-(-total // write_streams), file_bytes), 1 << 20)
+    target = max(min(-(-total // files_at_least), file_bytes), LEAST_FILE_BYTES)
     rows, columns = _small(dealt)
     return [(group, False) for group in _groups(columns, target)] + [(group, True) for group in _groups(rows, target)]
 
@@ -294,29 +304,48 @@ def settle(plan: SavePlan, checkpoint: str, digests: Mapping[tuple[str, int], by
     Returns:
         The plan of what is written.
     """
+    keys = [
+        (digests[server, column.offset], column.bytes)
+        for server, files in plan.files.items()
+        for file in files
+        for column in file.columns
+    ]
+    unique = set(keys)
+    known = stored.find(unique) if isinstance(stored, KnownChunks) else stored
+    left = [key for key in unique if key not in known]
+    target = file_target(sum(size for _, size in left), whole=len(left) == len(unique))
+    key_of = iter(keys)
     moved: dict[Source, Source] = {}
-    first: dict[tuple[bytes, int], Source] = {}
+    first: dict[Wanted, Source] = {}
     settled: dict[str, list[FilePlan]] = {}
     for server, files in plan.files.items():
-        kept: list[FilePlan] = []
+        kept: list[list[ColumnPlan]] = []
+        packed: list[bool] = []
         for f, file in enumerate(files):
-            columns: list[ColumnPlan] = []
+            filled = target  # the first column begins a file
             for c, column in enumerate(file.columns):
-                key = (digests[server, column.offset], column.bytes)
-                here, old = Source(server, f, c), stored.get(key)
+                here, key = Source(server, f, c), next(key_of)
+                old = known.get(key)
                 if old is not None:
                     moved[here] = Source(old=old)
-                elif key in first:
+                    continue
+                if key in first:
                     moved[here] = first[key]
-                else:
-                    first[key] = here
-                    if (f, c) != (len(kept), len(columns)):
-                        moved[here] = first[key] = Source(server, len(kept), len(columns))
-                    columns.append(column)
-            if columns:
-                kept.append(FilePlan(shard_file_name(checkpoint, server, len(kept)), tuple(columns), file.packed))
+                    continue
+                if filled >= target:
+                    kept.append([])
+                    packed.append(file.packed)
+                    filled = 0
+                first[key] = Source(server, len(kept) - 1, len(kept[-1]))
+                if first[key] != here:
+                    moved[here] = first[key]
+                kept[-1].append(column)
+                filled += column.bytes
         if kept:
-            settled[server] = kept
+            settled[server] = [
+                FilePlan(shard_file_name(checkpoint, server, k), tuple(columns), packed[k])
+                for k, columns in enumerate(kept)
+            ]
     sources = {place: moved.get(source, source) for place, source in plan.sources.items()} if moved else plan.sources
     return dataclasses.replace(plan, files=settled, sources=sources)
 

@@ -101,8 +101,13 @@ def sizes_of(store: Store, names: Iterable[str]) -> dict[str, int]:
     Raises:
         StorageError: The store failed.
     """
+    return {item.name: item.size_bytes for item in store.list(records.SHARDS)} | sizes_in_bases(store, names)
+
+
+def sizes_in_bases(store: Store, names: Iterable[str]) -> dict[str, int]:
+    """As `sizes_of`, of files in bases alone."""
     folders = {name.rpartition("/")[0] + "/" for name in names if records.split_base(name) is not None}
-    out = {item.name: item.size_bytes for item in store.list(records.SHARDS)}
+    out: dict[str, int] = {}
     for folder in sorted(folders):
         try:
             out.update({item.name: item.size_bytes for item in store.list(folder)})

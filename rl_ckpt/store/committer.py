@@ -21,7 +21,9 @@ from rl_ckpt.format.digest import digest
 from rl_ckpt.format.manifest import ArrayEntry, Manifest, ShardFileEntry
 from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.info import CheckpointInfo, Verdict
-from rl_ckpt.plan.deal import SavePlan, Stored, Written, entries
+from rl_ckpt.plan.chunk_index import NOTHING_KNOWN, KnownChunks
+from rl_ckpt.plan.compaction import lasting
+from rl_ckpt.plan.deal import SavePlan, Written, entries
 from rl_ckpt.plan.parts import memory_entries
 from rl_ckpt.plan.retention import KeepRule
 from rl_ckpt.state import leaves
@@ -128,7 +130,10 @@ class Committer:
         self._open: dict[str, _Attempt] = {}
         self._lock = threading.Lock()  # held where commits and attempts change, never while the store is asked
         self._unsettled: set[str] = set()  # attempts whose commit record was sent and may yet land
-        self._reuse = Reuse(run)
+        # In a local folder nothing is on its way any more once a process has ended.
+        ended = self._lease.ended and run.store.local_path(records.RUN_FILE) is not None
+        self._reuse = Reuse(run, self._sweeper.know, ended=ended)
+        self._reuse.begin(self._commits)
         self._landed: dict[str, int] = {}  # only in memory, and in the line that goes on: the step
         self._parents: dict[str, str | None] = {}  # of all that landed, of other branches too: the committed parent
         self.verdicts: Sequence[Verdict] = ()  # of the last `tidy`
@@ -218,8 +223,8 @@ class Committer:
         parent = next((one for one in reversed(request.since) if one in there), request.parent)
         return self._parents.get(parent, parent) if parent is not None else None
 
-    def stored(self, checkpoint: str) -> Stored:
-        """What an attempt need not write: the intact chunks of the checkpoint that it continues.
+    def stored(self, checkpoint: str) -> KnownChunks:
+        """What an attempt need not write: the intact chunks of the live checkpoints that it may lean on.
 
         Their files are kept from the sweep until the attempt is committed or abandoned.
 
@@ -228,16 +233,26 @@ class Committer:
         """
         attempt = self._open.get(checkpoint)
         if attempt is None:
-            return {}  # given up meanwhile
+            return NOTHING_KNOWN  # given up meanwhile
         with self._lock:
             parent = self._continued(attempt.request)
-        stored = self._reuse.find(parent, self._commits)
-        self._sweeper.protect(checkpoint, {file.name for file, _ in stored.values()})
+        stays = lasting([*self._commits, self._planned(checkpoint, attempt.request)], self._keep)
+        urgent = attempt.request.deadline_s is not None
+        stored = self._reuse.find(parent, self._commits, stays, lasts=checkpoint in stays, urgent=urgent)
+        self._sweeper.protect(checkpoint, stored.names)
         with self._lock:
             given_up = checkpoint not in self._open
         if given_up:  # while the store was asked
             self._sweeper.release(checkpoint)
         return stored
+
+    def _planned(self, checkpoint: str, request: SaveRequest) -> CommitRecord:
+        """What the retention rules will see of an attempt."""
+        return CommitRecord(
+            number=0, run="", write_id="", epoch=0, id=checkpoint, step=request.step, manifest_bytes=0,
+            manifest_digest="", bytes=0, bytes_written=0, time=time.time(), metrics=dict(request.metrics),
+            tag=request.tag, parent=request.parent,
+        )  # fmt: skip
 
     def commit(self, save: WrittenSave) -> CommitRecord:
         """Makes a checkpoint of what was written.
@@ -271,7 +286,7 @@ class Committer:
             self._open.pop(manifest.id, None)
             self._landed.pop(manifest.id, None)
             self._parents.pop(manifest.id, None)
-        self._reuse.committed(manifest)
+        self._reuse.committed(manifest, record)
         return record
 
     def land(self, save: WrittenSave) -> tuple[CommitRecord, bytes]:
@@ -361,6 +376,7 @@ class Committer:
         with self._lock:
             self._commits = sorted([*self._commits, *back], key=lambda commit: commit.number)
         dropped = {verdict.id for verdict in self.verdicts if not verdict.keep}
+        self._reuse.load_all([commit for commit in self._commits if commit.id not in dropped])
         try:
             self._sweeper.sweep(
                 [commit for commit in self._commits if commit.id in dropped],
@@ -368,6 +384,7 @@ class Committer:
             )
         finally:
             gone = self._sweeper.take_gone()
+            self._reuse.dropped(gone)
             with self._lock:
                 self._commits = [commit for commit in self._commits if commit.id not in gone]
 

@@ -103,6 +103,7 @@ def make_fork(
     # From here on the fork is a run without a checkpoint, whose bases must stay: a crash leaves that, and the same call
     # goes on. The pins come first, so that a fork with a checkpoint always has them.
     _hold(own, record, bases, FOREVER)
+    own.put(records.FORK_FILE, [records.encode(record)])
     fork = Run(own, record, storage_options)
     first = msgspec.structs.replace(
         manifest,

@@ -134,6 +134,8 @@ class Lease:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._taken: Callable[[], bool] = lambda: False
+        self.ended = False
+        """Whether `claim` found for certain that the writer before this one is dead, or has let the run go."""
 
     @property
     def id(self) -> str:
@@ -180,18 +182,21 @@ class Lease:
 
     def _in_doubt(self, last: EpochRecord | None) -> _Held | None:
         """The last owner's lease, unless it is certain that this writer may have the run."""
+        self.ended = False
         if last is None or not last.lease:
             return None  # nobody, or a writer that has no lease
         held = _read(self._store, last, self._record.lease_s)
         if held is None:
+            self.ended = True
             return None  # it has let the run go
         theirs, mine = held.record, self._record
+        held.alive_here = liveness(Process(theirs.host, theirs.pid, theirs.started, theirs.machine), mine.machine)
+        self.ended = held.alive_here == "dead"
         same = (theirs.machine, theirs.pid, theirs.started) == (mine.machine, mine.pid, mine.started)
         if theirs.machine and same and not self._beside:
             return None
         if theirs.service and theirs.service == mine.service:
             return None
-        held.alive_here = liveness(Process(theirs.host, theirs.pid, theirs.started, theirs.machine), mine.machine)
         return None if held.alive_here == "dead" else held
 
     def _wait_until_over(self, held: _Held, clock: Callable[[], float], wait: Callable[[float], None]) -> None:
@@ -303,6 +308,16 @@ class _Held:
     data: bytes
     record: LeaseRecord
     alive_here: str = "unknown"
+
+
+def holder(store: Store, last: EpochRecord) -> LeaseRecord | None:
+    """The lease of an epoch's owner, for people to look at; None where it has let the run go.
+
+    Raises:
+        StorageError: The store failed.
+    """
+    held = _read(store, last, LEASE_S)
+    return None if held is None else held.record
 
 
 def _read(store: Store, last: EpochRecord, lease_s: float) -> _Held | None:

@@ -1,61 +1,194 @@
-"""Reuse: which chunks a save need not write, as the run holds them already.
+"""Reuse: which chunks a save need not write, as a live checkpoint of the run holds them already.
 
-Owns: what the run's committer knows of stored chunks, and whether a new checkpoint may lean on their files. Promises:
-none of them is of a file that is missing or cut short, nor of a checkpoint that this writer or an earlier one may be
-deleting. For one thread at a time.
+Owns: what the run's committer knows of stored chunks (plan/chunk_index.py), when it reads that, and which checkpoints a
+new one may lean on. Promises: none whose files are missing or cut short, none that this writer or an earlier one may be
+deleting, and none that the save's line of checkpoints has left behind: a restore that goes back to an older checkpoint
+does so because the newer are damaged, for all that is known here. For one thread at a time.
+
+Manifests are read when the first save asks, the newest first, as many as `FIRST_BYTES` allows: that is in the
+background, after the state was staged. The others are read after its commit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from rl_ckpt.errors import CorruptionError
 from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.format.records import CommitRecord
-from rl_ckpt.plan.deal import Stored, stored_chunks
-from rl_ckpt.store.based import sizes_of
+from rl_ckpt.plan.chunk_index import ChunkIndex, KnownChunks
+from rl_ckpt.store.based import sizes_in_bases, sizes_of
+from rl_ckpt.store.commit_log import LATEST_S
 from rl_ckpt.store.run import Run
+
+FIRST_BYTES = 64 << 20
+"""Of manifests that are read before the first save is written: 64 MiB name some 500,000 chunks."""
+MOST_CHUNKS = 1 << 20
+"""So many different chunks are known, of the newest checkpoints; 80 MB. What older ones hold is written again."""
+_READERS = 8
 
 
 class Reuse:
     """What saves to one run need not write; kept by the run's committer."""
 
-    def __init__(self, run: Run) -> None:
-        """Nothing is read yet."""
-        self._run = run
-        self._stored: Stored | None = None
+    def __init__(self, run: Run, read: Callable[[Manifest], None], *, ended: bool = False) -> None:
+        """Nothing is read yet.
 
-    def find(self, parent: str | None, commits: Sequence[CommitRecord]) -> Stored:
-        """Chunks of the checkpoint that a save continues: after a fallback the newest is damaged, that one was read.
+        Args:
+            run: The run, opened for writing.
+            read: Is given each manifest of an older checkpoint that was read.
+            ended: Whether it is certain that the writer before this one asks the store for nothing any more.
+        """
+        self._run = run
+        self._read = read
+        self._index = ChunkIndex()
+        self._numbers: dict[str, int] = {}  # by checkpoint in the index: its commit
+        self._passed: set[str] = set()  # not in the index, and not to be read: damaged, gone, or too much
+        self._newest_found: str | None = None
+        self._oldest_epoch = run.log.epoch - 1 if ended else run.log.epoch
+        self._alone_at: float | None = time.monotonic() + LATEST_S
+        self._asked = False
+
+    def begin(self, commits: Sequence[CommitRecord]) -> None:
+        """Says which checkpoints there were when the run was opened."""
+        self._newest_found = commits[-1].id if commits else None
+
+    def find(
+        self,
+        parent: str | None,
+        commits: Sequence[CommitRecord],
+        lasting: Collection[str] = (),
+        *,
+        lasts: bool = False,
+        urgent: bool = False,
+    ) -> KnownChunks:
+        """Chunks that a save may name instead of writing them.
 
         Args:
             parent: Id of the checkpoint that the save continues; None: the newest.
             commits: All of the run, oldest first.
+            lasting: Ids of those that stay; see plan/compaction.py.
+            lasts: Whether the new one will be one of those.
+            urgent: Whether there is no time to read more than one manifest.
 
         Raises:
             StorageError: The store failed.
         """
-        newest = commits[-1] if commits else None
-        start = next((c for c in commits if c.id == parent), newest)
-        if start is not newest and start is not None:
-            # An older coordinator may have dropped it before it was fenced, and its deletes still be on their way. It
-            # can't have dropped what was the newest when it was fenced, and this one's own are this one's to drop.
-            return self._stored_in(start) if start.epoch == self._run.log.epoch else {}
-        if self._stored is None:
-            self._stored = self._stored_in(newest)
-        return self._stored
+        start = next((c for c in commits if c.id == parent), commits[-1] if commits else None)
+        if start is None:
+            return self._index.view((), (), lasts)
+        self._asked = True
+        self._load([start] if urgent else [start, *reversed(commits)], FIRST_BYTES)
+        usable = {commit.id for commit in self._safe(commits)} & line(start, commits)
+        return self._index.view(usable, lasting, lasts)
 
-    def committed(self, manifest: Manifest) -> None:
-        """Says that `manifest` is committed, and the newest."""
-        self._stored = stored_chunks(manifest)
+    def committed(self, manifest: Manifest, record: CommitRecord) -> None:
+        """Says that `manifest` is committed, and the newest; its files were just written, or found here."""
+        self._take(manifest, record.number, None)
+        while self._index.chunks > MOST_CHUNKS and len(self._numbers) > 1:
+            oldest = min(self._numbers, key=self._numbers.__getitem__)
+            self.dropped([oldest])
+            self._passed.add(oldest)
 
-    def _stored_in(self, commit: CommitRecord | None) -> Stored:
+    def dropped(self, checkpoints: Collection[str]) -> None:
+        """Says that checkpoints are gone, or that their deletion was asked for."""
+        self._index.drop(checkpoints)
+        for checkpoint in checkpoints:
+            self._numbers.pop(checkpoint, None)
+            self._passed.discard(checkpoint)
+
+    def load_all(self, commits: Sequence[CommitRecord]) -> None:
+        """Reads what `find` has left for later.
+
+        Raises:
+            StorageError: The store failed; the rest is read the next time.
+        """
+        if self._asked:
+            self._load(commits[::-1], None)
+
+    def _safe(self, commits: Sequence[CommitRecord]) -> Sequence[CommitRecord]:
+        """Those of which no deletes of an earlier writer may be on their way.
+
+        It may have dropped a checkpoint before it was fenced, and its deletes arrive later. It can't have dropped what
+        was the newest then, nor, long after it was fenced, what is there still; and what this writer drops it forgets.
+        """
+        if self._alone_at is not None and time.monotonic() >= self._alone_at:
+            there = {record.id for record in self._run.log.read().commits}
+            gone = {commit.id for commit in commits if commit.id not in there}
+            self.dropped(gone)
+            self._passed |= gone
+            self._index.check(self._list())
+            self._alone_at, self._oldest_epoch = None, 0
+        return [c for c in commits if c.epoch >= self._oldest_epoch or c.id == self._newest_found]
+
+    def _load(self, commits: Sequence[CommitRecord], most_bytes: int | None) -> None:
+        """Reads the manifests of checkpoints that are not known yet, in that order: the first whatever its size."""
+        todo: dict[str, CommitRecord] = {}
+        for commit in commits:
+            if commit.id not in self._numbers and commit.id not in self._passed and commit.id not in todo:
+                todo[commit.id] = commit
+        if not todo:
+            return
+        sizes = self._list()
+        left = list(todo.values())
+        with ThreadPoolExecutor(min(_READERS, len(left)), "rl_ckpt-index") as pool:
+            while left and self._index.chunks < MOST_CHUNKS:
+                some = _first(left, most_bytes)  # a few at a time: a manifest may have many megabytes
+                if not some:
+                    return
+                for commit, manifest in zip(some, pool.map(self._manifest, some), strict=True):
+                    if manifest is None:
+                        self._passed.add(commit.id)  # nothing to refer to: what only it holds is written again
+                    else:
+                        new = {file.name for file in manifest.files}.difference(sizes)
+                        sizes.update(sizes_in_bases(self._run.store, new))
+                        self._take(manifest, commit.number, sizes)
+                        self._read(manifest)
+                    most_bytes = None if most_bytes is None else most_bytes - commit.manifest_bytes
+                left = left[len(some) :]
+        self._passed |= {commit.id for commit in left}
+
+    def _take(self, manifest: Manifest, number: int, sizes: Mapping[str, int] | None) -> None:
+        self._index.add(manifest, number, sizes)
+        self._numbers[manifest.id] = number
+
+    def _manifest(self, commit: CommitRecord) -> Manifest | None:
         try:
-            return self._intact(stored_chunks(self._run.manifest(commit))) if commit else {}
+            return self._run.manifest(commit)
         except CorruptionError:
-            return {}  # nothing to refer to: the save writes everything, and stands by itself
+            return None
 
-    def _intact(self, stored: Stored) -> Stored:
-        """Leaves out chunks whose file is gone or cut short: a new checkpoint must not lean on those."""
-        sizes = sizes_of(self._run.store, {file.name for file, _ in stored.values()})
-        return {key: value for key, value in stored.items() if sizes.get(value[0].name) == value[0].bytes}
+    def _list(self) -> dict[str, int]:
+        """Sizes of the files that are there: a new checkpoint must not lean on one that is gone or cut short."""
+        return sizes_of(self._run.store, self._index.names)
+
+
+def _first(commits: Sequence[CommitRecord], most_bytes: int | None) -> list[CommitRecord]:
+    """The first few, as far as their manifests are not larger together than `most_bytes`."""
+    out: list[CommitRecord] = []
+    for commit in commits[:_READERS]:
+        if most_bytes is not None and most_bytes <= 0:
+            break
+        out.append(commit)
+        most_bytes = None if most_bytes is None else most_bytes - commit.manifest_bytes
+    return out
+
+
+def line(start: CommitRecord, commits: Sequence[CommitRecord]) -> set[str]:
+    """Ids of a checkpoint and its ancestors; where one of them is gone, of all that are older than its child.
+
+    Args:
+        start: The checkpoint.
+        commits: All of the run.
+    """
+    by_id = {commit.id: commit for commit in commits}
+    out: set[str] = set()
+    at: CommitRecord | None = start
+    while at is not None and at.id not in out:
+        out.add(at.id)
+        if at.parent is not None and at.parent not in by_id:
+            out |= {commit.id for commit in commits if commit.number < at.number}
+        at = by_id.get(at.parent) if at.parent is not None else None
+    return out

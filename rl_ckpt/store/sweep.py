@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from rl_ckpt.errors import CheckpointError, CorruptionError
@@ -86,7 +86,7 @@ class Sweeper:
         self.done = Swept()
         self.grace_s = grace_s
         self._files: dict[str, frozenset[str]] = {}  # by checkpoint: the shard files that its manifest names
-        self._in_flight: dict[str, set[str]] = {}  # by checkpoint: files of older ones that it will name
+        self._in_flight: dict[str, Set[str]] = {}  # by checkpoint: files of older ones that it will name
         self._lock = threading.Lock()  # attempts begin in another thread than the one that sweeps
         self._leaving: dict[str, CommitRecord] = {}  # by id: dropped, and not all of their files are deleted
         self._recorded: set[str] = set()  # those of them whose records may still be there
@@ -97,7 +97,7 @@ class Sweeper:
         self._clean_at = 0.0  # when to look for half-written objects next, by this process's clock
         self._look = True  # whether there may be orphans that nobody has seen: at first, what a killed writer left
 
-    def protect(self, checkpoint: str, files: set[str]) -> None:
+    def protect(self, checkpoint: str, files: Set[str]) -> None:
         """Says that files of `checkpoint` are being written, and that it will name `files` of older ones.
 
         May be called while another thread sweeps.
@@ -105,9 +105,13 @@ class Sweeper:
         with self._lock:
             self._in_flight[checkpoint] = files
 
+    def know(self, manifest: Manifest) -> None:
+        """Says what a live checkpoint names: its manifest need not be read again."""
+        self._files[manifest.id] = frozenset(file.name for file in manifest.files)
+
     def committed(self, manifest: Manifest) -> None:
         """Says that `manifest` is committed."""
-        self._files[manifest.id] = frozenset(file.name for file in manifest.files)
+        self.know(manifest)
         with self._lock:
             self._in_flight.pop(manifest.id, None)
 
@@ -181,7 +185,7 @@ class Sweeper:
         self.done.put_back += back
         return back
 
-    def know(self, files: Mapping[str, frozenset[str]]) -> None:
+    def know_files(self, files: Mapping[str, frozenset[str]]) -> None:
         """Says which shard files checkpoints name, by id, so that their manifests need not be read."""
         self._files |= files
 
@@ -237,8 +241,8 @@ class Sweeper:
         # Manifests first.
         store.delete(sorted(due - bases, key=lambda name: (not name.startswith(records.MANIFESTS), name)))
         for base in sorted(bases):  # a crash before it: the next writer finds the pin, and removes it
+            self._let_go.add(base)  # also where that fails: of a source that is gone, nobody is to hear at every save
             forks.let_go(self._run, base)
-            self._let_go.add(base)
         self.done.files += len(due - bases)
         self.done.bytes += sum(self._sizes.get(name, 0) for name in due)
         self._orphans = {name: since for name, since in orphans.items() if name not in due}
@@ -290,9 +294,14 @@ class Sweeper:
         for checkpoint in pinned:
             if checkpoint in self._leaving:
                 names |= self._named_by(self._leaving[checkpoint]) or frozenset()
-            elif records.manifest_name(checkpoint) in due:
+            else:  # dropped, or not committed yet: on its way here by a pull
                 names |= self._named_in(records.manifest_name(checkpoint))
-        return names & due
+        # After the pins: a pull deletes its pin when it has committed, which this process would not know of.
+        for commit in self._run.log.read().commits:
+            if commit.id not in self._files:
+                names |= {name for name in due if checkpoint_of(name) == commit.id}
+                names |= self._named_by(commit) or due
+        return (names | {base_of(name) for name in names}) & due
 
     def _named_in(self, manifest: str) -> set[str]:
         """Files that a manifest names which no record vouches for; none where it can't be read."""
@@ -313,6 +322,9 @@ class Sweeper:
         store = self._run.store
         with self._lock:
             mine = frozenset(self._in_flight)
+        pinned = self._pinned().keys() - self._files.keys()  # on their way here by a pull
+        mine |= pinned
+        mine |= {checkpoint_of(name) for one in pinned for name in self._named_in(records.manifest_name(one))}
         small = self.grace_s >= _SMALL_AGE_S
         self.done.partial += store.clean_partial(
             self.grace_s, lambda name: checkpoint_of(name) in mine if is_part(name) else not small
@@ -333,7 +345,12 @@ class Sweeper:
         listed = list_parts(self._run)
         with self._lock:  # after the listing: whoever wrote a listed file was in flight before it
             checkpoints = {commit.id for commit in live} | self._in_flight.keys()
-            named = named.union(*self._in_flight.values())
+            spared = set[str]().union(*self._in_flight.values()) - named
+        # Attempts hold more than they will name: what they let go is looked for again.
+        self._look |= any(item.name in spared for item in listed) or any(
+            name.startswith(records.BASES) for name in spared
+        )
+        named |= spared
         found = unnamed(self._run, listed, named, checkpoints)
         self._sizes = {item.name: item.size_bytes for item in found}
         return [item.name for item in found if item.name not in self._let_go]

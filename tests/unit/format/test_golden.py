@@ -55,7 +55,7 @@ def test_a_golden_fork_reads_its_sources_files_wherever_both_are(tmp_path: Path)
     assert run.checkpoints()[0].lineage == (source.checkpoints()[0].id,)
     assert run.verify().ok
     shutil.rmtree(tmp_path / "moved/source")
-    with pytest.raises(CorruptionError, match="forked from the run at .*moved/source"):
+    with pytest.raises(CorruptionError, match=r"forked from the run at .*moved/source"):
         run.load_state()
 
 

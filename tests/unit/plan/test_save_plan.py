@@ -148,9 +148,12 @@ def test_equal_chunks_of_different_arrays_are_written_once() -> None:
 def test_files_are_split_by_size_and_by_streams() -> None:
     state = {str(i): np.random.default_rng(i).bytes(1 << 20) for i in range(8)}
     merged = merge([take_inventory(flatten(state), 1 << 20, 1)], 1 << 20)
-    assert len(deal(merged, ["s"], 4, 1 << 30).files["s"]) == 4
     assert len(deal(merged, ["s"], 1, 2 << 20).files["s"]) == 4
     assert len(deal(merged, ["s"], 1, 1 << 30).files["s"]) == 1
+    assert len(deal(merged, ["s"], 2, 1 << 30).files["s"]) == 8, "each may go alone"
+    many = [f"s{i}" for i in range(8)]
+    shared = merge([take_inventory(flatten(state), 1 << 19, 8)] * 8, 1 << 19)
+    assert [len(files) for files in deal(shared, many, 2, 1 << 30).files.values()] == 8 * [2], "many servers: no more"
 
 
 def test_column_names_tell_ranks_chunks_and_clashes_apart() -> None:

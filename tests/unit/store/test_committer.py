@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
+from rl_ckpt import fork
 from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError, StorageError
 from rl_ckpt.format import records
 from rl_ckpt.format.manifest import Manifest
-from rl_ckpt.format.records import CommitRecord
-from rl_ckpt.plan.deal import Stored, deal, settle
+from rl_ckpt.plan.chunk_index import KnownChunks
+from rl_ckpt.plan.deal import deal, settle
 from rl_ckpt.plan.inventory import take_inventory
 from rl_ckpt.plan.merge import merge
 from rl_ckpt.plan.retention import LatestN
@@ -73,8 +75,8 @@ def test_files_of_an_attempt_that_is_given_up_while_the_store_is_asked_are_swept
     orphan = f"shards/{given_up}/s-0.arrow"
     committer.run.store.put(orphan, [b"x"])
 
-    def slowly(parent: str | None, commits: Sequence[CommitRecord]) -> Stored:
-        found = look(parent, commits)
+    def slowly(*args: Any, **rest: Any) -> KnownChunks:
+        found = look(*args, **rest)
         committer.abandon(given_up)  # the save failed meanwhile
         return found
 
@@ -110,7 +112,7 @@ def test_nothing_leans_on_a_checkpoint_whose_deletes_were_sent(
             committer.tidy()
     assert records.commit_name(old.number) in sent
     attempt = committer.attempt(SaveRequest(3, parent=old.id))
-    assert old.id not in {file.name.split("/")[1] for file, _ in committer.stored(attempt).values()}
+    assert old.id not in {name.split("/")[1] for name in committer.stored(attempt).names}
     committer.abandon(attempt)
     committer.tidy()
     assert {item.name.split("/")[1][0] for item in store.list("shards/")} == {"2"}
@@ -174,3 +176,20 @@ def test_only_what_it_named_is_open(committer: Committer) -> None:
     assert not committer.is_open("1-other")
     land(committer, checkpoint, request)
     assert not committer.is_open(checkpoint)
+
+
+def test_a_save_under_way_that_leans_on_a_base_keeps_the_pin_there(committer: Committer, tmp_path: Path) -> None:
+    commit(committer, 1)
+    committer.close()
+    fork(str(tmp_path / "run"), str(tmp_path / "fork"))
+    forked = Committer(Run.open(str(tmp_path / "fork")), [LatestN(1)], 0.0)
+    slow = forked.attempt(SaveRequest(2))
+    assert [name.split("/")[0] for name in forked.stored(slow).names] == ["base"]
+    commit(forked, 3)
+    forked.tidy()
+    assert [record.step for record in forked.commits] == [3]
+    assert list((tmp_path / "run/pins").iterdir()) != []
+    forked.abandon(slow)
+    forked.tidy()
+    assert not (tmp_path / "run/pins").exists()
+    forked.close()

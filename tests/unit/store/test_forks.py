@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -26,10 +27,11 @@ from rl_ckpt.format.records import PinRecord, RunRecord
 from rl_ckpt.store import forks as forks_module
 from rl_ckpt.store.base import Store
 from rl_ckpt.store.based import self_contained
+from rl_ckpt.store.pins import create
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.urls import open_store
 from tests.s3_servers import S3Server
-from tests.unit.store.faulty import FaultyStore, Stopped
+from tests.unit.store.faulty import FaultyStore, Stopped, faulty, once
 from tests.unit.trees import assert_same
 
 _names = itertools.count()
@@ -159,6 +161,49 @@ def test_a_writer_that_finds_the_pin_of_one_before_it_removes_it(root: str, monk
     assert list(pins(source)) == []
 
 
+@pytest.mark.parametrize("how", ["tagged", "pinned"])
+def test_the_pin_stays_where_a_checkpoint_is_claimed_in_the_moment_when_it_goes(
+    root: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, url = f"{root}/source", f"{root}/fork"
+    save(source, range(2))
+    first = fork(source, url)
+    with Checkpointer(url) as ckpt:
+        ckpt.save_state(2, state(2, FROZEN + 1)).result(60)
+
+    def claim(operation: str, name: str) -> None:
+        if how == "tagged":
+            Catalog(url).tag(first.id, "mine")
+        else:
+            create(Run.open(url), first.id, "a reader", 3600.0)
+
+    with faulty(monkeypatch, url) as store:
+        store.before = once(claim, "delete", prefix=records.COMMITS)
+        save(url, range(3, 4), FROZEN + 1, keep=[LatestN(1)], grace_s=0)
+        save(url, range(4, 5), FROZEN + 1, keep=[LatestN(1)], grace_s=0)
+    assert list(pins(source)) == [run_of(url)]
+    if how == "tagged":
+        assert_same(load(url, 1), state(1))
+    else:
+        open_store(url).delete(sorted(files(url, records.PINS)))
+        save(url, range(5, 6), FROZEN + 1, keep=[LatestN(1)], grace_s=0)
+        assert list(pins(source)) == []
+
+
+def test_tags_of_the_source_stay_there(root: str) -> None:
+    source, url = f"{root}/source", f"{root}/fork"
+    with Checkpointer(source) as ckpt:
+        ckpt.save_state(1, state(1), tag="best", metrics={"score": 2.5}).result(60)
+    Catalog(source).tag(1, "shown")
+    assert fork(source, url, at="shown").metrics == {"score": 2.5}
+    (info,) = Catalog(url).checkpoints()
+    assert (info.tag, info.tags) == (None, ())
+    run = Run.open(url)
+    assert run.manifest(run.log.read().commits[0]).tag is None
+    save(url, range(2, 4), FROZEN + 1, keep=[LatestN(1)], grace_s=0)
+    assert pins(source) == {}
+
+
 def test_a_sweep_of_the_fork_takes_nothing_of_the_source(root: str) -> None:
     source, url = f"{root}/source", f"{root}/fork"
     save(source, range(2))
@@ -271,15 +316,47 @@ def test_a_chunk_damaged_in_the_source_is_read_from_the_fork_where_it_has_the_sa
     source, url = str(tmp_path / "source"), str(tmp_path / "fork")
     save(source, range(1))
     fork(source, url)
-    with Checkpointer(url) as ckpt:
-        ckpt.save_state(1, {"other": np.ones(3)}).result(60)
-        ckpt.save_state(2, state(2)).result(60)
+    (tmp_path / "source").rename(tmp_path / "away")
+    save(url, range(1, 2))  # whole, as nothing can be leant on
+    (tmp_path / "away").rename(tmp_path / "source")
     (path,) = (tmp_path / "source/shards").rglob("*.arrow")
     data = bytearray(path.read_bytes())
     data[data.index(FROZEN.tobytes()) + 9] ^= 4
     path.write_bytes(data)
     with pytest.warns(UserWarning, match="was read whole"):
         assert_same(load(url, 0), state(0))
+
+
+@pytest.mark.parametrize("how", ["lost", "damaged", "a copy's, lost"])
+def test_a_forks_lost_run_json_is_made_anew_with_its_bases(root: str, how: str) -> None:
+    source, url = f"{root}/source", f"{root}/fork"
+    save(source, range(2))
+    fork(source, url)
+    save(url, range(2, 3))
+    if how.startswith("a copy"):
+        copied(url, f"{root}/copy")
+        open_store(f"{root}/copy").delete([records.FORK_FILE])
+        remove(source)
+        url = f"{root}/copy"
+    store = open_store(url)
+    before = Run.open(url).record
+    if how == "damaged":
+        store.put(records.RUN_FILE, [b"nothing"])
+    else:
+        store.delete([records.RUN_FILE])
+    assert Checkpointer(url).verify(repair=True).ok
+    assert (Run.open(url).record.run, Run.open(url).record.bases) == (before.run, before.bases)
+    assert_same(load(url), state(2))
+
+
+def test_a_fork_of_which_nothing_tells_the_bases_is_not_made_a_plain_run(root: str) -> None:
+    source, url = f"{root}/source", f"{root}/fork"
+    save(source, range(2))
+    fork(source, url)
+    open_store(url).delete([records.RUN_FILE, records.FORK_FILE])
+    with pytest.raises(CorruptionError, match=r"run.json is missing, though there is a commit log"):
+        Checkpointer(url).verify(repair=True)
+    assert not open_store(url).exists(records.RUN_FILE)
 
 
 # Calls that can't be carried out: nothing is written, to either.
@@ -297,9 +374,9 @@ def test_a_missing_run_or_step(root: str) -> None:
     wrong(lambda: fork(source, url), CheckpointNotFoundError, "no run at", source, url)
     save(source, range(2))
     for ref in (7, "nobody", "7"):
-        wrong(lambda ref=ref: fork(source, url, at=ref), CheckpointNotFoundError, "has no checkpoint", source, url)
+        wrong(partial(fork, source, url, at=ref), CheckpointNotFoundError, "has no checkpoint", source, url)
     for bad in (-1, True, "", 1.5):
-        wrong(lambda bad=bad: fork(source, url, at=bad), InvalidInputError, None, source, url)
+        wrong(partial(fork, source, url, at=cast(int, bad)), InvalidInputError, None, source, url)
 
 
 def test_where_something_is_already(root: str) -> None:
@@ -333,7 +410,7 @@ def test_a_damaged_checkpoint(tmp_path: Path, damage: str) -> None:
         (tmp_path / "source/manifests" / f"{newest(source)}.json").write_bytes(b"{}")
     for verify in (False, True):
         if (damage, verify) != ("flipped bit", False):
-            wrong(lambda v=verify: fork(source, url, verify=v), CorruptionError, newest(source), source, url)
+            wrong(partial(fork, source, url, verify=verify), CorruptionError, newest(source), source, url)
     assert fork(source, url, at=0).step == 0
 
 
