@@ -12,13 +12,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rl_ckpt.errors import InvalidInputError
 
 if TYPE_CHECKING:
+    from wsgiref.simple_server import WSGIServer
+
     from prometheus_client import CollectorRegistry
 
 Kind = Literal["counter", "gauge", "histogram"]
@@ -91,8 +93,8 @@ RESTORES = Metric(
 RESTORE_SECONDS = Metric(
     "rl_ckpt_restore_seconds",
     "histogram",
-    "How long restores took in each phase, in seconds: find (the checkpoint), match (what each worker needs), read (and "
-    "verify), set (into workers), and total.",
+    "How long restores took in each phase, in seconds: find (the checkpoint), match (what each worker needs), read "
+    "(and verify), set (into workers), and total.",
     ("run", "phase"),
     _LONG_S,
 )
@@ -152,23 +154,27 @@ class Sink(Protocol):
         ...
 
 
-_sinks: tuple[Sink, ...] = ()
+_sinks: list[Sink] = []
 _changing = threading.Lock()
 
 
 def add_sink(sink: Sink) -> None:
     """From here on a sink is told of what this process measures."""
-    global _sinks
     with _changing:
         if sink not in _sinks:
-            _sinks = (*_sinks, sink)
+            _sinks.append(sink)
 
 
 def remove_sink(sink: Sink) -> None:
     """It is told no more."""
-    global _sinks
     with _changing:
-        _sinks = tuple(one for one in _sinks if one is not sink)
+        if sink in _sinks:
+            _sinks.remove(sink)
+
+
+def watched() -> bool:
+    """Whether anybody is told: what costs something to find out need not be found out otherwise."""
+    return bool(_sinks)
 
 
 def record(metric: Metric, value: float, *labels: str) -> None:
@@ -179,10 +185,105 @@ def record(metric: Metric, value: float, *labels: str) -> None:
         value: What to add, set or observe. Adding 0 to a counter is left out.
         labels: Values, in the order of `metric.labels`.
     """
-    for sink in _sinks:
-        if value or metric.kind != "counter":
-            try:
-                sink.record(metric, value, labels)
-            except Exception as error:  # noqa: BLE001 - whatever goes wrong in a sink, no save may fail of it
-                remove_sink(sink)
-                _log.warning("metrics: %r failed and is told no more: %s: %s", sink, type(error).__name__, error)
+    if not _sinks or (not value and metric.kind == "counter"):
+        return
+    for sink in tuple(_sinks):
+        try:
+            sink.record(metric, value, labels)
+        except Exception as error:  # noqa: BLE001 - whatever goes wrong in a sink, no save may fail of it
+            remove_sink(sink)
+            _log.warning("metrics: %r failed and is told no more: %s: %s", sink, type(error).__name__, error)
+
+
+class PrometheusSink:
+    """Measurements as metrics of `prometheus_client`, in a registry that somebody exports."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        """Registers all metrics of the table.
+
+        Raises:
+            InvalidInputError: prometheus_client is not installed.
+            ValueError: The registry has metrics of these names already.
+        """
+        client = _client()
+        kinds = {"counter": client.Counter, "gauge": client.Gauge, "histogram": client.Histogram}
+        self._metrics: dict[str, Any] = {
+            metric.name: kinds[metric.kind](
+                metric.name,
+                metric.help,
+                metric.labels,
+                registry=registry,
+                **({"buckets": metric.buckets} if metric.buckets else {}),
+            )
+            for metric in TABLE
+        }
+
+    def record(self, metric: Metric, value: float, labels: tuple[str, ...]) -> None:
+        """See `Sink.record`."""
+        child = self._metrics[metric.name].labels(*labels)
+        match metric.kind:
+            case "counter":
+                child.inc(value)
+            case "gauge":
+                child.set(value)
+            case "histogram":
+                child.observe(value)
+        if metric is LAST_TIME:  # its age is that of the moment of the scrape
+            self._metrics[LAST_AGE.name].labels(*labels).set_function(lambda: max(0.0, time.time() - value))
+
+
+class Exporter:
+    """An HTTP endpoint with the metrics of this process; made by `serve`. A context manager."""
+
+    def __init__(self, sink: PrometheusSink, server: WSGIServer, thread: threading.Thread) -> None:
+        """Of a server that runs."""
+        self._sink, self._server, self._thread = sink, server, thread
+        host, port = server.server_address[:2]
+        self.url = f"http://{f'[{host!s}]' if ':' in str(host) else host}:{port}/metrics"
+        """What Prometheus is to scrape."""
+
+    def close(self) -> None:
+        """Ends it; measurements are told to others alone."""
+        remove_sink(self._sink)
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def __enter__(self) -> Exporter:
+        """Itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Closes."""
+        self.close()
+
+
+def serve(port: int, host: str = "127.0.0.1") -> Exporter:
+    """Exports what this process measures to Prometheus, without Ray.
+
+    Args:
+        port: Where to listen; 0: any that is free, see `Exporter.url`.
+        host: Address to listen on. Anybody who reaches it can read the metrics, with the urls of runs.
+
+    Raises:
+        InvalidInputError: prometheus_client is not installed (`pip install rl-ckpt[metrics]`).
+        OSError: The port is taken.
+    """
+    client = _client()
+    registry = client.CollectorRegistry()
+    sink = PrometheusSink(registry)
+    server, thread = client.start_http_server(port, host, registry)
+    add_sink(sink)
+    return Exporter(sink, server, thread)
+
+
+def _client() -> Any:
+    try:
+        import prometheus_client
+    except ImportError as error:
+        raise InvalidInputError(
+            "prometheus_client is not installed; `pip install rl-ckpt[metrics]` brings it"
+        ) from error
+    return prometheus_client

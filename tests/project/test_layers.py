@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "rl_ckpt"
 
 FLOORS = ("ground", "state", "format", "plan", "store", "runtime", "faces")
-GROUND = {"_version", "errors", "info", "logs", "metrics", "options"}
+GROUND = {"_version", "errors", "info", "logs", "metrics", "options", "signals"}
 ROOMS = {"state", "format", "plan", "store", "runtime"}
 FACES = {"", "checkpointer", "cli", "demo", "export", "rllib", "web"}
 # Installed for the tests, never for users.
