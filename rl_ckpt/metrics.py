@@ -9,13 +9,13 @@ Under plain Prometheus the names are those of the table; Ray puts `ray_` in fron
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from rl_ckpt import logs
 from rl_ckpt.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["counter", "gauge", "histogram"]
 
-_log = logging.getLogger("rl_ckpt")
+_log = logs.logger()
 
 _STALLS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _LONG_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
@@ -238,8 +238,8 @@ class Exporter:
     def __init__(self, sink: PrometheusSink, server: WSGIServer, thread: threading.Thread) -> None:
         """Of a server that runs."""
         self._sink, self._server, self._thread = sink, server, thread
-        host, port = server.server_address[:2]
-        self.url = f"http://{f'[{host!s}]' if ':' in str(host) else host}:{port}/metrics"
+        host = str(server.server_address[0])
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}/metrics"
         """What Prometheus is to scrape."""
 
     def close(self) -> None:
