@@ -103,6 +103,11 @@ class Best:
         if self.mode not in ("max", "min"):
             raise InvalidInputError(f"Best(mode={self.mode!r}): mode must be 'max' or 'min'")
 
+    @property
+    def name(self) -> str:
+        """Of what is remembered for it, in `SavePolicy.get_state`."""
+        return f"{self.mode} {self.metric}"
+
     def ask(self, asked: Asked, memory: Any) -> Found | None:
         """See `SaveRule.ask`."""
         value = _number(asked.metrics.get(self.metric))

@@ -184,7 +184,12 @@ class SavePolicy:
 
     def get_state(self) -> dict[str, Any]:
         """What a checkpoint can hold of it: the best values, costs and failures so far. Plain data."""
-        best = {_name(rule): memory for rule, memory in self._pairs() if isinstance(rule, Best) and memory is not None}
+        best: dict[str, float] = {}
+        for place, rule in enumerate(self._rules):
+            # As it is once the save that is due has begun: this is what that save holds.
+            memory = self._found[place].after if place in self._found else self._memory[place]
+            if isinstance(rule, Best) and memory is not None:
+                best[rule.name] = memory
         return {
             "best": best,
             "stalls_s": list(self._stalls),
@@ -197,14 +202,11 @@ class SavePolicy:
         """Takes `get_state` back; of rules that are not there any more, nothing."""
         best = state["best"]
         for place, rule in enumerate(self._rules):
-            if isinstance(rule, Best) and _name(rule) in best:
-                self._memory[place] = best[_name(rule)]
+            if isinstance(rule, Best) and rule.name in best:
+                self._memory[place] = best[rule.name]
         self._stalls = deque(state["stalls_s"], _SEEN)
         self._durables = deque(state["durables_s"], _SEEN)
         self._observed_s, self._failures = state["observed_s"], state["failures"]
-
-    def _pairs(self) -> list[tuple[SaveRule, Any]]:
-        return list(zip(self._rules, self._memory, strict=True))
 
     def _now(self) -> float:
         """The time; where the clock has gone back, as if no time had passed meanwhile."""
@@ -248,7 +250,3 @@ def _due(step: int, found: Sequence[Found]) -> Due:
     assert first.preemption is not None
     left_s = max(first.preemption.seconds_left * first.reserve, _LEAST_S)
     return Due(step, reasons, True, left_s, first.preemption)
-
-
-def _name(rule: Best) -> str:
-    return f"{rule.mode} {rule.metric}"
