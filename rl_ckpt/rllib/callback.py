@@ -1,10 +1,10 @@
 """Checkpointing as a part of an AlgorithmConfig: `config.callbacks(checkpointing("s3://bucket/run-7", …))`.
 
 Owns: that an Algorithm is saved when it is due (`SavePolicy` knows when), and that it goes on from its newest
-checkpoint when the job starts again. Promises: training waits for the staging of a save alone; a save that fails in the background
-is raised by the next `algo.train()` or `algo.stop()`; `algo.stop()` waits until everything staged is committed. What it
-puts into the config is plain data, so it goes to Tune's trials and into checkpoints like any other setting. Does not:
-save in the middle of an iteration.
+checkpoint when the job starts again. Promises: training waits for the staging of a save alone; a save that fails in the
+background is raised by the next `algo.train()` or `algo.stop()`; `algo.stop()` waits until everything staged is
+committed. What it puts into the config is plain data, so it goes to Tune's trials and into checkpoints like any other
+setting. Does not: save in the middle of an iteration.
 """
 
 from __future__ import annotations
