@@ -325,6 +325,7 @@ class CoordinatorWork:
         if not tried:
             await self._decided()
         found = await self._restore_work.load(key, step, tried)
+        self._observer.found(key, found.manifest.id)
         return self._restores.loaded(
             key, found.manifest, found.data, found.mappable, found.damaged, found.holdings, found.notice
         )

@@ -25,12 +25,17 @@ GAUGES_S = 5.0
 _KEPT = 256  # saves and restores of whose end nothing may ever be heard
 _COUNTED_ELSEWHERE = {"store", "store_again", "files"}  # by whoever reads there
 
+_STAGED = (sm.LANDING, sm.SETTLING, sm.WRITING)  # states of a save that ranks have no part in any more
+
 _log = logs.logger()
 
 
 @dataclass(slots=True)
 class _Save:
     begun: float
+    """When the first rank was heard of, which had its state together by then."""
+    staged: float | None = None
+    """When the last one had staged."""
     named: bool = False
     staged_bytes: int = 0
     new_bytes: int = 0
@@ -42,6 +47,7 @@ class _Restore:
     mark: float
     """When the phase began that it is in."""
     phase: str = "find"
+    checkpoint: str = ""
 
 
 class Observer:
@@ -65,11 +71,13 @@ class Observer:
         match instruction:
             case sm.Arm(token, state) if state != sm.FAILED:
                 self._save(token)
+                if state in _STAGED:
+                    self._staged(token)
             case sm.Name(token):
                 self._named(self._save(token))
             case sm.Commit(token, save) | sm.Land(token, save) if save.plan is not None:
-                seen = self._save(token)
-                seen.staged_bytes = sum(save.plan.staged_bytes.values())
+                seen = self._staged(token)
+                seen.staged_bytes = (save.dealt or save.plan).new_bytes
                 seen.new_bytes = save.plan.new_bytes if isinstance(instruction, sm.Commit) else seen.staged_bytes
             case sm.Finish(token, outcome, checkpoint):
                 self._finished(token, outcome, checkpoint)
@@ -93,6 +101,11 @@ class Observer:
         _limit(self._saves)
         return found
 
+    def _staged(self, token: str) -> _Save:
+        save = self._save(token)
+        save.staged = self._clock() if save.staged is None else save.staged
+        return save
+
     def _named(self, save: _Save) -> None:
         if not save.named:
             save.named = True
@@ -115,7 +128,9 @@ class Observer:
             level = logging.INFO if outcome.code in QUIET else logging.WARNING
             _log.log(level, "save %s failed (%s): %s", checkpoint, outcome.code, outcome.message, extra=about)
             return
-        durable_s = self._clock() - save.begun
+        # Ranks are heard of when they have collected their states: their own word is how long all of it took.
+        begun = min(save.begun, (save.begun if save.staged is None else save.staged) - outcome.stall_s)
+        durable_s = self._clock() - begun
         metrics.record(metrics.SAVES_COMMITTED, 1, self._run)
         metrics.record(metrics.STALL, outcome.stall_s, self._run)
         metrics.record(metrics.DURABLE, durable_s, self._run)
@@ -152,6 +167,11 @@ class Observer:
 
     # Restores.
 
+    def found(self, token: str, checkpoint: str) -> None:
+        """The candidate of a restore."""
+        if _key(token) in self._restores:
+            self._restores[_key(token)].checkpoint = checkpoint
+
     def _answered(self, key: str, reply: object) -> None:
         match reply:
             case Candidate():
@@ -162,10 +182,11 @@ class Observer:
                 self._read(key, bytes_from)
             case TryNext() if key in self._restores:
                 self._restores[key].phase, self._restores[key].mark = "find", self._clock()
-            case Failure(code, message) if self._restores.pop(key, None) is not None:
+            case Failure(code, message) if key in self._restores:
+                about = logs.fields(self._restores.pop(key).checkpoint)
                 metrics.record(metrics.RESTORES, 1, self._run, code)
                 level = logging.INFO if code in QUIET else logging.WARNING
-                _log.log(level, "a restore failed (%s): %s", code, message)
+                _log.log(level, "a restore failed (%s): %s", code, message, extra=about)
             case _:
                 return
 
@@ -191,7 +212,8 @@ class Observer:
             restore = self._restores.pop(key)
             seconds = self._clock() - restore.begun
             metrics.record(metrics.RESTORE_SECONDS, seconds, self._run, "total")
-            _log.info("a restore is done after %.2f s", seconds)
+            text = "checkpoint %s is restored after %.2f s"
+            _log.info(text, restore.checkpoint, seconds, extra=logs.fields(restore.checkpoint))
 
 
 def _key(token: str) -> str:

@@ -48,7 +48,7 @@ class Counted:
         metrics.record(metrics.STALL, stall_s, run)
         metrics.record(metrics.DURABLE, durable_s, run)
         metrics.record(metrics.BYTES_STAGED, staged_bytes, run)
-        metrics.record(metrics.BYTES_DEDUPLICATED, max(0, staged_bytes - new_bytes), run)
+        metrics.record(metrics.BYTES_DEDUPLICATED, staged_bytes - new_bytes, run)
         metrics.record(metrics.LAST_STEP, record.step, run)
         metrics.record(metrics.LAST_TIME, record.time, run)
         metrics.record(metrics.LAST_AGE, max(0.0, time.time() - record.time), run)

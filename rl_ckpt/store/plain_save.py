@@ -145,7 +145,8 @@ class PlainSaver:
             save = WrittenSave(staged.checkpoint, staged.request, plan, {_SERVER: written}, staged.digests)
             record = committer.commit(save)
             durable_s = time.monotonic() - staged.begun
-            staged.counted.committed(record, len(staged.memory), plan.new_bytes, staged.stall_s, durable_s)
+            sizes = staged.plan.new_bytes, plan.new_bytes
+            staged.counted.committed(record, *sizes, staged.stall_s, durable_s)
             return info_of(self._run, record, committer.commits, stall_s=staged.stall_s, durable_s=durable_s)
         except BaseException as error:
             staged.counted.failed(error, staged.checkpoint)

@@ -46,7 +46,8 @@ def save(bench, world, step):
     bench.reserve()
 
 
-def test_a_save(notes):
+def test_a_save(notes, caplog):
+    caplog.set_level("INFO", "rl_ckpt")
     world = World(bench := save_bench.Bench())
     save(bench, world, 7)
     assert notes.counts == {("saves_begun_total",): 1}
@@ -59,9 +60,25 @@ def test_a_save(notes):
     bench.commit()
     assert notes.counts["saves_committed_total",] == 1
     assert notes.observed == {("stall_seconds",): [pytest.approx(0.2)], ("durable_seconds",): [5.0]}
-    assert notes.counts["bytes_staged_total",] >= 4096 + 160
+    assert (caplog.records[-1].run, caplog.records[-1].step, caplog.records[-1].attempt) == ("", 7, "1")
+    assert notes.counts["bytes_staged_total",] == 4096 + 160
+    assert ("bytes_deduplicated_total",) not in notes.counts
     assert notes.gauges["last_committed_step",] == 7
     assert notes.gauges["saves_queued",] == 0
+
+
+def test_what_ranks_did_before_they_were_heard_of_is_part_of_the_time_to_durable(notes):
+    world = World(bench := save_bench.Bench())
+    save(bench, world, 7)
+    staged = bench.machine.staged
+    bench.machine.staged = lambda message: staged(msgspec.structs.replace(message, stall_s=3.0))
+    bench.stage(7, 0)
+    bench.stage(7, 1)
+    bench.look_up()
+    bench.write_all()
+    world.now += 4
+    bench.commit()
+    assert notes.observed["durable_seconds",] == [7.0], "3 s until all was staged, of which 1 was seen here, and 4"
 
 
 def test_a_save_that_fails_is_told_once(notes):
