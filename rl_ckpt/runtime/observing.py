@@ -65,34 +65,24 @@ class Observer:
         self._saves: OrderedDict[str, _Save] = OrderedDict()  # by token
         self._restores: OrderedDict[str, _Restore] = OrderedDict()  # by key
         self._last: float | None = None  # time of the newest commit
+        self._by_kind: dict[type, Callable[[Any], object]] = {
+            sm.Arm: lambda arm: self._armed(arm.token, arm.state),
+            sm.Name: lambda name: self._named(self._save(name.token)),
+            sm.Commit: lambda commit: self._sizes(commit.token, commit.save, True),
+            sm.Land: lambda land: self._sizes(land.token, land.save, False),
+            sm.Finish: lambda finish: self._finished(finish.token, finish.outcome, finish.checkpoint),
+            rm.Arm: lambda arm: self._opened(arm.token, arm.state),
+            rm.Fetch: lambda fetch: self._phase(_key(fetch.token), "match", "read"),
+            rm.Search: lambda search: self._phase(_key(search.token), "match", "read"),
+            rm.Answer: lambda answer: self._answered(answer.key, answer.reply),
+            rm.Forget: lambda forget: self._set(_key(forget.token)),
+        }
 
     def see(self, instruction: Any) -> None:
         """A machine wants this done."""
-        match instruction:
-            case sm.Arm(token, state) if state != sm.FAILED:
-                self._save(token)
-                if state in _STAGED:
-                    self._staged(token)
-            case sm.Name(token):
-                self._named(self._save(token))
-            case sm.Commit(token, save) | sm.Land(token, save) if save.plan is not None:
-                seen = self._staged(token)
-                seen.staged_bytes = (save.dealt or save.plan).new_bytes
-                seen.new_bytes = save.plan.new_bytes if isinstance(instruction, sm.Commit) else seen.staged_bytes
-            case sm.Finish(token, outcome, checkpoint):
-                self._finished(token, outcome, checkpoint)
-            case rm.Arm(token, rm.OPENING):
-                now = self._clock()
-                self._restores.setdefault(_key(token), _Restore(now, now))
-                _limit(self._restores)
-            case rm.Fetch(token) | rm.Search(token):
-                self._phase(_key(token), "match", "read")
-            case rm.Answer(key, _, reply):
-                self._answered(key, reply)
-            case rm.Forget(token):
-                self._set(_key(token))
-            case _:
-                return
+        told = self._by_kind.get(type(instruction))
+        if told is not None:  # most are not of interest, and there are some for each rank
+            told(instruction)
 
     # Saves.
 
@@ -105,6 +95,18 @@ class Observer:
         save = self._save(token)
         save.staged = self._clock() if save.staged is None else save.staged
         return save
+
+    def _armed(self, token: str, state: str) -> None:
+        if state != sm.FAILED:
+            self._save(token)
+            if state in _STAGED:
+                self._staged(token)
+
+    def _sizes(self, token: str, save: sm.Save, to_store: bool) -> None:
+        assert save.plan is not None
+        seen = self._staged(token)
+        seen.staged_bytes = (save.dealt or save.plan).new_bytes
+        seen.new_bytes = save.plan.new_bytes if to_store else seen.staged_bytes
 
     def _named(self, save: _Save) -> None:
         if not save.named:
@@ -166,6 +168,12 @@ class Observer:
         metrics.record(metrics.LAST_AGE, max(0.0, time.time() - at), self._run)
 
     # Restores.
+
+    def _opened(self, token: str, state: str) -> None:
+        if state == rm.OPENING:
+            now = self._clock()
+            self._restores.setdefault(_key(token), _Restore(now, now))
+            _limit(self._restores)
 
     def found(self, token: str, checkpoint: str) -> None:
         """The candidate of a restore."""

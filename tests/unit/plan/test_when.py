@@ -236,6 +236,10 @@ def test_what_was_learned_goes_into_a_checkpoint_and_back():
         "observed_s": 500.0,
         "failures": 1,
     }
+    assert policy.due(2, {"r": 7.0}) is not None
+    assert policy.get_state()["best"] == {"max r": 7.0}, "of the save that is due, which holds this very state"
+    assert policy.due(2, {"r": 1.0}) is None
+    assert policy.get_state() == state
     again = SavePolicy(Auto(min_s=1), Best("r"), clock=clock)
     again.set_state(state)
     assert again.chosen == policy.chosen

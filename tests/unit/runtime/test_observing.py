@@ -116,8 +116,9 @@ def test_a_restore_by_phases(notes):
     world.now += 2
     bench.match(0)
     bench.match(1)
+    world.now += 3
     bench.fetch_all()
-    world.now += 4
+    world.now += 1
     bench.verify(0)
     bench.verify(1)
     world.now += 8
