@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from rl_ckpt import Checkpointer, PendingSave, RestoreReport
+from rl_ckpt import Checkpointer, EverySteps, PendingSave, RestoreReport, SavePolicy
 from rl_ckpt.demo.cluster import LocalCluster
 from rl_ckpt.demo.learner import Update
 from rl_ckpt.demo.records import Check, IterationRecord, JobConfig, JobResult, RecoveryRecord, SaveRecord
@@ -66,6 +66,7 @@ class Job:
         self._saves: list[Future[SaveRecord]] = []
         self._saved_digests: dict[int, list[dict[str, str]]] = {}
         self._team: Team | None = None
+        self._policy = SavePolicy(EverySteps(config.save_every))
         self._killed_at = math.nan
         self._failed_after = 0
         self._watchers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="demo-save")
@@ -102,6 +103,7 @@ class Job:
         assert team is not None
         if restored is not None:
             step = restored.step
+            self._policy.restored(step)
             self._say(f"restored step {step} onto {len(workers)} actors in {restored.seconds:.2f} s")
             self._check_state(step, team.digests())
         while step < self._config.iterations:
@@ -111,8 +113,8 @@ class Job:
             update = team.iterate(self._kill_a_node if fail_now else None)
             step = update.step
             self._note(update)
-            if step % self._config.save_every == 0:
-                self._save(team, step)
+            if due := self._policy.due(step):
+                self._policy.began(due, self._save(team, step))
 
     def _note(self, update: Update) -> None:
         """Record an iteration and print its line."""
@@ -122,7 +124,7 @@ class Job:
         bar = "" if math.isnan(mean) else "█" * max(1, round(mean / 500 * 30))
         self._say(f"step {update.step:4d}  {update.env_steps:9,d} frames  return {mean:6.1f} {bar}")
 
-    def _save(self, team: Team, step: int) -> None:
+    def _save(self, team: Team, step: int) -> PendingSave:
         """Begin a save and let a thread see when it is durable; training goes on at once."""
         self._saved_digests[step] = team.digests()
         mean = self._result.iterations[-1].mean_return
@@ -131,6 +133,7 @@ class Job:
         stall_s = time.perf_counter() - started
         self._saves.append(self._watchers.submit(_watch, pending, mean, started, stall_s))
         self._say(f"step {step:4d}  saving (training waited {stall_s * 1e3:.0f} ms)")
+        return pending
 
     def _settle(self) -> None:
         """Wait until every save that was begun is durable or has failed."""
