@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def test_without_room_nothing_is_read(server: Server, saved: Saved, monkeypatch:
     class Usage:
         free = saved.part.bytes - 1
 
-    monkeypatch.setattr(memory.shutil, "disk_usage", lambda _: Usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
     assert server.held.room() == saved.part.bytes - 1
     before = saved.store.stats.snapshot().reads
     with pytest.raises(StorageError, match="no room"):

@@ -43,8 +43,8 @@ def record(checkpoint: str = "4-new", number: int = 4, run: str = "r") -> Commit
     )  # fmt: skip
 
 
-def order(**how: Any) -> PrefetchOrder:
-    return PrefetchOrder(**{"record": record(), "manifest": encode(MANIFEST), "nodes": NODES} | how)
+def order(*, latest: bool = True, memory_bytes: int | None = None) -> PrefetchOrder:
+    return PrefetchOrder(record(), encode(MANIFEST), NODES, latest, memory_bytes)
 
 
 class Servers:

@@ -13,8 +13,8 @@ TOTAL = sum(c.bytes for array in manifest("x").arrays for c in array.chunks)
 DEAD = WorkerFailuresError("rank 1 died", {1: "rank 1 died"})
 
 
-def to_awaiting(**how: bool) -> Bench:
-    bench = Bench(coming=True, **how)
+def to_awaiting(*, mappable: bool = False) -> Bench:
+    bench = Bench(coming=True, mappable=mappable)
     bench.to_fetching()
     assert bench.fetches == []
     (ask,) = bench.awaits

@@ -93,8 +93,8 @@ class Bench:
         """A server does what it is asked to, if it is alive and a holder has it; or says why it does not."""
         self.asked.remove(ask)
         server = self.servers.get(ask.server)
-        copied = isinstance(ask, tier.Copy)
-        there = not copied or ask.part.name in getattr(self.servers.get(ask.holder), "has", {})
+        holder = self.servers.get(ask.holder) if isinstance(ask, tier.Copy) else None
+        there = not isinstance(ask, tier.Copy) or ask.part.name in getattr(holder, "has", {})
         if server is None or why or not there:
             why = why or "gone"
             self.do(self.brain.not_held(ask.part.checkpoint, ask.part.name, ask.server, why))
