@@ -10,6 +10,7 @@ Importing the package imports neither Ray nor torch nor jax.
 """
 
 from rl_ckpt._version import __version__
+from rl_ckpt.catalog import Catalog
 from rl_ckpt.checkpointer import Checkpointer
 from rl_ckpt.errors import (
     CheckpointError,
@@ -27,21 +28,30 @@ from rl_ckpt.errors import (
     WorkerFailuresError,
 )
 from rl_ckpt.info import (
+    ArrayChange,
     CheckpointInfo,
     Damage,
+    Diff,
+    LeafChange,
     Preemption,
     PrefetchReport,
     Recovery,
     RestoreReport,
     SuperviseReport,
+    SweepReport,
+    Verdict,
     VerifyReport,
 )
-from rl_ckpt.plan.retention import EveryNSteps, KeepRule, LatestN
+from rl_ckpt.lineage import diff, fork
+from rl_ckpt.plan.retention import BestN, EveryNSteps, KeepRule, LatestN, NewerThan, OnePer, Tagged
 from rl_ckpt.prefetching import Prefetch, prefetch
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
 from rl_ckpt.store.pending import PendingSave
 
 __all__ = [
+    "ArrayChange",
+    "BestN",
+    "Catalog",
     "CheckpointError",
     "CheckpointInfo",
     "CheckpointNotFoundError",
@@ -50,11 +60,15 @@ __all__ = [
     "CommitUnknownError",
     "CorruptionError",
     "Damage",
+    "Diff",
     "EveryNSteps",
     "FencedError",
     "InvalidInputError",
     "KeepRule",
     "LatestN",
+    "LeafChange",
+    "NewerThan",
+    "OnePer",
     "PendingSave",
     "PerRank",
     "Preemption",
@@ -69,9 +83,14 @@ __all__ = [
     "Sharded",
     "StorageError",
     "SuperviseReport",
+    "SweepReport",
+    "Tagged",
     "UntrustedDataError",
+    "Verdict",
     "VerifyReport",
     "WorkerFailuresError",
     "__version__",
+    "diff",
+    "fork",
     "prefetch",
 ]

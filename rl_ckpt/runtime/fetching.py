@@ -173,8 +173,8 @@ class Fetch:
             views = [(i.source_offset, self._view(i.offset, i.size_bytes)) for i in items]
             self._store.read_into(name, views)
         except ObjectMissingError:
-            url = self._store.object_url(name)
-            self._fail(items, IN_STORE, CorruptionError(f"{url} is missing, though the checkpoint names it"))
+            text = f"{self._store.missing(name)}, though the checkpoint names it"
+            self._fail(items, IN_STORE, CorruptionError(text))
             return
         except CorruptionError as error:
             if len(items) == 1:

@@ -47,8 +47,8 @@ from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
 from rl_ckpt.runtime.transport.listener import Listener
 from rl_ckpt.runtime.transport.shelf import Range, Shelf
 from rl_ckpt.runtime.transport.wire import Door, TransportError
+from rl_ckpt.store.based import open_run_store
 from rl_ckpt.store.shard_writer import write_files
-from rl_ckpt.store.urls import open_store
 
 CONCURRENCY_GROUPS = {"control": 4, "io": 4, "network": 8, "copy": 2}
 _CALL_S = 30.0  # for a call of a peer that has nothing to wait for
@@ -65,7 +65,7 @@ class ShardServer:
             spec = _as_of_now(spec)
         self._spec = spec
         self._name = name
-        self._store = open_store(spec.url, spec.storage_options)
+        self._store = open_run_store(spec.url, spec.storage_options)
         self._memory = memory.ServerMemory(name)
         self._shelf = Shelf()
         self._held = HeldParts(self._memory, self._shelf, generations(spec.options))
@@ -221,7 +221,7 @@ class ShardServer:
     def configure(self, spec: RunSpec) -> None:
         """Opens the store anew with a driver's options and credentials."""
         self._spec = spec
-        self._store = open_store(spec.url, spec.storage_options)
+        self._store = open_run_store(spec.url, spec.storage_options)
 
     @ray.method(concurrency_group="control")
     def stats(self) -> dict[str, int]:
