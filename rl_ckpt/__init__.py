@@ -44,12 +44,17 @@ from rl_ckpt.info import (
 )
 from rl_ckpt.lineage import diff, fork
 from rl_ckpt.plan.retention import BestN, EveryNSteps, KeepRule, LatestN, NewerThan, OnePer, Tagged
+from rl_ckpt.plan.save_rules import Auto, Best, EverySeconds, EverySteps, OnPreemption, OnSignal, SaveRule
+from rl_ckpt.plan.when import Due, SavePolicy
 from rl_ckpt.prefetching import Prefetch, prefetch
+from rl_ckpt.signals import SignalWatch
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
 from rl_ckpt.store.pending import PendingSave
 
 __all__ = [
     "ArrayChange",
+    "Auto",
+    "Best",
     "BestN",
     "Catalog",
     "CheckpointError",
@@ -61,13 +66,18 @@ __all__ = [
     "CorruptionError",
     "Damage",
     "Diff",
+    "Due",
     "EveryNSteps",
+    "EverySeconds",
+    "EverySteps",
     "FencedError",
     "InvalidInputError",
     "KeepRule",
     "LatestN",
     "LeafChange",
     "NewerThan",
+    "OnPreemption",
+    "OnSignal",
     "OnePer",
     "PendingSave",
     "PerRank",
@@ -78,9 +88,12 @@ __all__ = [
     "Replicated",
     "RestoreReport",
     "RunOwnedError",
+    "SavePolicy",
+    "SaveRule",
     "SaveSkippedError",
     "SaveTimeoutError",
     "Sharded",
+    "SignalWatch",
     "StorageError",
     "SuperviseReport",
     "SweepReport",

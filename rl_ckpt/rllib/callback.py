@@ -1,19 +1,18 @@
 """Checkpointing as a part of an AlgorithmConfig: `config.callbacks(checkpointing("s3://bucket/run-7", …))`.
 
-Owns: when an Algorithm is saved, and that it goes on from its newest checkpoint when the job starts again. Promises:
-training waits for the staging of a save alone; a save that fails in the background is raised by the next `algo.train()`
-or `algo.stop()`; `algo.stop()` waits until everything staged is committed. What it puts into the config is plain data,
-so it goes to Tune's trials and into checkpoints like any other setting. Does not: save in the middle of an iteration.
+Owns: that an Algorithm is saved when it is due (`SavePolicy` knows when), and that it goes on from its newest
+checkpoint when the job starts again. Promises: training waits for the staging of a save alone; a save that fails in the
+background is raised by the next `algo.train()` or `algo.stop()`; `algo.stop()` waits until everything staged is
+committed. What it puts into the config is plain data, so it goes to Tune's trials and into checkpoints like any other
+setting. Does not: save in the middle of an iteration.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,20 +22,22 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.utils import force_list
 
+from rl_ckpt import logs
 from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError, SaveSkippedError
 from rl_ckpt.info import Preemption
 from rl_ckpt.plan.retention import BestN, KeepRule
+from rl_ckpt.plan.save_rules import Auto, Best, EverySeconds, EverySteps, OnPreemption, SaveRule
+from rl_ckpt.plan.when import Due, SavePolicy
 from rl_ckpt.rllib.checkpointer import AlgorithmCheckpointer
-from rl_ckpt.rllib.result import at, recorded
+from rl_ckpt.rllib.result import recorded
 from rl_ckpt.rllib.resuming import loaded_from
 from rl_ckpt.rllib.team import team_of
 from rl_ckpt.runtime.preemption import PreemptionWatch
 from rl_ckpt.store.pending import PendingSave, raise_untold
 from rl_ckpt.store.urls import normalise_url
 
-_log = logging.getLogger(__name__)
+_log = logs.logger(__name__)
 
-_RESERVE = 0.8  # of the time before a preemption that an urgent save may take
 TRIAL = "{trial}"
 TERMINATED = 143  # exit status of a process that SIGTERM ended
 
@@ -74,10 +75,19 @@ class Checkpointing:
     resume: bool
     options: dict[str, Any] = field(default_factory=dict)
     storage: Hidden = field(default_factory=lambda: Hidden(None))
+    auto: Auto | None = None
 
     def __call__(self) -> CheckpointCallback:
         """The callback; RLlib makes one in the Algorithm's process and one in each env runner."""
         return CheckpointCallback(self)
+
+    def rules(self, notice: Callable[[], Preemption | None]) -> list[SaveRule]:
+        """When to save."""
+        rules: list[SaveRule] = [] if self.auto is None else [self.auto]
+        rules += [] if self.every_iterations is None else [EverySteps(self.every_iterations)]
+        rules += [] if self.every_seconds is None else [EverySeconds(self.every_seconds)]
+        rules += [] if self.best is None else [Best(*self.best)]
+        return [*rules, OnPreemption(notice)]
 
 
 def checkpointing(
@@ -86,6 +96,7 @@ def checkpointing(
     every_iterations: int | None = None,
     every_seconds: float | None = None,
     best: tuple[str, str] | None = None,
+    auto: Auto | None = None,
     keep: Sequence[KeepRule] = (),
     on_preemption: bool = True,
     grace_s: float = 30.0,
@@ -101,10 +112,12 @@ def checkpointing(
     Args:
         url: Of the run. In Ray Tune "{trial}" stands for the name of the trial's folder; without it, each trial's run
             is `<url>/<trial>`.
-        every_iterations: Saves when so many iterations have passed. With none of the three, after every iteration.
+        every_iterations: Saves at every multiple of so many iterations. With none of the four, after every iteration.
         every_seconds: Saves at the end of the first iteration after so many seconds.
         best: Path of a metric in the result ("env_runners/episode_return_mean") and "max" or "min": saves when it is
             better than ever, and keeps that checkpoint whatever `keep` says.
+        auto: Saves at the interval that loses least time, by what saves cost and how often the job had to be resumed:
+            see `Auto`.
         keep: Retention rules, as for `Checkpointer`. None: all checkpoints stay.
         on_preemption: Saves at the end of the iteration when this process gets SIGTERM, or Ray drains a node that the
             Algorithm uses. Where this process has to go, `algo.train()` then raises SystemExit(143).
@@ -121,6 +134,8 @@ def checkpointing(
             raise InvalidInputError(f"{name}={number!r} must be a number greater than 0")
     if every_iterations is not None and type(every_iterations) is not int:
         raise InvalidInputError(f"every_iterations={every_iterations!r} must be an integer")
+    if auto is not None and not isinstance(auto, Auto):
+        raise InvalidInputError(f"auto={auto!r} must be an Auto, such as Auto(min_s=60)")
     url = check_template(url)
     AlgorithmCheckpointer(url.replace(TRIAL, "x"), keep=keep, **options)  # says what is wrong with these
     PreemptionWatch(grace_s, 1.0)
@@ -129,7 +144,7 @@ def checkpointing(
         if not (isinstance(best, tuple) and len(best) == 2 and isinstance(best[0], str) and best[1] in ("max", "min")):
             raise InvalidInputError(f'best={best!r} must be like ("env_runners/episode_return_mean", "max")')
         rules += [BestN(*best)] if rules else []
-    elif every_iterations is None and every_seconds is None:
+    elif every_iterations is None and every_seconds is None and auto is None:
         every_iterations = 1
     return Checkpointing(
         url,
@@ -142,6 +157,7 @@ def checkpointing(
         resume,
         dict(options),
         Hidden(storage_options),
+        auto,
     )
 
 
@@ -152,20 +168,24 @@ class CheckpointCallback(RLlibCallback):
         self.settings = settings
         self.checkpointer: AlgorithmCheckpointer | None = None
         """Of the Algorithm's run, while it lives."""
-        self._best: float | None = None
+        self.policy = SavePolicy(*settings.rules(self._notice))
+        """When to save; `policy.chosen` is what `auto` has chosen."""
         self._pending: list[PendingSave] = []
-        self._saved_at = (0, 0.0)  # iteration, and time.monotonic()
         self._watch: PreemptionWatch | None = None
-        self._told: tuple[bool, tuple[str, ...]] | None = None  # this process, nodes
+        self._actors: Callable[[], Sequence[Any]] = list
         self._closing = contextlib.ExitStack()
 
     def get_state(self) -> dict[str, Any]:
-        """What goes into the checkpoint with the rest: the best value so far."""
-        return {"best": self._best}
+        """What goes into the checkpoint with the rest: the best value so far, and what saves cost."""
+        return self.policy.get_state()
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Takes it back."""
-        self._best = state["best"]
+        best = self.settings.best
+        if best is not None and isinstance(state["best"], float | int):  # of a release without `SavePolicy`
+            state = {**self.policy.get_state(), "best": {Best(*best).name: state["best"]}}
+        if isinstance(state["best"], Mapping):
+            self.policy.set_state(state)
 
     def on_algorithm_init(self, *, algorithm: Algorithm, **_more: Any) -> None:
         """Opens the run, and restores its newest checkpoint.
@@ -180,6 +200,7 @@ class CheckpointCallback(RLlibCallback):
             storage_options=settings.storage.options,
             **settings.options,
         )
+        self._actors = lambda: team_of(algorithm).handles[1:]
         # RLlib has no callback for the end: the Algorithm's own method is wrapped.
         algorithm.cleanup = partial(self._cleanup, algorithm.cleanup)  # type: ignore[method-assign]
         try:
@@ -191,7 +212,7 @@ class CheckpointCallback(RLlibCallback):
         except BaseException:
             self.close()
             raise
-        self._saved_at = (algorithm.iteration, time.monotonic())
+        self.policy.restored(algorithm.iteration)
 
     def _check_alone(self, algorithm: Algorithm, url: str) -> None:
         others = [found for found in force_list(algorithm.callbacks) if isinstance(found, CheckpointCallback)]
@@ -206,12 +227,13 @@ class CheckpointCallback(RLlibCallback):
                 if newest is None or newest.step <= algorithm.iteration:
                     return
             checkpointer.restore(algorithm)
+            self.policy.lost()
 
     def on_restored(self, algorithm: Algorithm, url: str, checkpoint: str) -> None:
         """The Algorithm was restored, by whatever means: the next save continues that checkpoint."""
         if self.checkpointer is not None and self.checkpointer.url == url:
             self.checkpointer.continues(checkpoint)
-        self._saved_at = (algorithm.iteration, time.monotonic())
+        self.policy.restored(algorithm.iteration)
 
     def on_train_result(self, *, algorithm: Algorithm, result: Mapping[str, Any], **_more: Any) -> None:
         """Saves where it is time to.
@@ -223,17 +245,17 @@ class CheckpointCallback(RLlibCallback):
         assert self.checkpointer is not None, "RLlib calls on_algorithm_init first"
         raise_untold(self._pending)
         self._pending = [pending for pending in self._pending if not pending.settled()]
-        best, better = self._best, self._better(result)
         metrics = recorded(result, self.settings.best)
-        notice = self._notice(algorithm)
-        if notice is not None:
-            self._urgent(self.checkpointer, algorithm, metrics, notice)
-        elif better or self._is_time(algorithm.iteration):
-            try:
-                self._pending.append(self.checkpointer.save(algorithm, metrics=metrics))
-                self._saved_at = (algorithm.iteration, time.monotonic())
-            except SaveSkippedError:  # earlier ones are being written: at the next iteration
-                self._best = best  # of what is saved
+        if self.settings.best is not None and self.settings.best[0] not in metrics:
+            _log.warning("the result has no number %r (%s)", self.settings.best[0], ", ".join(map(str, result)))
+        due = self.policy.due(algorithm.iteration, metrics)
+        if due is not None and due.urgent:
+            self._urgent(self.checkpointer, algorithm, metrics, due)
+        elif due is not None:
+            with contextlib.suppress(SaveSkippedError):  # earlier ones are being written: at the next iteration
+                pending = self.checkpointer.save(algorithm, metrics=metrics)
+                self._pending.append(pending)
+                self.policy.began(due, pending)
 
     def close(self) -> None:
         """Waits until everything staged is committed, and lets the run go.
@@ -253,46 +275,21 @@ class CheckpointCallback(RLlibCallback):
         finally:
             self.close()
 
-    def _is_time(self, iteration: int) -> bool:
-        settings, (saved, when) = self.settings, self._saved_at
-        if settings.every_iterations is not None and iteration - saved >= settings.every_iterations:
-            return True
-        return settings.every_seconds is not None and time.monotonic() - when >= settings.every_seconds
-
-    def _better(self, result: Mapping[str, Any]) -> bool:
-        """Whether the metric is better than ever; it is from here on the best."""
-        if self.settings.best is None:
-            return False
-        path, mode = self.settings.best
-        value = at(result, path)
-        if value is None:
-            _log.warning("the result has no number %r (%s)", path, ", ".join(map(str, result)))
-            return False
-        if self._best is not None and not (value > self._best if mode == "max" else value < self._best):
-            return False
-        self._best = value
-        return True
-
-    def _notice(self, algorithm: Algorithm) -> Preemption | None:
-        """A notice of preemption that was not seen before."""
+    def _notice(self) -> Preemption | None:
+        """A notice of preemption, if there is one."""
         if self._watch is None or self._watch.notice() is None:
             return None
-        actors = team_of(algorithm).handles[1:]
-        notice = self._watch.notice(actors)
-        if notice is None or self._told == (notice.this_process, notice.nodes):
-            return None
-        self._told = (notice.this_process, notice.nodes)
-        return notice
+        return self._watch.notice(self._actors())
 
     def _urgent(
-        self, checkpointer: AlgorithmCheckpointer, algorithm: Algorithm, metrics: Mapping[str, Any], notice: Preemption
+        self, checkpointer: AlgorithmCheckpointer, algorithm: Algorithm, metrics: Mapping[str, Any], due: Due
     ) -> None:
         """Saves before the deadline, and waits for it."""
-        _log.warning("%s: saving iteration %d at once", notice.reason, algorithm.iteration)
-        left = max(notice.seconds_left * _RESERVE, 1.0)
-        checkpointer.save(algorithm, metrics=metrics, deadline_s=left).result()
-        self._saved_at = (algorithm.iteration, time.monotonic())
-        if notice.this_process:
+        _log.warning("%s: saving iteration %d at once", due.text, algorithm.iteration)
+        pending = checkpointer.save(algorithm, metrics=metrics, deadline_s=due.deadline_s)
+        pending.result()
+        self.policy.began(due, pending)
+        if due.leave:
             raise SystemExit(TERMINATED)
 
 

@@ -11,6 +11,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 RUNS = {
+    "periodic_saves.py": [],
     "plain_state.py": [],
     "ray_job_local.py": [],
     "rllib_import.py": [],

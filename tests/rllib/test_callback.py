@@ -13,7 +13,7 @@ import pytest
 from ray.rllib.algorithms.ppo import PPO
 from ray.rllib.callbacks.callbacks import RLlibCallback
 
-from rl_ckpt import LatestN
+from rl_ckpt import Auto, LatestN
 from rl_ckpt.errors import CheckpointError, InvalidInputError, SaveSkippedError
 from rl_ckpt.info import Preemption
 from rl_ckpt.plan.retention import BestN
@@ -90,15 +90,15 @@ def test_the_best_is_kept_and_known_after_a_restart(ray_small, tmp_path):
     best = ("env_runners/episode_return_mean", "max")
     algo = config(tmp_path, best=best, every_iterations=10, keep=[LatestN(1)]).build_algo()
     results(algo, 3.0, 9.0, 5.0, float("nan"))
-    results(algo, *([1.0] * 8))  # iteration 12, saved as it is time to
+    results(algo, *([1.0] * 6))  # iteration 10, saved as it is time to
     algo.stop()
-    assert steps(tmp_path) == [2, 12]
+    assert steps(tmp_path) == [2, 10]
 
     again = config(tmp_path, best=best, every_iterations=10, keep=[LatestN(1)]).build_algo()
-    assert again.iteration == 12
+    assert again.iteration == 10
     results(again, 8.0)
     again.callbacks[0].close()
-    assert steps(tmp_path) == [2, 12], "9 was better"
+    assert steps(tmp_path) == [2, 10], "9 was better"
     again.stop()
 
 
@@ -217,7 +217,7 @@ def test_of_two_runs_the_newer_checkpoint_is_resumed_and_one_run_has_one_callbac
     for _ in range(2):
         again.train()
     again.stop()
-    assert [steps(tmp_path / name) for name in ("often", "seldom")] == [[1, 2, 3, 4, 5], [2, 5]]
+    assert [steps(tmp_path / name) for name in ("often", "seldom")] == [[1, 2, 3, 4, 5], [2, 4]]
 
     twice = [checkpointing(tmp_path / "often"), checkpointing(str(tmp_path / "often") + "/")]
     with pytest.raises(InvalidInputError, match="is twice among the callbacks"):
@@ -239,7 +239,7 @@ class Saves:
             self.refused = True
             raise SaveSkippedError("busy")
         self.saved.append(algorithm.iteration)
-        return SimpleNamespace(settled=lambda: True, result=lambda: None, _told=True)
+        return SimpleNamespace(settled=lambda: True, result=lambda: None, peek=lambda: None, _told=True)
 
 
 def test_a_best_that_could_not_be_saved_is_not_the_best(monkeypatch):
@@ -249,19 +249,28 @@ def test_a_best_that_could_not_be_saved_is_not_the_best(monkeypatch):
     for iteration, value in enumerate([5.0, 4.0, 3.0], start=1):
         callback.on_train_result(algorithm=SimpleNamespace(iteration=iteration), result={"r": value})
     assert saves.saved == [2]
-    assert callback.get_state() == {"best": 4.0}
+    assert callback.get_state()["best"] == {"max r": 4.0}
+    again = checkpointing("memory://x", best=("r", "max"))()
+    again.set_state(callback.get_state())
+    assert again.policy.due(4, {"r": 3.5}) is None
+    again.set_state({"best": 9.0})
+    assert again.policy.due(4, {"r": 8.0}) is None, "as releases before this one wrote it"
+    again.set_state({"best": None})
+    assert again.policy.due(4, {"r": 9.5}) is not None
 
 
 def test_a_signal_is_heard_after_a_drain(monkeypatch):
-    monkeypatch.setattr("rl_ckpt.rllib.callback.team_of", lambda _: SimpleNamespace(handles=[None]))
-    callback = checkpointing("memory://x")()
+    callback = checkpointing("memory://x", every_iterations=1000)()
     drain = Preemption("node b is drained", 1e12, False, ("b",), (1,))
     signal = Preemption("SIGTERM, node b is drained", 1e12, True, ("b",), (1,))
     notices = [drain, drain, signal, signal]
     callback._watch = SimpleNamespace(notice=lambda workers=None: notices[0])
     told = []
     while notices:
-        told.append(callback._notice(None))
+        due = callback.policy.due(1)
+        told.append(due and due.preemption)
+        if due:
+            callback.policy.began(due)
         del notices[0]
     assert told == [drain, None, signal, None]
 
@@ -280,7 +289,9 @@ def test_a_relative_url_means_this_folder_wherever_it_is_used(tmp_path, monkeypa
 
 
 def test_settings_are_data(tmp_path):
-    made = checkpointing("s3://b/run", every_iterations=3, best=("a/b", "min"), keep=[LatestN(2)], memory_tier=False)
+    made = checkpointing(
+        "s3://b/run", every_iterations=3, best=("a/b", "min"), auto=Auto(5), keep=[LatestN(2)], memory_tier=False
+    )
     made_with = checkpointing("s3://b/run", storage_options={"key": "id", "secret": "hush"})
     assert pickle.loads(pickle.dumps(made_with)).storage.options == {"key": "id", "secret": "hush"}
     assert isinstance(pickle.loads(pickle.dumps(made))(), CheckpointCallback)
@@ -288,6 +299,7 @@ def test_settings_are_data(tmp_path):
     (back,) = [config_from(tree).callbacks_class]
     assert back.keep == (LatestN(2), BestN("a/b", "min"))
     assert (back.url, back.every_iterations, back.options) == ("s3://b/run", 3, {"memory_tier": False})
+    assert back.auto == Auto(min_s=5)
     assert back.storage.options == {}
     with_secret = config_tree(ppo_config().callbacks(made_with))
     assert "hush" not in str(with_secret)
@@ -302,6 +314,7 @@ def test_settings_are_data(tmp_path):
         {"every_seconds": -1},
         {"best": "a/b"},
         {"best": ("a", "most")},
+        {"auto": True},
         {"grace_s": 0},
         {"keep": LatestN},
         {"get_state": "x"},

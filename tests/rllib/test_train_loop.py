@@ -9,7 +9,7 @@ import ray.train
 import torch
 from ray.train.torch import TorchTrainer, prepare_model
 
-from rl_ckpt import Checkpointer, LatestN, Replicated
+from rl_ckpt import Best, Checkpointer, EverySteps, LatestN, Replicated
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.rllib.pointer import read
 from rl_ckpt.rllib.train_loop import TrainLoop
@@ -45,6 +45,19 @@ def train_loop_per_worker(config):
             "optimizer": Replicated(optimizer.state_dict()),
         }
         saves.report({"loss": float(loss), "first": first, "odd": [1]}, step=step, state=state).result()
+
+
+def saves_when_due(config):
+    saves, rank = config["saves"].join(), ray.train.get_context().get_world_rank()
+    saves.restore()
+    said = []
+    for step in range(1, 8):
+        # Rank 1 sees other numbers: both must save at the same steps all the same.
+        value = {1: 1.0, 2: 5.0, 6: 9.0}.get(step, 0.0) if rank == 0 else float(step)
+        if saves.due(step, {"return": value}):
+            said.append(step)
+            saves.report({"return": value}, step=step, state={"own": rank}).result()
+    ray.train.report({"said": said})
 
 
 def never_interrupted():
@@ -85,6 +98,20 @@ def test_a_worker_that_is_killed(ray_small, tmp_path):
     with result.checkpoint.as_directory() as folder:
         assert [path.name for path in Path(folder).iterdir()] == ["rl_ckpt.json"]
         assert read(folder).id == newest.id
+
+
+@pytest.mark.timeout(300)
+def test_workers_save_when_rank_0_says_so(ray_small, tmp_path):
+    with TrainLoop(str(tmp_path / "ours"), when=[EverySteps(3), Best("return")]) as saves:
+        TorchTrainer(
+            saves_when_due,
+            train_loop_config={"saves": saves},
+            scaling_config=ray.train.ScalingConfig(num_workers=2),
+            run_config=ray.train.RunConfig(name="run", storage_path=str(tmp_path / "theirs")),
+        ).fit()
+    assert [info.step for info in Checkpointer(str(tmp_path / "ours")).checkpoints()] == [1, 2, 3, 6]
+    with pytest.raises(InvalidInputError, match="is no rule"):
+        TrainLoop(str(tmp_path / "ours"), when=[EverySteps])
 
 
 def test_only_the_driver_closes(ray_small, tmp_path):

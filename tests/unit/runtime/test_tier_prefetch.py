@@ -29,7 +29,7 @@ def test_each_server_brings_its_part_and_then_copies_are_made() -> None:
     assert bench.brain.remembered()[0].whole
     bench.answer_all()
     assert not bench.brain.settling("1")
-    assert bench.brain.counts() == {"parts_held": 6, "bytes_held": 6 * 192, "copies_missing": 0}
+    assert bench.brain.counts() == {"parts_held": 6, "bytes_held": 6 * 192, "copies_held": 3, "copies_missing": 0}
     assert all(len(bench.holders("1", origin)) == 2 for origin in bench.servers)
     assert (bench.landed, bench.stuck) == ([], {}), "no save waits for it"
     assert all("1" in server.memos for server in bench.servers.values())
