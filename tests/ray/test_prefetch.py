@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import ray
 
-from rl_ckpt import Checkpointer, Prefetch, PrefetchReport, prefetch
+from rl_ckpt import Catalog, Checkpointer, Prefetch, PrefetchReport, prefetch
 from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError, SaveTimeoutError
 from rl_ckpt.runtime.spec import NAMESPACE
 from rl_ckpt.runtime.status import ServiceStatus, run_status
@@ -260,7 +260,7 @@ def test_a_run_that_is_not_there_or_has_no_checkpoint_starts_nothing(store: Stor
     with pytest.raises(CheckpointNotFoundError, match="no run at"):
         store.prefetch()
     saved(store, workers)
-    for at, said in ((5, "no checkpoint of step 5"), ("best", "no checkpoint with the id or tag 'best'")):
+    for at, said in ((5, "no checkpoint of step 5"), ("best", "no checkpoint with id or tag 'best'")):
         with pytest.raises(CheckpointNotFoundError, match=said):
             store.prefetch(at=at)
     with pytest.raises(InvalidInputError, match="memory_bytes=-1"):
@@ -287,7 +287,10 @@ def test_what_is_newer_and_in_memory_already_is_not_replaced(store: Store, worke
 
 def test_a_prefetch_of_an_older_one_is_of_use_to_a_restore_of_that_step(store: Store, workers: list[Any]) -> None:
     first, _ = saved(store, workers, 1, 2)
-    whole(store.prefetch(at=first).result(WAIT_S))
+    Catalog(store.url, storage_options=store.options).tag(first, "shipped")
+    handle = store.prefetch(at="shipped")
+    assert (handle.step, handle.checkpoint) == (1, first)
+    whole(handle.result(WAIT_S))
     with store.run() as ckpt:
         before = store.reads()
         restored(ckpt, workers, 1, step=1)
