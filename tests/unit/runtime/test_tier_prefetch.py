@@ -86,18 +86,20 @@ def test_a_server_without_room_leaves_its_part_to_another_and_if_there_is_none_t
 
 
 def test_chunks_that_could_not_be_had_are_not_looked_for_in_memory() -> None:
-    bench = Bench(1)
+    bench = Bench(2, Options(replicas=0))
     bench.prefetch("1")
-    (ask,) = bench.asked
+    first, ask = bench.asked
+    bench.answer(first)
+    assert [done.whole for done, _ in bench.servers["s0"].memos.values()] == [True]
     less = msgspec.structs.replace(ask.part, chunks=ask.part.chunks[1:])
-    bench.do(bench.brain.brought("s0", less, "/shm/s0/p"))
+    bench.do(bench.brain.brought("s1", less, "/shm/s1/p"))
     holdings = bench.brain.holdings("1")
     assert holdings is not None
     assert not holdings.find(ask.part.chunks[0].digest, 50)
     assert holdings.find(ask.part.chunks[1].digest, 50)
     assert not bench.brain.remembered()[0].whole
-    (memo,) = [done for done, _ in bench.servers["s0"].memos.values()]
-    assert not memo.whole, "nor does a coordinator that comes after take it for whole"
+    memos = [done.whole for server in bench.servers.values() for done, _ in server.memos.values()]
+    assert memos == [False, False], "nor does a coordinator that comes after take it for whole"
 
 
 def test_what_the_store_does_not_have_is_not_asked_for_again() -> None:
