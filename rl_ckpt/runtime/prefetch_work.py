@@ -205,7 +205,7 @@ class PrefetchWork:
         done = Remembered(
             record.id, record.step, one.order.manifest, record, record.number, not dealt.left, record.time
         )
-        self._tell(self._tier.brain.prefetch(done, dealt.parts, one.order.memory_bytes))
+        self._tell(self._tier.brain.prefetch(done, dealt.parts, room))
         self._tier.watch.start()
         while self._tier.brain.coming(record.id):
             await self._news()

@@ -172,13 +172,13 @@ class Tier(KeptCheckpoints):
 
     # A prefetch.
 
-    def prefetch(self, done: Remembered, parts: Sequence[Part], limit: int | None = None) -> list[Instruction]:
+    def prefetch(self, done: Remembered, parts: Sequence[Part], limits: Mapping[str, int]) -> list[Instruction]:
         """A checkpoint is to be brought in from the store; nothing happens where it is in memory.
 
         Args:
             done: The checkpoint.
             parts: What each server is to bring.
-            limit: Bytes of it that a server may have, copies counted; None: as the options say.
+            limits: Bytes of it that each server may have, copies counted; others: as the options say.
         """
         if done.id in self._kept:
             return []
@@ -187,7 +187,7 @@ class Tier(KeptCheckpoints):
         older = [n for n, k in enumerate(self._kept.values()) if k.done is not None and k.done.after <= done.after]
         before, after = list(self._kept.values())[: max(older, default=-1) + 1], dict(self._kept)
         place = before[-1].place if before else 0
-        kept = Kept(done.id, None, pieces, done, place=place, prefetched=True, limit=limit)
+        kept = Kept(done.id, None, pieces, done, place=place, prefetched=True, limits=limits)
         self._kept = {one.id: one for one in [*before, kept]} | after
         return self._spread(kept)
 
@@ -300,11 +300,13 @@ class Tier(KeptCheckpoints):
 
     def _no_room(self, kept: Kept, piece: Piece, server: str) -> str:
         """Why the budget does not allow a part on a server; empty where it does."""
-        limit = self.options.memory_bytes if kept.limit is None else kept.limit
+        limit, whose = self.options.memory_bytes, "memory_bytes"
+        if server in kept.limits:
+            limit, whose = kept.limits[server], "a prefetch's limit"
         if limit is None or self._load(kept, server) + piece.bytes <= limit:
             return ""
         return (
-            f"memory_bytes={limit} does not allow {piece.bytes} bytes more on {server}, which has "
+            f"{whose}={limit} does not allow {piece.bytes} bytes more on {server}, which has "
             f"{self._load(kept, server)} of the same checkpoint"
         )
 

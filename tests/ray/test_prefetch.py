@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from rl_ckpt import Catalog, Checkpointer, Prefetch, PrefetchReport, prefetch
-from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError, SaveTimeoutError
+from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, InvalidInputError, SaveTimeoutError
 from rl_ckpt.runtime.spec import NAMESPACE
 from rl_ckpt.runtime.status import ServiceStatus, run_status
 from tests.ray.holders import (
@@ -339,6 +339,19 @@ def test_what_a_node_was_to_bring_that_is_lost_meanwhile_is_brought_by_another(
         assert store.reads() == before
 
 
+def test_a_close_of_the_runs_actors_meanwhile_ends_it_for_good(store: Store, workers: list[Any]) -> None:
+    saved(store, workers)
+    with store.closed():
+        handle = store.prefetch()
+        assert store.reading.wait(WAIT_S)
+        with store.run() as ckpt:
+            assert len(servers(ckpt)) == 3
+    with pytest.raises(CheckpointError, match="were ended by a Checkpointer's close"):
+        handle.result(WAIT_S)
+    assert not actors(), "nobody has started them anew"
+
+
+@pytest.mark.soak
 def test_a_shard_server_that_is_killed_on_the_way_begins_again(store: Store, workers: list[Any]) -> None:
     saved(store, workers)
     with store.run() as ckpt:

@@ -169,13 +169,23 @@ def test_what_is_restored_from_is_not_given_up() -> None:
 
 
 @pytest.mark.parametrize("limit", [192, 2 * 192])
-def test_a_limit_of_its_own_counts_copies_too(limit: int) -> None:
-    bench = Bench()
-    bench.prefetch("1", limit=limit)
+def test_limits_of_its_own_count_copies_too(limit: int) -> None:
+    bench = Bench(3, Options(memory_bytes=192))
+    bench.prefetch("1", limits=dict.fromkeys(bench.servers, limit))
     bench.answer_all()
     assert {len(server.has) for server in bench.servers.values()} == {limit // 192}
     assert bench.brain.remembered()[0].whole
-    assert bool(bench.brain.refusals("1")) == (limit == 192)
+    refused = [f"a prefetch's limit={limit} does not allow 192 bytes more on s{i}, which has 192" for i in range(3)]
+    assert [why.partition(" of the same")[0] for why in sorted(bench.brain.refusals("1"))] == (
+        refused if limit == 192 else []
+    )
+
+
+def test_servers_that_have_no_limit_of_their_own_have_that_of_the_options() -> None:
+    bench = Bench(2, Options(memory_bytes=100))
+    bench.prefetch("1", {"s0": 192}, limits={"s0": 1000})
+    bench.answer_all()
+    assert bench.holders("1", "s0") == ["s0"]
 
 
 def test_a_damaged_copy_whose_like_is_nowhere_comes_from_the_store_again() -> None:
