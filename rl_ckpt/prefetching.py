@@ -12,10 +12,10 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TYPE_CHECKING, Any
 
-from rl_ckpt.errors import CheckpointNotFoundError, CorruptionError, InvalidInputError, SaveTimeoutError
+from rl_ckpt.errors import CorruptionError, InvalidInputError, SaveTimeoutError
 from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.info import PrefetchReport
-from rl_ckpt.store.run import Run
+from rl_ckpt.store.listing import LATEST, Ref, find_ref, read
 from rl_ckpt.store.urls import check_url
 
 if TYPE_CHECKING:
@@ -23,13 +23,11 @@ if TYPE_CHECKING:
     from rl_ckpt.runtime.spec import RunSpec
     from rl_ckpt.runtime.status import PrefetchStatus
 
-LATEST = "latest"
-
 
 def prefetch(
     url: str,
     *,
-    at: int | str = LATEST,
+    at: Ref = LATEST,
     storage_options: Mapping[str, Any] | None = None,
     nodes: Sequence[str] | None = None,
     memory_bytes: int | None = None,
@@ -43,7 +41,7 @@ def prefetch(
 
     Args:
         url: Of the run, as it is given to the Checkpointer.
-        at: Which checkpoint: "latest", a step, an id, or a tag.
+        at: Which checkpoint: a step, an id, a tag, or "latest": the newest whose manifest is good.
         storage_options: For the file system, as fsspec takes them.
         nodes: Ids of the Ray nodes that take part; None: all that can run anything.
         memory_bytes: Limit per node of what is brought in and copied, in bytes. None: as much as half of the shared
@@ -68,7 +66,7 @@ def prefetch(
     if where.startswith("memory://"):
         raise InvalidInputError(f"{where} is one process's memory; give a folder or an object store")
     names = nodes_of(nodes)
-    record, manifest, fell_back = _find(Run.open(where, options), at)
+    record, manifest, fell_back = _find(where, options, at)
     order = PrefetchOrder(record, manifest, names, at == LATEST, memory_bytes)
     spec, future = begin(where, options, order)
     return Prefetch(spec, record, future, fell_back)
@@ -144,25 +142,16 @@ class Prefetch:
         return f"Prefetch(step={self.step}, {'over' if self.done() else 'under way'})"
 
 
-def _find(run: Run, at: int | str) -> tuple[CommitRecord, bytes, dict[str, str]]:
+def _find(url: str, storage_options: Mapping[str, Any], at: Ref) -> tuple[CommitRecord, bytes, dict[str, str]]:
     """The record and the manifest's file, and newer checkpoints whose manifests are damaged."""
-    log = run.log.read()
+    run, log, labels = read(url, storage_options)
+    record = find_ref(run, log, labels, at)  # says what there is, where this is not there
     if at != LATEST:
-        record = run.find(log, at) if isinstance(at, int) else _named(log.commits, at, run.store.url)
         return record, run.manifest_file(record)[1], {}
-    run.find(log, None)  # says what there is
     fell_back: dict[str, str] = {}
     for record in reversed(log.commits):
         try:
             return record, run.manifest_file(record)[1], fell_back
         except CorruptionError as error:
             fell_back[record.id] = str(error)
-    raise CorruptionError(f"no good checkpoint in {run.store.url}: {fell_back}")
-
-
-def _named(commits: Sequence[CommitRecord], name: str, url: str) -> CommitRecord:
-    """The checkpoint of an id, else the newest one with a tag."""
-    found = [one for one in commits if one.id == name] or [one for one in commits if one.tag == name]
-    if found:
-        return found[-1]
-    raise CheckpointNotFoundError(f"{url} has no checkpoint with the id or tag {name!r}")
+    raise CorruptionError(f"no good checkpoint in {url}: {fell_back}")

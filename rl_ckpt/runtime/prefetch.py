@@ -95,6 +95,20 @@ def _begin(spec: RunSpec, order: PrefetchOrder) -> RunSpec:
         return spec
 
 
+def _begin_again(spec: RunSpec, order: PrefetchOrder) -> None:
+    """After the coordinator was lost; not where it was ended, and what it held with it: nobody wants that any more."""
+    until = time.monotonic() + spec.options.join_timeout_s
+    try:
+        reply = decode(insist(spec, lambda link: link.prefetch.remote(encode(order)), until), Ok | Failure)
+    except InvalidInputError as error:
+        text = (
+            f"the prefetch of {order.record.id} is over: the actors of {spec.url} were ended by a Checkpointer's close"
+        )
+        raise CheckpointError(f"{text}, or with their cluster") from error
+    if isinstance(reply, Failure):
+        raise reply.error()
+
+
 def _outcome(spec: RunSpec, order: PrefetchOrder) -> PrefetchDone:
     why = ""
     for _ in range(_TRIES):
@@ -103,14 +117,14 @@ def _outcome(spec: RunSpec, order: PrefetchOrder) -> PrefetchDone:
         except ray.exceptions.RayActorError as error:
             why = str(error).strip().splitlines()[0]
             time.sleep(_ASK_AGAIN_S)
-            spec = _begin(spec, order)
+            _begin_again(spec, order)
             continue
         if isinstance(reply, PrefetchDone):
             return reply
         if reply.code != "not_found":
             raise reply.error()
         why = reply.message
-        spec = _begin(spec, order)
+        _begin_again(spec, order)
     raise CheckpointError(f"the prefetch of {order.record.id} was begun {_TRIES} times, and each time: {why}")
 
 

@@ -9,6 +9,7 @@ is lost that had it; whatever fails is left to the store, and told.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
@@ -19,6 +20,7 @@ from typing import Any
 import msgspec
 import ray
 
+from rl_ckpt import logs
 from rl_ckpt.errors import CheckpointError, CorruptionError, InvalidInputError, StorageError
 from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.plan.parts import Part, Remembered
@@ -29,6 +31,8 @@ from rl_ckpt.runtime.server_calls import Servers
 from rl_ckpt.runtime.status import PrefetchStatus
 from rl_ckpt.runtime.tier_steps import Bring, Release
 from rl_ckpt.runtime.tier_work import TierWork
+
+_log = logging.getLogger("rl_ckpt")
 
 _KEPT = 8  # prefetches whose report can still be asked for
 _SHARE = 2  # of a node's free shared memory, one part in so many may be taken: a restore needs some too
@@ -183,6 +187,13 @@ class PrefetchWork:
         except Exception as error:  # noqa: BLE001 - a bug of ours must end this prefetch, by name: restores wait for it
             text = f"internal error in the coordinator: {type(error).__name__}: {error}"
             outcome = Failure.of(CheckpointError(text))
+        about = logs.fields(one.order.record.id)
+        if isinstance(outcome, Failure):
+            _log.warning("a prefetch failed (%s): %s", outcome.code, outcome.message, extra=about)
+        else:
+            text = "checkpoint %s is in memory after %.2f s: %d bytes read, %d left to the store"
+            numbers = (outcome.seconds, outcome.bytes_fetched, outcome.bytes_left)
+            _log.info(text, outcome.id, *numbers, extra=about)
         one.end(outcome)
 
     async def _bring_all(self, one: _Prefetch) -> PrefetchDone:
@@ -194,7 +205,7 @@ class PrefetchWork:
         done = Remembered(
             record.id, record.step, one.order.manifest, record, record.number, not dealt.left, record.time
         )
-        self._tell(self._tier.brain.prefetch(done, dealt.parts, one.order.memory_bytes))
+        self._tell(self._tier.brain.prefetch(done, dealt.parts, room))
         self._tier.watch.start()
         while self._tier.brain.coming(record.id):
             await self._news()

@@ -183,6 +183,8 @@ class ShardServer:
             return encode(self._bringing.bring(order, self._store, self._spec.options.write_timeout_s))
         except CheckpointError as error:
             return encode(Failure.of(error))
+        finally:
+            self._tell_held()
 
     @ray.method(concurrency_group="control")
     def remember(self, data: bytes) -> bytes:

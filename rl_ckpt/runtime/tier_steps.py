@@ -5,7 +5,7 @@ The words of `tier`; no behaviour.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rl_ckpt.plan.parts import Part, Remembered
@@ -132,5 +132,5 @@ class Kept:
     """Damaged copies, to be given up once nobody restores from the checkpoint."""
     prefetched: bool = False
     """Whether it was brought in from the store, and no save staged it."""
-    limit: int | None = None
-    """Bytes of it that a server may have; None: as the options say."""
+    limits: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of it that servers may have; others: as the options say."""

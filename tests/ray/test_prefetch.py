@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import ray
 
-from rl_ckpt import Checkpointer, Prefetch, PrefetchReport, prefetch
-from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError, SaveTimeoutError
+from rl_ckpt import Catalog, Checkpointer, Prefetch, PrefetchReport, prefetch
+from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, InvalidInputError, SaveTimeoutError
 from rl_ckpt.runtime.spec import NAMESPACE
 from rl_ckpt.runtime.status import ServiceStatus, run_status
 from tests.ray.holders import (
@@ -260,7 +260,7 @@ def test_a_run_that_is_not_there_or_has_no_checkpoint_starts_nothing(store: Stor
     with pytest.raises(CheckpointNotFoundError, match="no run at"):
         store.prefetch()
     saved(store, workers)
-    for at, said in ((5, "no checkpoint of step 5"), ("best", "no checkpoint with the id or tag 'best'")):
+    for at, said in ((5, "no checkpoint of step 5"), ("best", "no checkpoint with id or tag 'best'")):
         with pytest.raises(CheckpointNotFoundError, match=said):
             store.prefetch(at=at)
     with pytest.raises(InvalidInputError, match="memory_bytes=-1"):
@@ -287,7 +287,10 @@ def test_what_is_newer_and_in_memory_already_is_not_replaced(store: Store, worke
 
 def test_a_prefetch_of_an_older_one_is_of_use_to_a_restore_of_that_step(store: Store, workers: list[Any]) -> None:
     first, _ = saved(store, workers, 1, 2)
-    whole(store.prefetch(at=first).result(WAIT_S))
+    Catalog(store.url, storage_options=store.options).tag(first, "shipped")
+    handle = store.prefetch(at="shipped")
+    assert (handle.step, handle.checkpoint) == (1, first)
+    whole(handle.result(WAIT_S))
     with store.run() as ckpt:
         before = store.reads()
         restored(ckpt, workers, 1, step=1)
@@ -336,6 +339,19 @@ def test_what_a_node_was_to_bring_that_is_lost_meanwhile_is_brought_by_another(
         assert store.reads() == before
 
 
+def test_a_close_of_the_runs_actors_meanwhile_ends_it_for_good(store: Store, workers: list[Any]) -> None:
+    saved(store, workers)
+    with store.closed():
+        handle = store.prefetch()
+        assert store.reading.wait(WAIT_S)
+        with store.run() as ckpt:
+            assert len(servers(ckpt)) == 3
+    with pytest.raises(CheckpointError, match="were ended by a Checkpointer's close"):
+        handle.result(WAIT_S)
+    assert not actors(), "nobody has started them anew"
+
+
+@pytest.mark.soak
 def test_a_shard_server_that_is_killed_on_the_way_begins_again(store: Store, workers: list[Any]) -> None:
     saved(store, workers)
     with store.run() as ckpt:

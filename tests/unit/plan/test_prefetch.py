@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_ckpt.format.manifest import ArrayEntry, Chunk, Manifest, ShardFileEntry
-from rl_ckpt.plan.prefetch import deal_parts, names_of, places
+from rl_ckpt.plan.prefetch import Stored, deal_parts, names_of, places
 from rl_ckpt.state.arrays import ArraySpec
 from rl_ckpt.state.boxes import Box
 from tests.unit.plan.model import save
@@ -74,8 +74,15 @@ def test_who_has_little_room_takes_little_and_others_the_rest() -> None:
 
 
 def test_equal_bytes_are_one_chunk() -> None:
-    dealt = deal_parts(manifest_of([64] * 8, equal=True), dict.fromkeys(SERVERS, 1000))
+    manifest = manifest_of([64] * 8, equal=True)
+    dealt = deal_parts(manifest, dict.fromkeys(SERVERS, 1000))
     assert (len(dealt.parts), dealt.bytes) == (1, 64)
+    assert places(manifest) == {(bytes(16), 64): Stored("shards/1-a/0.arrow", 0)}, "the first of them"
+
+
+def test_what_fits_into_a_gap_goes_there() -> None:
+    dealt = deal_parts(manifest_of([256, 64]), {"s0": 64, "s1": 256})
+    assert {part.origin: part.bytes for part in dealt.parts} == {"s0": 64, "s1": 256}
 
 
 def test_chunks_have_names_for_people() -> None:

@@ -43,8 +43,8 @@ def record(checkpoint: str = "4-new", number: int = 4, run: str = "r") -> Commit
     )  # fmt: skip
 
 
-def order(**how: Any) -> PrefetchOrder:
-    return PrefetchOrder(**{"record": record(), "manifest": encode(MANIFEST), "nodes": NODES} | how)
+def order(*, latest: bool = True, memory_bytes: int | None = None) -> PrefetchOrder:
+    return PrefetchOrder(record(), encode(MANIFEST), NODES, latest, memory_bytes)
 
 
 class Servers:
@@ -57,6 +57,8 @@ class Servers:
         self.answer: Callable[[str, BringOrder], Any] = lambda server, one: BringDone(one.part, f"/shm/{server}")
         self.gate: asyncio.Event | None = None
         """What is asked waits for it."""
+        self.copies: asyncio.Event | None = None
+        """Copies wait for it."""
 
     def names(self) -> list[str]:
         return self.started
@@ -87,6 +89,8 @@ class Servers:
             return messages.encode(Ok())
 
         async def copy(_: Any) -> bytes:
+            if self.copies is not None:
+                await self.copies.wait()
             return messages.encode(HoldDone("/copy"))
 
         methods = {"room": room, "bring": bring, "remember": other, "release": other, "copy": copy}
@@ -200,6 +204,23 @@ def test_a_second_one_joins_the_first_and_a_restore_waits_only_for_what_comes() 
     run(story)
 
 
+def test_a_restore_does_not_wait_for_copies() -> None:
+    async def story(bench: Bench) -> None:
+        bench.servers.copies = asyncio.Event()
+        assert isinstance(bench.work.begin(order()), Ok)
+        async with asyncio.timeout(20):
+            await bench.work.brought("4-new")
+            assert not bench.work.coming("4-new")
+            over = asyncio.create_task(bench.work.wait("4-new"))
+            await bench.something()
+            assert not over.done()
+            bench.servers.copies.set()
+            assert isinstance(await over, PrefetchDone)
+        assert bench.tier.brain.counts()["copies_missing"] == 0
+
+    run(story, Options(replicas=1))
+
+
 def test_what_is_damaged_or_cannot_be_read_is_said_apart() -> None:
     def answer(server: str, one: BringOrder) -> BringDone:
         flaws = {chunk.offset: Flaw("corruption", "flipped") for chunk in one.part.chunks[:1]}
@@ -218,6 +239,7 @@ def test_what_is_damaged_or_cannot_be_read_is_said_apart() -> None:
         assert done.bytes_fetched + done.bytes_left == TOTAL
         assert 0 < done.bytes_left < TOTAL
         assert len(bench.servers.orders) == 2, "nobody is asked again for what the store does not give"
+        assert bench.tier.brain.counts()["parts_held"] == 1
 
     run(story)
 

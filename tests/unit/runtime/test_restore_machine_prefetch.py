@@ -13,8 +13,8 @@ TOTAL = sum(c.bytes for array in manifest("x").arrays for c in array.chunks)
 DEAD = WorkerFailuresError("rank 1 died", {1: "rank 1 died"})
 
 
-def to_awaiting(**how: bool) -> Bench:
-    bench = Bench(coming=True, **how)
+def to_awaiting(*, mappable: bool = False) -> Bench:
+    bench = Bench(coming=True, mappable=mappable)
     bench.to_fetching()
     assert bench.fetches == []
     (ask,) = bench.awaits
@@ -63,8 +63,8 @@ def test_a_rank_that_fails_meanwhile_ends_it_and_no_memory_stays_in_use() -> Non
 
 def test_a_node_that_is_lost_meanwhile_is_no_source() -> None:
     bench = to_awaiting()
-    bench.do(bench.machine.server_lost("server-9"))
-    bench.do(bench.machine.brought(bench.awaits[0].token, held_by("server-9", "server-0")))
+    bench.do(bench.machine.server_lost("a-lost-one"))
+    bench.do(bench.machine.brought(bench.awaits[0].token, held_by("a-lost-one", "server-0")))
     (ask,) = bench.fetches
     assert ask.server == "server-1"
     assert {part.server for part in ask.order.parts} == {"server-0"}

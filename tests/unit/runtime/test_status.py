@@ -130,7 +130,7 @@ def test_what_is_over_is_not_told() -> None:
     machines = save_bench.Bench().machine, restores.machine, Tier(Options()), Servers()
     work = StatusWork(*machines, lambda: None)  # type: ignore[arg-type]
     restores.to_over()
-    assert [one.phase for one in look(work).restores] == ["over"]
+    assert [(one.phase, one.ready) for one in look(work).restores] == [("over", 0)]
     restores.applied(0)
     assert [one.ready for one in look(work).restores] == [1]
     restores.applied(1)

@@ -29,7 +29,7 @@ def test_each_server_brings_its_part_and_then_copies_are_made() -> None:
     assert bench.brain.remembered()[0].whole
     bench.answer_all()
     assert not bench.brain.settling("1")
-    assert bench.brain.counts() == {"parts_held": 6, "bytes_held": 6 * 192, "copies_missing": 0}
+    assert bench.brain.counts() == {"parts_held": 6, "bytes_held": 6 * 192, "copies_held": 3, "copies_missing": 0}
     assert all(len(bench.holders("1", origin)) == 2 for origin in bench.servers)
     assert (bench.landed, bench.stuck) == ([], {}), "no save waits for it"
     assert all("1" in server.memos for server in bench.servers.values())
@@ -86,18 +86,20 @@ def test_a_server_without_room_leaves_its_part_to_another_and_if_there_is_none_t
 
 
 def test_chunks_that_could_not_be_had_are_not_looked_for_in_memory() -> None:
-    bench = Bench(1)
+    bench = Bench(2, Options(replicas=0))
     bench.prefetch("1")
-    (ask,) = bench.asked
+    first, ask = bench.asked
+    bench.answer(first)
+    assert [done.whole for done, _ in bench.servers["s0"].memos.values()] == [True]
     less = msgspec.structs.replace(ask.part, chunks=ask.part.chunks[1:])
-    bench.do(bench.brain.brought("s0", less, "/shm/s0/p"))
+    bench.do(bench.brain.brought("s1", less, "/shm/s1/p"))
     holdings = bench.brain.holdings("1")
     assert holdings is not None
     assert not holdings.find(ask.part.chunks[0].digest, 50)
     assert holdings.find(ask.part.chunks[1].digest, 50)
     assert not bench.brain.remembered()[0].whole
-    (memo,) = [done for done, _ in bench.servers["s0"].memos.values()]
-    assert not memo.whole, "nor does a coordinator that comes after take it for whole"
+    memos = [done.whole for server in bench.servers.values() for done, _ in server.memos.values()]
+    assert memos == [False, False], "nor does a coordinator that comes after take it for whole"
 
 
 def test_what_the_store_does_not_have_is_not_asked_for_again() -> None:
@@ -167,13 +169,23 @@ def test_what_is_restored_from_is_not_given_up() -> None:
 
 
 @pytest.mark.parametrize("limit", [192, 2 * 192])
-def test_a_limit_of_its_own_counts_copies_too(limit: int) -> None:
-    bench = Bench()
-    bench.prefetch("1", limit=limit)
+def test_limits_of_its_own_count_copies_too(limit: int) -> None:
+    bench = Bench(3, Options(memory_bytes=192))
+    bench.prefetch("1", limits=dict.fromkeys(bench.servers, limit))
     bench.answer_all()
     assert {len(server.has) for server in bench.servers.values()} == {limit // 192}
     assert bench.brain.remembered()[0].whole
-    assert bool(bench.brain.refusals("1")) == (limit == 192)
+    refused = [f"a prefetch's limit={limit} does not allow 192 bytes more on s{i}, which has 192" for i in range(3)]
+    assert [why.partition(" of the same")[0] for why in sorted(bench.brain.refusals("1"))] == (
+        refused if limit == 192 else []
+    )
+
+
+def test_servers_that_have_no_limit_of_their_own_have_that_of_the_options() -> None:
+    bench = Bench(2, Options(memory_bytes=100))
+    bench.prefetch("1", {"s0": 192}, limits={"s0": 1000})
+    bench.answer_all()
+    assert bench.holders("1", "s0") == ["s0"]
 
 
 def test_a_damaged_copy_whose_like_is_nowhere_comes_from_the_store_again() -> None:

@@ -82,19 +82,21 @@ class Bench:
         self.brain.begin(checkpoint, generation, staged, place)
         self.do(self.brain.tabled(checkpoint, [part(checkpoint, name, size) for name, size in sizes.items()]))
 
-    def prefetch(self, checkpoint: str, origins: dict[str, int] | None = None, limit: int | None = None) -> None:
+    def prefetch(
+        self, checkpoint: str, origins: dict[str, int] | None = None, limits: dict[str, int] | None = None
+    ) -> None:
         """A checkpoint of the store is wanted in memory; of all servers, 192 bytes each, unless it is said of whom."""
         sizes = origins or dict.fromkeys(self.servers, 192)
         number = int(checkpoint)
         done = Remembered(checkpoint, number, b"{}", record(checkpoint, number), number, True, float(number))
-        self.do(self.brain.prefetch(done, [part(checkpoint, name, size) for name, size in sizes.items()], limit))
+        self.do(self.brain.prefetch(done, [part(checkpoint, name, size) for name, size in sizes.items()], limits or {}))
 
     def answer(self, ask: Ask, why: str = "") -> None:
         """A server does what it is asked to, if it is alive and a holder has it; or says why it does not."""
         self.asked.remove(ask)
         server = self.servers.get(ask.server)
-        copied = isinstance(ask, tier.Copy)
-        there = not copied or ask.part.name in getattr(self.servers.get(ask.holder), "has", {})
+        holder = self.servers.get(ask.holder) if isinstance(ask, tier.Copy) else None
+        there = not isinstance(ask, tier.Copy) or ask.part.name in getattr(holder, "has", {})
         if server is None or why or not there:
             why = why or "gone"
             self.do(self.brain.not_held(ask.part.checkpoint, ask.part.name, ask.server, why))
