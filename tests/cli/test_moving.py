@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rl_ckpt import Catalog
+from rl_ckpt import Catalog, StorageError
 from rl_ckpt.cli import progress
 from tests.cli.conftest import Cli
 from tests.s3_servers import S3Server
@@ -63,6 +64,25 @@ def test_what_is_refused_writes_nothing(
     places = {"RUN": run, "NONE": tmp_path / "none", "COPY": tmp_path / "copy"}
     assert said in cli(*(places.get(word, word) for word in words), code=code).stderr
     assert not (tmp_path / "copy").exists()
+
+
+def test_what_a_pull_is_told(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    def pull(src: str, dst: str, **more: Any) -> None:
+        told.update(more, src=src, dst=dst)
+        raise StorageError("no more of it")
+
+    monkeypatch.setattr("rl_ckpt.transfer.pull", pull)
+    words = ["--at", "7", "--limit", "50MB/s", "--streams", 3, "--profile", "team", "--to-profile", "other"]
+    assert cli("push", "s3://a/run", "s3://b/run", *words, code=1).stderr == "error: no more of it\n"
+    del told["progress"]
+    assert told == {
+        "src": "s3://a/run", "dst": "s3://b/run", "at": 7, "streams": 3, "max_bytes_per_s": 50e6,
+        "storage_options": {"profile": "team"}, "dst_storage_options": {"profile": "other"},
+    }  # fmt: skip
+    cli("pull", "./run", "s3://b/run", "--profile", "team", code=1)
+    assert (told["storage_options"], told["dst_storage_options"]) == ({}, {"profile": "team"})
 
 
 def test_watch(cli: Cli, run: Path, tmp_path: Path, ids: dict[int, str]) -> None:
