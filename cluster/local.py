@@ -117,8 +117,10 @@ class Topology:
         """Start the head, for the first time or again: on the same port, over the same Redis."""
         port = self._ports["gcs"]
         command = [*_RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=0"]
-        command += [f"--temp-dir={self._temp}", f"--ray-client-server-port={self._ports['client']}"]
-        command += [f"--dashboard-port={self._ports['dashboard']}", "--include-dashboard=true"]
+        command += [f"--temp-dir={self._temp}", f"--include-dashboard={str(has_ray_default()).lower()}"]
+        if has_ray_default():
+            command += [f"--dashboard-port={self._ports['dashboard']}"]
+            command += [f"--ray-client-server-port={self._ports['client']}"]
         if self.has_redis:
             command += [f"--redis-password={self._redis_password}"]  # Ray reads it from nowhere else
         self._start_node("head", command, self._head_environment)
@@ -195,6 +197,8 @@ class Topology:
     def _start_prometheus(self) -> str:
         if shutil.which("prometheus") is None:
             return "not installed"
+        if not has_ray_default():
+            return "not started: without pip's ray[default] Ray exports no metrics"
         conf = self._folder / "prometheus.yml"
         conf.write_text(local_prometheus_config(self._temp / "prom_metrics_service_discovery.json"))
         port, data = self._ports["prometheus"], self._folder / "prometheus"
@@ -223,6 +227,12 @@ class Topology:
         lines = [f"export {name}={shlex.quote(value)}\n" for name, value in self.variables.items()]
         env.write_text("".join(lines))
         _replace(self._folder / "topology.json", json.dumps(self._pids))
+
+
+def has_ray_default() -> bool:
+    """Whether Ray has its dashboard, its job server and its metrics here, which `ray[default]` brings."""
+    needed = ("aiohttp_cors", "grpc", "opencensus", "opentelemetry", "prometheus_client")
+    return all(importlib.util.find_spec(name) is not None for name in needed)
 
 
 def local_prometheus_config(targets: Path) -> str:
