@@ -199,8 +199,10 @@ class Topology:
             return "not installed"
         if not has_ray_default():
             return "not started: without pip's ray[default] Ray exports no metrics"
-        conf = self._folder / "prometheus.yml"
-        conf.write_text(local_prometheus_config(self._temp / "prom_metrics_service_discovery.json"))
+        conf, token = self._folder / "prometheus.yml", self._folder / "ray_token"
+        token.touch(mode=0o600)
+        token.write_text(self.variables["RAY_AUTH_TOKEN"])
+        conf.write_text(local_prometheus_config(f"127.0.0.1:{self._ports['dashboard']}", token))
         port, data = self._ports["prometheus"], self._folder / "prometheus"
         command = ["prometheus", f"--config.file={conf}", f"--storage.tsdb.path={data}"]
         self._pids["prometheus"] = self._processes.start(
@@ -235,17 +237,18 @@ def has_ray_default() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in needed)
 
 
-def local_prometheus_config(targets: Path) -> str:
-    """The scrape configuration of this folder, with Ray's own list of its nodes' ports in place of the names of containers.
+def local_prometheus_config(dashboard: str, token: Path) -> str:
+    """The scrape configuration of this folder, with addresses of this machine in place of names of containers.
 
     Args:
-        targets: File that the head keeps up to date, in the form of Prometheus's file-based discovery.
+        dashboard: Host and port of the head's dashboard.
+        token: File with the cluster's token.
     """
     config = yaml.safe_load((HERE / "prometheus" / "prometheus.yml").read_text())
     config["rule_files"] = [str(HERE / "prometheus" / name) for name in config["rule_files"]]
-    for job in config["scrape_configs"]:
-        if job.pop("dns_sd_configs", None) is not None:
-            job["file_sd_configs"] = [{"files": [str(targets)], "refresh_interval": "5s"}]
+    (discovery,) = config["scrape_configs"][0]["http_sd_configs"]
+    discovery["url"] = discovery["url"].replace("head:8265", dashboard)
+    discovery["authorization"]["credentials_file"] = str(token)
     return str(yaml.safe_dump(config, sort_keys=False))
 
 

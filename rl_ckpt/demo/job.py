@@ -86,7 +86,8 @@ class Job:
             report = self._ckpt.supervise(self._make_workers, self._train)
             self._settle()
         for recovery in report.recoveries:
-            assert recovery.restored is not None  # the node is killed after a save
+            if recovery.restored is None:  # lost before the first checkpoint: the job began anew
+                continue
             noticed_s, rebuilt_s = recovery.time - self._killed_at, recovery.settled_s + recovery.rebuilt_s
             times = (noticed_s, rebuilt_s, recovery.restored_s)
             source = recovery.restored.bytes_from
@@ -100,7 +101,7 @@ class Job:
 
     @property
     def _waits(self) -> bool:
-        """Whether somebody else is to kill a node and has not yet."""
+        """Whether it is for somebody else to kill a node, who has not done it yet."""
         return self._config.kill == "you" and self._life == 0
 
     @property
@@ -109,7 +110,7 @@ class Job:
 
     def _make_workers(self) -> list[Any]:
         """A new team on the nodes that are there; `supervise` restores it."""
-        if self._waits and self._team is not None:
+        if self._saved_digests and not self._life:  # killed from outside
             self._failed_after, self._killed_at = self._result.iterations[-1].step, self._heard_at
         count = self._config.workers_after if self._life else self._config.workers
         nodes = self._cluster.nodes
@@ -199,7 +200,7 @@ class Job:
         """Step and return went on from the checkpoint instead of starting anew."""
         recovery = self._result.recovery
         if recovery is None:
-            self._check("the job survived the loss of a node", False, "no actor was lost: nothing was shown")
+            self._check("the job survived the loss of a node", False, "no actor was lost after a checkpoint: nothing was shown")
             return
         second = [r for r in self._result.iterations if r.life == 1]
         first_step = second[0].step if second else 0
