@@ -36,10 +36,15 @@ from rl_ckpt.info import (
     VerifyReport,
 )
 from rl_ckpt.plan.retention import EveryNSteps, KeepRule, LatestN
+from rl_ckpt.plan.save_rules import Auto, Best, EverySeconds, EverySteps, OnPreemption, OnSignal, SaveRule
+from rl_ckpt.plan.when import Due, SavePolicy
+from rl_ckpt.signals import SignalWatch
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
 from rl_ckpt.store.pending import PendingSave
 
 __all__ = [
+    "Auto",
+    "Best",
     "CheckpointError",
     "CheckpointInfo",
     "CheckpointNotFoundError",
@@ -48,11 +53,16 @@ __all__ = [
     "CommitUnknownError",
     "CorruptionError",
     "Damage",
+    "Due",
     "EveryNSteps",
+    "EverySeconds",
+    "EverySteps",
     "FencedError",
     "InvalidInputError",
     "KeepRule",
     "LatestN",
+    "OnPreemption",
+    "OnSignal",
     "PendingSave",
     "PerRank",
     "Preemption",
@@ -60,9 +70,12 @@ __all__ = [
     "Replicated",
     "RestoreReport",
     "RunOwnedError",
+    "SavePolicy",
+    "SaveRule",
     "SaveSkippedError",
     "SaveTimeoutError",
     "Sharded",
+    "SignalWatch",
     "StorageError",
     "SuperviseReport",
     "UntrustedDataError",

@@ -15,7 +15,6 @@ run steps only grow, or branch where a trial went back.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 
+from rl_ckpt import logs
 from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError
 from rl_ckpt.plan.retention import KeepRule
 from rl_ckpt.rllib.callback import TRIAL, Hidden, check_template, run_url, trial_of
@@ -31,7 +31,7 @@ from rl_ckpt.rllib.checkpointer import AlgorithmCheckpointer
 from rl_ckpt.rllib.pointer import Pointer, read, wait_for, write
 from rl_ckpt.rllib.result import recorded
 
-_log = logging.getLogger(__name__)
+_log = logs.logger(__name__)
 
 
 def tune_trainable(

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import ray
 
+from rl_ckpt import logs
 from rl_ckpt.errors import CheckpointError, StorageError
 from rl_ckpt.runtime import restore_steps as rm
 from rl_ckpt.runtime import save_steps as sm
@@ -37,7 +38,9 @@ from rl_ckpt.runtime.messages import (
     WriteOrder,
     encode,
 )
+from rl_ckpt.runtime.observing import GAUGES_S, Observer
 from rl_ckpt.runtime.owners_kept import dead_jobs
+from rl_ckpt.runtime.ray_metrics import tell_ray
 from rl_ckpt.runtime.restore_machine import RestoreMachine
 from rl_ckpt.runtime.restore_work import RestoreWork
 from rl_ckpt.runtime.save_machine import SaveMachine
@@ -62,6 +65,9 @@ class CoordinatorWork:
             spec: Of the run.
             service: Id of the coordinator, the same when it comes back in another process.
         """
+        tell_ray()
+        logs.here(spec.url, ray.get_runtime_context().get_node_id())
+        self._observer = Observer(spec.url)
         incarnation = f"{uuid.uuid4().hex[:8]}-"
         self._saves = SaveMachine(spec.options, incarnation)
         self._restores = RestoreMachine(spec.options, incarnation)
@@ -96,6 +102,7 @@ class CoordinatorWork:
     def _do(self, instructions: Iterable[Any]) -> None:
         """Carries out what a machine wants done; the events that come of it are fed to it later."""
         for instruction in instructions:
+            self._observer.see(instruction)
             match instruction:
                 case sm.Order(key, rank, reply) | rm.Answer(key, rank, reply):
                     self._reply_to(key, rank, reply)
@@ -229,7 +236,8 @@ class CoordinatorWork:
 
     async def _open(self, key: str) -> Iterable[Any]:
         await self._adopt()
-        await self._save_work.open()
+        committer = await self._save_work.open()
+        self._observer.newest(next(reversed(committer.commits), None))
         return self._saves.opened(key)
 
     async def _name(self, key: str, request: SaveRequest) -> Iterable[Any]:
@@ -272,9 +280,15 @@ class CoordinatorWork:
 
     async def _adopt(self) -> None:
         """What servers have held since before this coordinator is known once this is over."""
-        self._loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self._tell_gauges(self._loop)
         await self._tier_work.adopted()
         self._save_work.take_landed(self._tier.remembered())
+
+    def _tell_gauges(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._observer.gauges(self._tier.counts())
+        loop.call_later(GAUGES_S, self._tell_gauges, loop)
 
     def _server_lost(self, server: str, copies: Mapping[str, tuple[str, str]]) -> None:
         """A node is dead: machines that care are told, and where there are copies of what its server had staged."""

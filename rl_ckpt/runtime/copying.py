@@ -8,13 +8,13 @@ made beside training and are in no hurry.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from rl_ckpt import logs
 from rl_ckpt.errors import CorruptionError, StorageError
 from rl_ckpt.format.digest import digest
 from rl_ckpt.format.shard_file import ALIGNMENT
@@ -27,7 +27,7 @@ _PIECE_BYTES = 8 << 20
 _BY_RAY_BYTES = 64 << 20
 _NICE = 10
 
-_log = logging.getLogger("rl_ckpt")
+_log = logs.logger()
 
 Piece = Sequence[ChunkAt]
 """Chunks that lie together, and travel as one; in the order of their offsets."""

@@ -9,13 +9,13 @@ what is in the order.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Protocol, TypeVar
 
+from rl_ckpt import logs
 from rl_ckpt.errors import CheckpointError, CorruptionError, StorageError, from_code
 from rl_ckpt.format.digest import digest
 from rl_ckpt.format.shard_file import ALIGNMENT
@@ -43,7 +43,7 @@ _PIECE_BYTES = 8 << 20  # of small chunks that lie together, and travel as one
 _PASS_BYTES = 64 << 20  # what one call through Ray brings: pays the call, and stays in the object store
 _PART_S = 30.0  # for a range of a part through Ray: it is there, or the part is not
 
-_log = logging.getLogger("rl_ckpt")
+_log = logs.logger()
 
 Item = TypeVar("Item", FetchItem, PassItem)
 

@@ -14,6 +14,7 @@ import ray
 from rl_ckpt.errors import CheckpointError, InvalidInputError
 from rl_ckpt.runtime.coordinator import Coordinator
 from rl_ckpt.runtime.messages import Failure, Ok, decode, encode
+from rl_ckpt.runtime.ray_metrics import tell_ray
 from rl_ckpt.runtime.server_actor import start_server
 from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
 
@@ -67,6 +68,7 @@ def coordinator(spec: RunSpec) -> Any:
 
 def ensure_server(spec: RunSpec) -> str:
     """Name of the shard server of the node where this runs; it is started where there is none."""
+    tell_ray()  # what the worker reads
     if spec.service not in _servers:
         node = ray.get_runtime_context().get_node_id()
         ray.get(start_server(spec, node).ready.remote())
@@ -90,6 +92,7 @@ def attached(spec: RunSpec) -> RunSpec:
     Raises:
         CheckpointError: It could not be reached within `join_timeout_s`.
     """
+    tell_ray()  # what the driver reads
     until = time.monotonic() + spec.options.join_timeout_s
     while True:
         found = start_coordinator(spec)

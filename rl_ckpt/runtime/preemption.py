@@ -7,7 +7,6 @@ when a state is whole.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import signal
@@ -19,10 +18,11 @@ from typing import Any
 
 import ray
 
+from rl_ckpt import logs
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.info import Preemption
 
-_log = logging.getLogger(__name__)
+_log = logs.logger(__name__)
 
 
 class PreemptionWatch:

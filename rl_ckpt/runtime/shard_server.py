@@ -7,13 +7,13 @@ going on.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import ray
 
+from rl_ckpt import logs, metrics
 from rl_ckpt.errors import CheckpointError
 from rl_ckpt.runtime import memory
 from rl_ckpt.runtime.copying import be_in_no_hurry, copy_part
@@ -40,8 +40,9 @@ from rl_ckpt.runtime.messages import (
     encode,
 )
 from rl_ckpt.runtime.objects import stage_objects
+from rl_ckpt.runtime.ray_metrics import tell_ray
 from rl_ckpt.runtime.restore_memory import RestoreMemory
-from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
+from rl_ckpt.runtime.spec import NAMESPACE, NODE_CHARS, RunSpec
 from rl_ckpt.runtime.transport.listener import Listener
 from rl_ckpt.runtime.transport.shelf import Range, Shelf
 from rl_ckpt.runtime.transport.wire import Door, TransportError
@@ -51,7 +52,7 @@ from rl_ckpt.store.urls import open_store
 CONCURRENCY_GROUPS = {"control": 4, "io": 4, "network": 8, "copy": 2}
 _CALL_S = 30.0  # for a call of a peer that has nothing to wait for
 
-_log = logging.getLogger("rl_ckpt")
+_log = logs.logger()
 
 
 class ShardServer:
@@ -61,6 +62,9 @@ class ShardServer:
         """Opens the store and takes over this node's staging memory."""
         if ray.get_runtime_context().was_current_actor_reconstructed:
             spec = _as_of_now(spec)
+        tell_ray()
+        self._node: str = ray.get_runtime_context().get_node_id()
+        logs.here(spec.url, self._node)
         self._spec = spec
         self._name = name
         self._store = open_store(spec.url, spec.storage_options)
@@ -142,6 +146,8 @@ class ShardServer:
             return encode(HoldDone(self._held.hold(order.part, order.path)))
         except CheckpointError as error:
             return encode(Failure.of(error))
+        finally:
+            self._tell_held()
 
     @ray.method(concurrency_group="copy")
     def copy(self, data: bytes) -> bytes:
@@ -158,6 +164,8 @@ class ShardServer:
             return encode(HoldDone(self._held.copy(order.part, fill)))
         except CheckpointError as error:
             return encode(Failure.of(error))
+        finally:
+            self._tell_held()
 
     @ray.method(concurrency_group="control")
     def remember(self, data: bytes) -> bytes:
@@ -172,12 +180,15 @@ class ShardServer:
     def release(self, part: str) -> bytes:
         """Gives a part up."""
         self._held.release(part)
+        self._tell_held()
         return encode(Ok())
 
     @ray.method(concurrency_group="control")
     def held(self, adopt: bool) -> bytes:
         """What it holds; `adopt` where a coordinator asks that knows nothing of it."""
-        return encode(self._held.found(adopt))
+        found = self._held.found(adopt)
+        self._tell_held()
+        return encode(found)
 
     @ray.method(concurrency_group="control")
     def door(self) -> Door | None:
@@ -228,6 +239,9 @@ class ShardServer:
             self._listener.close()
         self._memory.close()
         return encode(Ok())
+
+    def _tell_held(self) -> None:
+        metrics.record(metrics.TIER_BYTES, self._held.counts()["bytes_held"], self._spec.url, self._node[:NODE_CHARS])
 
 
 def _restore_name(key: str) -> str:

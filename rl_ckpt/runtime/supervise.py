@@ -9,7 +9,6 @@ states that do not fit are raised at once; workers begin anew only where nothing
 from __future__ import annotations
 
 import contextlib
-import logging
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 
 import ray
 
+from rl_ckpt import logs
 from rl_ckpt.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -30,7 +30,7 @@ from rl_ckpt.errors import (
 from rl_ckpt.info import CheckpointInfo, Recovery, RestoreReport, SuperviseReport
 from rl_ckpt.runtime.losses import in_one_line, is_loss, lost_ranks, origin
 
-_log = logging.getLogger(__name__)
+_log = logs.logger(__name__)
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 10.0
 _SILENCE_S = 20.0  # longer than Ray takes to find a dead node: who is silent for longer is busy

@@ -91,11 +91,12 @@ class Tier:
         return out
 
     def counts(self) -> dict[str, int]:
-        """Parts and bytes that are held, all copies counted, and copies that are missing."""
+        """Parts and bytes that are held, all copies counted; copies beyond the first, and those missing."""
         pieces = [piece for kept in self._kept.values() for piece in kept.pieces.values()]
         return {
             "parts_held": sum(len(piece.holders) for piece in pieces),
             "bytes_held": sum(len(piece.holders) * piece.bytes for piece in pieces),
+            "copies_held": sum(max(0, len(piece.holders) - 1) for piece in pieces),
             "copies_missing": sum(max(0, self._wanted() - len(self._staying(piece))) for piece in pieces),
         }
 

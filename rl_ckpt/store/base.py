@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from rl_ckpt import metrics
 from rl_ckpt.errors import InvalidInputError
 
 Buffer = bytes | bytearray | memoryview
@@ -63,9 +64,15 @@ class Traffic:
 
 
 class TrafficStats:
-    """Thread-safe counters; `snapshot` is what tests and metrics read."""
+    """Thread-safe counters; `snapshot` is what tests and status read, and `metrics` has the same."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: str) -> None:
+        """Counts nothing yet.
+
+        Args:
+            run: The store's url, as metrics' label.
+        """
+        self._run = run
         self._lock = threading.Lock()
         self._traffic = Traffic()
 
@@ -73,23 +80,26 @@ class TrafficStats:
         """The counts at this moment."""
         return self._traffic
 
-    def count_read(self, size_bytes: int) -> None:
-        """Count one request that fetched `size_bytes`."""
+    def count_read(self, size_bytes: int, source: str = "store") -> None:
+        """Count one request that fetched `size_bytes`; `source` for metrics."""
         with self._lock:
             t = self._traffic
             self._traffic = Traffic(t.reads + 1, t.bytes_read + size_bytes, t.writes, t.bytes_written, t.retries)
+        metrics.record(metrics.BYTES_READ, size_bytes, self._run, source)
 
     def count_write(self, size_bytes: int) -> None:
         """Count one request that stored `size_bytes`."""
         with self._lock:
             t = self._traffic
             self._traffic = Traffic(t.reads, t.bytes_read, t.writes + 1, t.bytes_written + size_bytes, t.retries)
+        metrics.record(metrics.BYTES_WRITTEN, size_bytes, self._run)
 
     def count_retry(self) -> None:
         """Count one try beyond the first."""
         with self._lock:
             t = self._traffic
             self._traffic = Traffic(t.reads, t.bytes_read, t.writes, t.bytes_written, t.retries + 1)
+        metrics.record(metrics.STORE_RETRIES, 1, self._run)
 
 
 def spare_none(name: str) -> bool:
@@ -113,7 +123,7 @@ class Store(ABC):
     def __init__(self, url: str, storage_options: StorageOptions | None = None) -> None:
         self.url = url
         self.storage_options: dict[str, Any] = dict(storage_options or {})
-        self.stats = TrafficStats()
+        self.stats = TrafficStats(url)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"

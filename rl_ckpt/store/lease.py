@@ -13,7 +13,6 @@ has let the run go, and not that it has only just come; and a lease that no epoc
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import socket
 import threading
@@ -25,13 +24,14 @@ from typing import Literal
 
 import msgspec
 
+from rl_ckpt import logs
 from rl_ckpt.errors import CheckpointError, CorruptionError, RunOwnedError
 from rl_ckpt.format import records
 from rl_ckpt.format.records import EpochRecord, LeaseRecord
 from rl_ckpt.store.base import ObjectMissingError, Store
 from rl_ckpt.store.pending import in_thread
 
-_log = logging.getLogger("rl_ckpt")
+_log = logs.logger()
 
 LEASE_S = 30.0
 _BEATS = 3  # in which a lease is renewed within its time: one or two may be lost

@@ -91,7 +91,7 @@ class LocalFiles:
             if not count:
                 raise CorruptionError(f"{path} ends at {offset + done}, though checkpoint {self._manifest.id} goes on")
             done += count
-        self._store.stats.count_read(len(place))
+        self._store.stats.count_read(len(place), "files")
 
     def pieces(self, chunk: Chunk) -> Iterator[memoryview]:
         """A chunk piece by piece; each is overwritten by the next.

@@ -74,6 +74,12 @@ class PendingSave:
         """Whether nothing is left to be said of it: committed, or failed and somebody was told."""
         return self._future.done() and (self._seen or self._future.exception() is None)
 
+    def peek(self) -> CheckpointInfo | BaseException | None:
+        """What came of it, or None while that is open. An error does not count as told by this."""
+        if not self._future.done():
+            return None
+        return self._future.exception() or self._future.result()
+
     def take_failure(self) -> BaseException | None:
         """The error of a failed save that nobody has asked for yet; it counts as told from here on."""
         if self._seen or not self._future.done():

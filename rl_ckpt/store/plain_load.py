@@ -13,6 +13,7 @@ from typing import Any
 from rl_ckpt.errors import CorruptionError
 from rl_ckpt.plan.match import match_all, view
 from rl_ckpt.state.tree import unflatten
+from rl_ckpt.store.counting import restoring
 from rl_ckpt.store.repair import load_repaired
 from rl_ckpt.store.run import Run
 
@@ -43,6 +44,13 @@ def load(
     Raises:
         CheckpointError: As `Checkpointer.load_state`.
     """
+    with restoring(run.store.url):
+        return _load(run, step, select, rank, allow_pickle, as_numpy)
+
+
+def _load(
+    run: Run, step: int | None, select: str | Sequence[str] | None, rank: int, allow_pickle: bool, as_numpy: bool
+) -> LoadedTree:
     candidates, newer = run.candidates(step)
     damaged = list(newer.values())
     for commit in candidates:

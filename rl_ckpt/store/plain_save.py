@@ -28,6 +28,7 @@ from rl_ckpt.plan.stage import stage
 from rl_ckpt.plan.standing import Standing, fixed_and_plains, standing
 from rl_ckpt.state.tree import FlatTree, Node
 from rl_ckpt.store.committer import Committer, SaveRequest, WrittenSave, info_of
+from rl_ckpt.store.counting import Counted
 from rl_ckpt.store.pending import PendingSave
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.shard_writer import write_files
@@ -47,6 +48,7 @@ class _Staged:
     digests: dict[tuple[str, int], bytes]
     begun: float
     stall_s: float
+    counted: Counted
 
 
 class PlainSaver:
@@ -85,7 +87,12 @@ class PlainSaver:
             InvalidInputError: The step is committed already; nothing was written.
             SaveSkippedError: Two saves are still being written, and the options say to skip.
         """
-        buffer = self._buffer()
+        counted = Counted(self._run.store.url)
+        try:
+            buffer = self._buffer()
+        except BaseException as error:
+            counted.failed(error, "")
+            raise
         checkpoint = ""
         try:
             plan = self._plan(flat)
@@ -96,10 +103,11 @@ class PlainSaver:
             memory = buffer[:size].data.cast("B") if size else memoryview(bytearray())
             found = stage(flat, plan.stage[0], memory)
             digests = {(_SERVER, item.offset): d for item, d in zip(plan.stage[0], found, strict=True)}
-        except BaseException:
+        except BaseException as error:
+            counted.failed(error, checkpoint)
             self._give_back(checkpoint, buffer)
             raise
-        staged = _Staged(checkpoint, request, plan, buffer, memory, digests, begun, time.monotonic() - begun)
+        staged = _Staged(checkpoint, request, plan, buffer, memory, digests, begun, time.monotonic() - begun, counted)
         job = self._writer.submit(self._write, staged)
         self._writer.submit(self._tidy)
         return PendingSave(request.step, checkpoint, job)
@@ -137,7 +145,11 @@ class PlainSaver:
             save = WrittenSave(staged.checkpoint, staged.request, plan, {_SERVER: written}, staged.digests)
             record = committer.commit(save)
             durable_s = time.monotonic() - staged.begun
+            staged.counted.committed(record, len(staged.memory), plan.new_bytes, staged.stall_s, durable_s)
             return info_of(self._run, record, committer.commits, stall_s=staged.stall_s, durable_s=durable_s)
+        except BaseException as error:
+            staged.counted.failed(error, staged.checkpoint)
+            raise
         finally:  # before the result is known: who waited for it finds the memory free
             self._give_back(staged.checkpoint, staged.buffer)
 

@@ -17,7 +17,7 @@ def test_each_part_is_copied_to_another_node_and_each_node_gets_one() -> None:
     assert bench.landed == []
     bench.answer_all()
     assert bench.landed == ["1"]
-    assert bench.brain.counts() == {"parts_held": 6, "bytes_held": 6 * 192, "copies_missing": 0}
+    assert bench.brain.counts() == {"parts_held": 6, "bytes_held": 6 * 192, "copies_held": 3, "copies_missing": 0}
 
 
 def test_copies_go_to_the_servers_with_the_least_bytes() -> None:

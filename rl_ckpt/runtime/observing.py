@@ -1,0 +1,203 @@
+"""Observing: what the coordinator's machines do, told as metrics and logs.
+
+Owns: when saves and restores began, and how far they are, as far as their instructions tell. Promises: only looks;
+nothing waits for it, and what it does not understand it passes over. Does not: decide anything.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rl_ckpt import logs, metrics
+from rl_ckpt.format.records import CommitRecord
+from rl_ckpt.runtime import restore_steps as rm
+from rl_ckpt.runtime import save_steps as sm
+from rl_ckpt.runtime.messages import Apply, Candidate, Failure, SaveDone, Sources, TryNext
+from rl_ckpt.store.counting import QUIET
+
+GAUGES_S = 5.0
+"""Between two times that `gauges` is to be called: Ray sends every 10 s."""
+_KEPT = 256  # saves and restores of whose end nothing may ever be heard
+_COUNTED_ELSEWHERE = {"store", "store_again", "files"}  # by whoever reads there
+
+_log = logs.logger()
+
+
+@dataclass(slots=True)
+class _Save:
+    begun: float
+    named: bool = False
+    staged_bytes: int = 0
+    new_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Restore:
+    begun: float
+    mark: float
+    """When the phase began that it is in."""
+    phase: str = "find"
+
+
+class Observer:
+    """See the module. For one event loop."""
+
+    def __init__(self, run: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """Nothing has happened yet.
+
+        Args:
+            run: Its url.
+            clock: In seconds.
+        """
+        self._run = run
+        self._clock = clock
+        self._saves: OrderedDict[str, _Save] = OrderedDict()  # by token
+        self._restores: OrderedDict[str, _Restore] = OrderedDict()  # by key
+        self._last: float | None = None  # time of the newest commit
+
+    def see(self, instruction: Any) -> None:
+        """A machine wants this done."""
+        match instruction:
+            case sm.Arm(token, state) if state != sm.FAILED:
+                self._save(token)
+            case sm.Name(token):
+                self._named(self._save(token))
+            case sm.Commit(token, save) | sm.Land(token, save) if save.plan is not None:
+                seen = self._save(token)
+                seen.staged_bytes = sum(save.plan.staged_bytes.values())
+                seen.new_bytes = save.plan.new_bytes if isinstance(instruction, sm.Commit) else seen.staged_bytes
+            case sm.Finish(token, outcome, checkpoint):
+                self._finished(token, outcome, checkpoint)
+            case rm.Arm(token, rm.OPENING):
+                now = self._clock()
+                self._restores.setdefault(_key(token), _Restore(now, now))
+                _limit(self._restores)
+            case rm.Fetch(token) | rm.Search(token):
+                self._phase(_key(token), "match", "read")
+            case rm.Answer(key, _, reply):
+                self._answered(key, reply)
+            case rm.Forget(token):
+                self._set(_key(token))
+            case _:
+                return
+
+    # Saves.
+
+    def _save(self, token: str) -> _Save:
+        found = self._saves.setdefault(token, _Save(self._clock()))
+        _limit(self._saves)
+        return found
+
+    def _named(self, save: _Save) -> None:
+        if not save.named:
+            save.named = True
+            metrics.record(metrics.SAVES_BEGUN, 1, self._run)
+            self._queued()
+
+    def _queued(self) -> None:
+        metrics.record(metrics.SAVES_QUEUED, sum(save.named for save in self._saves.values()), self._run)
+
+    def _finished(self, token: str, outcome: SaveDone | Failure, checkpoint: str) -> None:
+        save = self._saves.get(token)
+        if save is None:  # what came late of a save that had failed
+            return
+        self._named(save)
+        del self._saves[token]
+        self._queued()
+        about = logs.fields(checkpoint)
+        if isinstance(outcome, Failure):
+            metrics.record(metrics.SAVES_FAILED, 1, self._run, outcome.code)
+            level = logging.INFO if outcome.code in QUIET else logging.WARNING
+            _log.log(level, "save %s failed (%s): %s", checkpoint, outcome.code, outcome.message, extra=about)
+            return
+        durable_s = self._clock() - save.begun
+        metrics.record(metrics.SAVES_COMMITTED, 1, self._run)
+        metrics.record(metrics.STALL, outcome.stall_s, self._run)
+        metrics.record(metrics.DURABLE, durable_s, self._run)
+        metrics.record(metrics.BYTES_STAGED, save.staged_bytes, self._run)
+        metrics.record(metrics.BYTES_DEDUPLICATED, save.staged_bytes - save.new_bytes, self._run)
+        where = "in the store" if outcome.in_store else "in memory"
+        text = "checkpoint %s is %s after %.2f s: %d bytes staged, %d written, training waited %.3f s"
+        numbers = (save.staged_bytes, save.new_bytes if outcome.in_store else 0, outcome.stall_s)
+        _log.info(text, checkpoint, where, durable_s, *numbers, extra=about)
+        if outcome.in_store:
+            self.newest(outcome.record)
+
+    def newest(self, commit: CommitRecord | None) -> None:
+        """The run's newest checkpoint in the store, as it is now."""
+        if commit is not None:
+            self._last = commit.time
+            metrics.record(metrics.LAST_STEP, commit.step, self._run)
+            metrics.record(metrics.LAST_TIME, commit.time, self._run)
+            self._age(commit.time)
+
+    def gauges(self, tier: Mapping[str, int]) -> None:
+        """What changes by itself.
+
+        Args:
+            tier: `Tier.counts`.
+        """
+        metrics.record(metrics.TIER_REPLICAS, tier["copies_held"], self._run)
+        metrics.record(metrics.TIER_MISSING, tier["copies_missing"], self._run)
+        if self._last is not None:
+            self._age(self._last)
+
+    def _age(self, at: float) -> None:
+        metrics.record(metrics.LAST_AGE, max(0.0, time.time() - at), self._run)
+
+    # Restores.
+
+    def _answered(self, key: str, reply: object) -> None:
+        match reply:
+            case Candidate():
+                self._phase(key, "find", "match")
+            case Sources():
+                self._phase(key, "match", "read")
+            case Apply(bytes_from):
+                self._read(key, bytes_from)
+            case TryNext() if key in self._restores:
+                self._restores[key].phase, self._restores[key].mark = "find", self._clock()
+            case Failure(code, message) if self._restores.pop(key, None) is not None:
+                metrics.record(metrics.RESTORES, 1, self._run, code)
+                level = logging.INFO if code in QUIET else logging.WARNING
+                _log.log(level, "a restore failed (%s): %s", code, message)
+            case _:
+                return
+
+    def _phase(self, key: str, done: str, begins: str) -> bool:
+        """Where a restore is in the phase that is done, the next one begins."""
+        restore = self._restores.get(key)
+        if restore is None or restore.phase != done:
+            return False
+        now = self._clock()
+        metrics.record(metrics.RESTORE_SECONDS, now - restore.mark, self._run, done)
+        restore.phase, restore.mark = begins, now
+        return True
+
+    def _read(self, key: str, bytes_from: Mapping[str, int]) -> None:
+        if self._phase(key, "read", "set"):
+            metrics.record(metrics.RESTORES, 1, self._run, "ok")
+            for source, size in bytes_from.items():
+                if source not in _COUNTED_ELSEWHERE:
+                    metrics.record(metrics.BYTES_READ, size, self._run, source)
+
+    def _set(self, key: str) -> None:
+        if self._phase(key, "set", "over"):
+            restore = self._restores.pop(key)
+            seconds = self._clock() - restore.begun
+            metrics.record(metrics.RESTORE_SECONDS, seconds, self._run, "total")
+            _log.info("a restore is done after %.2f s", seconds)
+
+
+def _key(token: str) -> str:
+    return token.rpartition("#")[0]
+
+
+def _limit(kept: OrderedDict[str, Any]) -> None:
+    while len(kept) > _KEPT:
+        kept.popitem(last=False)
