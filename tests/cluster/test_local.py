@@ -1,0 +1,117 @@
+"""The topology of the compose file as processes of this machine: the demo runs on it and outlives a node, the head comes back."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.local import Settings, Topology, has_ray_default, kill
+from cluster.processes import Processes
+from tests.cluster.files import ROOT
+
+HAS_REDIS = shutil.which("valkey-server") is not None or shutil.which("redis-server") is not None
+KEEPER = """
+import ray
+ray.init(address="auto", log_to_driver=False)
+@ray.remote(num_cpus=0, scheduling_strategy="SPREAD")
+class Keeper:
+    def __init__(self): self.kept = 41
+    def add(self): self.kept += 1; return self.kept
+"""
+MAKE = KEEPER + "print(ray.get(Keeper.options(name='k', namespace='n', lifetime='detached', num_cpus=1).remote().add.remote()))"
+ASK = "import ray; ray.init(address='auto', log_to_driver=False); print(ray.get(ray.get_actor('k', 'n').add.remote()))"
+
+
+class Running:
+    """The topology, its folder, and what it said."""
+
+    def __init__(self, folder: Path, processes: Processes) -> None:
+        self.folder = folder
+        self.said: list[str] = []
+        self.topology = Topology(folder, Settings(workers=3), processes)
+        self.topology.start(self.said.append)
+
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, **self.topology.variables}
+
+    def python(self, code: str) -> str:
+        """Output of a driver's code, its last line."""
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, env=self.environment(), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.splitlines()[-1]
+
+    def tend_until(self, said: str) -> None:
+        """Tend until it has said something new."""
+        begun = len(self.said)
+        while not any(said in line for line in self.said[begun:]):
+            self.topology.tend(self.said.append)
+
+
+@pytest.fixture(scope="module")
+def running(_no_aws_settings_from_outside: None) -> Iterator[Running]:
+    # Short: Unix sockets live below it.
+    with tempfile.TemporaryDirectory(prefix="rlc-", dir="/tmp") as name, Processes(Path(name)) as processes:
+        yield Running(Path(name), processes)
+
+
+def test_the_demo_outlives_a_worker_that_somebody_kills(running: Running, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rl_ckpt.demo", "--address", "auto", "--url", "s3://rl-ckpt/demo", "--kill", "you"]
+    command += ["--iterations", "8", "--save-every", "4", "--workers", "3", "--workers-after", "2", "--out", str(tmp_path)]
+    killed, lines = "", []
+    with subprocess.Popen(
+        command, cwd=ROOT, env=running.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as demo:
+        assert demo.stdout is not None
+        for line in demo.stdout:
+            lines.append(line)
+            if asked := re.search(r"now kill a worker node.* the learner is on node (\S+) ", line):
+                killed = asked.group(1)
+                assert kill(running.folder, killed) > 1
+    said = "".join(lines)
+    assert demo.returncode == 0, said
+    assert killed.startswith("worker-")
+    assert "ok  state came back bit for bit" in said
+    assert "went on from its checkpoint" in said
+    running.tend_until(f"{killed} is dead")
+    with pytest.raises(KeyError):
+        kill(running.folder, killed)
+
+
+@pytest.mark.skipif(not HAS_REDIS, reason="neither Valkey nor Redis is installed (Debian: redis-server)")
+def test_a_head_that_is_killed_comes_back_with_what_it_knew(running: Running) -> None:
+    assert running.python(MAKE) == "42"
+    address = running.topology.variables["RAY_ADDRESS"]
+    kill(running.folder, "head")
+    running.tend_until("the head died")
+    assert running.topology.variables["RAY_ADDRESS"] == address
+    assert running.python(ASK) == "43"  # found by its name, and the same: it never stopped
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed (Debian: prometheus)")
+@pytest.mark.skipif(not has_ray_default(), reason="without ray[default] Ray exports no metrics")
+def test_prometheus_finds_every_node_and_calls_metrics_by_their_names(running: Running) -> None:
+    url = next(line for line in running.said if line.startswith("Prometheus: ")).partition(": ")[2]
+    query = urllib.parse.urlencode({"query": 'max by (run) (rl_ckpt_last_committed_step{run="s3://rl-ckpt/demo"})'})
+    found = ""
+    while '"value"' not in found:  # scraped every 10 s
+        with urllib.request.urlopen(f"{url}/api/v1/query?{query}", timeout=10) as answer:
+            found = answer.read().decode()
+    assert "s3://rl-ckpt/demo" in found
+
+
+def test_a_node_that_is_not_there_cannot_be_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cluster.local", "--dir", str(tmp_path), "--kill", "worker-9"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "no node worker-9 is running" in done.stderr
