@@ -116,6 +116,8 @@ class Topology:
     def start_head(self) -> None:
         """Start the head, for the first time or again: on the same port, over the same Redis."""
         port = self._ports["gcs"]
+        # With it, and worker nodes of this machine that name the address, Ray takes the head that died for running.
+        (self._temp / "ray_current_cluster").unlink(missing_ok=True)
         command = [*_RAY, "start", "--head", "--block", f"--port={port}", "--num-cpus=0"]
         command += [f"--temp-dir={self._temp}", f"--include-dashboard={str(has_ray_default()).lower()}"]
         if has_ray_default():

@@ -38,7 +38,7 @@ class Running:
     def __init__(self, folder: Path, processes: Processes) -> None:
         self.folder = folder
         self.said: list[str] = []
-        self.topology = Topology(folder, Settings(workers=3), processes)
+        self.topology = Topology(folder, Settings(workers=2), processes)
         self.topology.start(self.said.append)
 
     def environment(self) -> dict[str, str]:
@@ -67,7 +67,7 @@ def running(_no_aws_settings_from_outside: None) -> Iterator[Running]:
 
 def test_the_demo_outlives_a_worker_that_somebody_kills(running: Running, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rl_ckpt.demo", "--address", "auto", "--url", "s3://rl-ckpt/demo", "--kill", "you"]
-    command += ["--iterations", "8", "--save-every", "4", "--workers", "3", "--workers-after", "2", "--out", str(tmp_path)]
+    command += ["--iterations", "8", "--save-every", "4", "--workers", "2", "--workers-after", "1", "--out", str(tmp_path)]
     killed, lines = "", []
     with subprocess.Popen(
         command, cwd=ROOT, env=running.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
