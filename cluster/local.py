@@ -40,6 +40,7 @@ _KEYS = {"AWS_ACCESS_KEY_ID": "rl-ckpt-local", "AWS_SECRET_ACCESS_KEY": "rl-ckpt
 _STORE_BYTES = 100 << 20
 _WATCH_S = 0.2
 _RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+_METRIC_PORTS = ("AUTOSCALER_METRIC_PORT", "DASHBOARD_METRIC_PORT")
 _HEALTH = {
     # A node that was killed is known after about 4 s instead of 15, and a busy machine still answers in time.
     "RAY_health_check_initial_delay_ms": "2000",
@@ -72,7 +73,7 @@ class Topology:
 
     def __init__(self, folder: Path, settings: Settings, processes: Processes) -> None:
         self._folder, self._settings, self._processes = folder, settings, processes
-        self._ports = {name: free_port() for name in ("gcs", "dashboard", "client", "prometheus")}
+        self._ports = {name: free_port() for name in ("gcs", "dashboard", "client", "prometheus", *_METRIC_PORTS)}
         self._pids: dict[str, int] = {}
         self._temp = folder / "ray"
         self._begun_at: dict[str, int] = {}  # where the output of a process's newest start begins
@@ -123,6 +124,8 @@ class Topology:
         if has_ray_default():
             command += [f"--dashboard-port={self._ports['dashboard']}"]
             command += [f"--ray-client-server-port={self._ports['client']}"]
+            # Fixed ports by default, which another cluster of this machine may have.
+            self._head_environment |= {name: str(self._ports[name]) for name in _METRIC_PORTS}
         if self.has_redis:
             command += [f"--redis-password={self._redis_password}"]  # Ray reads it from nowhere else
         self._start_node("head", command, self._head_environment)
