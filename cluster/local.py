@@ -1,4 +1,4 @@
-"""The topology of docker-compose.yml as plain processes of this machine, for those without containers, and for the tests.
+"""The topology of docker-compose.yml as plain processes of this machine, for people without containers and for tests.
 
 Starts a Ray head with head fault tolerance (where a server with Redis's protocol is installed: Valkey or Redis), worker
 nodes, an S3 server with a bucket (Ceph where it is installed, else moto, which keeps all in memory) and Prometheus
@@ -25,8 +25,8 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -109,7 +109,7 @@ class Topology:
         for name in (f"worker-{number}" for number in range(1, self._settings.workers + 1)):
             # One after the other: two nodes of one session that start at once take the same name for their sockets.
             self._start_worker(name)
-            self._processes.wait_until(lambda name=name: self._has_joined(name), f"{name} has joined")
+            self._processes.wait_until(partial(self._has_joined, name), f"{name} has joined")
             say(f"Ray node: {name}")
         say(f"Prometheus: {self._start_prometheus()}")
         self._tell()
@@ -157,9 +157,16 @@ class Topology:
         if kind == "ceph":
             data = self._folder / "s3"
             data.mkdir(exist_ok=True)
-            ceph.start(ceph.Ceph(data, port, free_port(), *_KEYS.values()), self._processes)
+            ceph.start(
+                ceph.Ceph(
+                    data, port, free_port(), key=_KEYS["AWS_ACCESS_KEY_ID"], secret=_KEYS["AWS_SECRET_ACCESS_KEY"]
+                ),
+                self._processes,
+            )
         elif importlib.util.find_spec("moto") is None:
-            raise RuntimeError("no S3 server here: install Ceph (Debian: radosgw ceph-mon ceph-osd) or pip's moto[server]")
+            raise RuntimeError(
+                "no S3 server here: install Ceph (Debian: radosgw ceph-mon ceph-osd) or pip's moto[server]"
+            )
         else:
             command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
             self._processes.start("moto", command)
@@ -334,8 +341,8 @@ def _say(line: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m cluster.local", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--workers", type=int, default=Settings.workers, help="worker nodes beside the head")
-    parser.add_argument("--cpus", type=int, default=4, help="CPUs that each worker node offers")
+    parser.add_argument("--workers", type=int, default=Settings().workers, help="worker nodes beside the head")
+    parser.add_argument("--cpus", type=int, default=Settings().cpus, help="CPUs that each worker node offers")
     parser.add_argument("--s3", choices=["ceph", "moto"], default="", help="default: Ceph where it is installed")
     parser.add_argument("--dir", type=Path, help="folder for data and output, kept; default: one in /tmp, removed")
     parser.add_argument("--kill", metavar="NODE", help="SIGKILL this node of the topology in --dir: head, worker-1, …")

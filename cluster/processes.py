@@ -75,7 +75,9 @@ class Processes:
         Raises:
             RuntimeError: It failed; with all that it and the processes here said.
         """
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=_START_S)
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=_START_S, check=False
+        )
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)} failed: {done.stdout}{done.stderr}{self._said()}")
         return done.stdout

@@ -153,11 +153,11 @@ class ExistingCluster:
             How many processes were killed.
         """
         there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)
-        pids: list[int] = ray.get(task(_processes_of_this_node).remote())
+        options = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": there}
+        pids: list[int] = ray.get(ray.remote(_processes_of_this_node).options(**options).remote())
         self._killed.add(node_id)
         with contextlib.suppress(ray.exceptions.RayError):  # it cannot answer: it goes with its node
-            ray.get(task(_kill).remote(pids))
+            ray.get(ray.remote(_kill).options(**options).remote(pids))
         return len(pids)
 
     def describe(self, node_id: str) -> str:

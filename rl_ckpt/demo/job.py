@@ -200,7 +200,9 @@ class Job:
         """Step and return went on from the checkpoint instead of starting anew."""
         recovery = self._result.recovery
         if recovery is None:
-            self._check("the job survived the loss of a node", False, "no actor was lost after a checkpoint: nothing was shown")
+            self._check(
+                "the job survived the loss of a node", False, "no actor was lost after a checkpoint: nothing was shown"
+            )
             return
         second = [r for r in self._result.iterations if r.life == 1]
         first_step = second[0].step if second else 0

@@ -80,7 +80,7 @@ class RecoveryRecord:
     """Last step done before the failure."""
     restored_step: int
     noticed_s: float
-    """From the kill until the job saw that an actor had died; where somebody else killed, from the last sign of life."""
+    """From the kill until the job saw that an actor had died; where somebody else killed, from its last answer."""
     rebuilt_s: float
     """From then until a new set of actors stood."""
     restored_s: float

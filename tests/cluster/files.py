@@ -1,4 +1,4 @@
-"""What the tests in this folder look at: the files of cluster/ as data, and the image names, commands and addresses in them."""
+"""What the tests in this folder look at: the files of cluster/ as data, with the image names and commands in them."""
 
 from __future__ import annotations
 
@@ -56,13 +56,11 @@ def ray_start_options() -> set[str]:
 
 def ray_start_commands(node: Any) -> list[list[str]]:
     """Options of every `ray start` that a tree's strings, or lists of strings, hold."""
-    found = []
     texts = [*words(node), *(" ".join(part) for part in _string_lists(node))]
-    for text in texts:
-        for match in re.finditer(r"\bray start\b([^;\n]*)", text):
-            found.append(re.findall(r"--[a-z-]+", match.group(1)))
+    commands = [match.group(1) for text in texts for match in re.finditer(r"\bray start\b([^;\n]*)", text)]
     # A list is met as a whole and part by part.
-    return [list(options) for options in sorted({tuple(options) for options in found if options})]
+    found = {tuple(re.findall(r"--[a-z-]+", command)) for command in commands}
+    return [list(options) for options in sorted(found) if options]
 
 
 def _string_lists(node: Any) -> Iterator[list[str]]:

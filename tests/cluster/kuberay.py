@@ -1,8 +1,8 @@
 """The fields of KubeRay's RayCluster and RayJob and of the Prometheus operator's PodMonitor that the manifests use.
 
 Written after the API references of KubeRay 1.6 and of the operator; the resource definitions themselves cannot be had
-offline. Stricter than those in one way: a field that is not listed here is an error, so that a misspelt one is found. Pod
-templates are checked apart, against Kubernetes's own schema.
+offline. Stricter than those in one way: a field that is not listed here is an error, so that a misspelt one is found.
+Pod templates are checked apart, against Kubernetes's own schema.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ def _record(required: list[str], **fields: Any) -> dict[str, Any]:
 
 POD_TEMPLATE = _record(["spec"], metadata={"type": "object"}, spec={"type": "object"})
 SECRET_OR_VALUE = _record(
-    [], value=STRING, valueFrom=_record(["secretKeyRef"], secretKeyRef=_record(["name", "key"], name=STRING, key=STRING))
+    [],
+    value=STRING,
+    valueFrom=_record(["secretKeyRef"], secretKeyRef=_record(["name", "key"], name=STRING, key=STRING)),
 )
 HEAD = _record(
     ["template"],

@@ -1,7 +1,7 @@
-"""The rights on AWS are enough and no more, on a server that enforces them (moto); the launcher's file is one that Ray takes.
+"""The rights on AWS are enough and no more, on a server that enforces them (moto); Ray takes the launcher's file.
 
-moto looks at the names of actions alone: conditions, resources of EC2, and `iam:PassRole` are checked by parliament's rules
-only, and no file here was ever used on AWS.
+moto looks at the names of actions alone: conditions, resources of EC2, and `iam:PassRole` are checked by parliament's
+rules only, and no file here was ever used on AWS.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def config(account: Account) -> dict[str, Any]:
 
 
 def launch(config: dict[str, Any], *, look_up_types: bool = True) -> None:
-    """What `ray up`, the autoscaler and `ray down` ask AWS for; the types of instances, 2 s of the server's, are optional."""
+    """What `ray up`, the autoscaler and `ray down` ask AWS for; types of instances, which take moto 2 s, are optional."""
     from ray.autoscaler._private.aws import node_provider
     from ray.autoscaler._private.aws.config import bootstrap_aws
     from ray.autoscaler._private.util import prepare_config, validate_config
@@ -216,7 +216,9 @@ def test_the_launchers_file_starts_nodes_that_hold_checkpoints() -> None:
     assert any("--autoscaling-config" in options for options in commands)
     assert all("RAY_AUTH_MODE=token" in made[f"{kind}_start_ray_commands"][-1] for kind in ("head", "worker"))
     # Rights name the things of this file.
-    passed = [arn for part in LAUNCH["Statement"] if part["Sid"] == "GiveInstancesTheirRole" for arn in part["Resource"]]
+    passed = [
+        arn for part in LAUNCH["Statement"] if part["Sid"] == "GiveInstancesTheirRole" for arn in part["Resource"]
+    ]
     profiles = [kind["node_config"]["IamInstanceProfile"]["Arn"] for kind in (head, worker)]
     assert {arn.rpartition("/")[2] for arn in passed} == {arn.rpartition("/")[2] for arn in profiles}
     launched = json.dumps([part["Resource"] for part in LAUNCH["Statement"] if part["Action"] == ["ec2:RunInstances"]])
@@ -233,7 +235,8 @@ def parliament() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         shim = types.ModuleType("pkg_resources")
         where = importlib.util.find_spec("parliament")
-        assert where is not None and where.origin is not None
+        assert where is not None
+        assert where.origin is not None
         folder = Path(where.origin).parent
         shim.resource_filename = lambda _package, name: str(folder / name)  # type: ignore[attr-defined]
         patch.setitem(sys.modules, "pkg_resources", shim)

@@ -1,4 +1,4 @@
-"""docker-compose.yml and the images, as far as they can be checked where no container engine is: they were never run here."""
+"""docker-compose.yml and the images, as far as can be checked where no container engine is: they were never run."""
 
 from __future__ import annotations
 
@@ -103,9 +103,11 @@ def test_keys_agree_between_services(compose: dict[str, Any]) -> None:
 def test_an_image_is_pinned_not_root_and_copies_what_the_context_has(path: Path) -> None:
     text = path.read_text().replace("\\\n", " ")
     bases = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
-    assert bases and all(PINNED.match(base) for base in bases)
+    assert bases
+    assert all(PINNED.match(base) for base in bases)
     users = re.findall(r"^USER (\S+)", text, re.MULTILINE)
-    assert users and users[-1] not in {"root", "0", "0:0"}
+    assert users
+    assert users[-1] not in {"root", "0", "0:0"}
     copied = [word for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.MULTILINE) for word in line.split()[:-1]]
     assert copied
     for pattern in copied:

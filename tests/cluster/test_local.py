@@ -1,4 +1,4 @@
-"""The topology of the compose file as processes of this machine: the demo runs on it and outlives a node, the head comes back."""
+"""The compose file's topology as processes of this machine: the demo outlives a node, the head comes back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ class Keeper:
     def __init__(self): self.kept = 41
     def add(self): self.kept += 1; return self.kept
 """
-MAKE = KEEPER + "print(ray.get(Keeper.options(name='k', namespace='n', lifetime='detached', num_cpus=1).remote().add.remote()))"
+MAKE = (
+    KEEPER
+    + "print(ray.get(Keeper.options(name='k', namespace='n', lifetime='detached', num_cpus=1).remote().add.remote()))"
+)
 SAVE = """
 import ray, rl_ckpt, sys
 ray.init(address="auto", log_to_driver=False)
@@ -78,7 +81,18 @@ def running(_no_aws_settings_from_outside: None) -> Iterator[Running]:
 
 def test_the_demo_outlives_a_worker_that_somebody_kills(running: Running, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rl_ckpt.demo", "--address", "auto", "--url", "s3://rl-ckpt/demo", "--kill", "you"]
-    command += ["--iterations", "8", "--save-every", "4", "--workers", "2", "--workers-after", "1", "--out", str(tmp_path)]
+    command += [
+        "--iterations",
+        "8",
+        "--save-every",
+        "4",
+        "--workers",
+        "2",
+        "--workers-after",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
     killed, lines = "", []
     with subprocess.Popen(
         command, cwd=ROOT, env=running.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -97,10 +97,13 @@ def test_the_dashboard_is_whole() -> None:
     for panel in made["panels"]:
         box = panel["gridPos"]
         assert box["x"] + box["w"] <= 24
-        for cell in [(x, y) for x in range(box["x"], box["x"] + box["w"]) for y in range(box["y"], box["y"] + box["h"])]:
+        for cell in [
+            (x, y) for x in range(box["x"], box["x"] + box["w"]) for y in range(box["y"], box["y"] + box["h"])
+        ]:
             assert taken.setdefault(cell, panel["title"]) == panel["title"], "two panels in one place"
     for panel in panels():
-        assert panel["description"] and panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        assert panel["description"], panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
         assert [target["refId"] for target in panel["targets"]] == list("ABCDEFG"[: len(panel["targets"])])
         assert all(target["datasource"]["uid"] == "${datasource}" for target in panel["targets"])
         named = set(re.findall(r"Alert: (\w+)", panel["description"]))
@@ -144,7 +147,8 @@ def test_ray_metrics_get_the_names_of_the_table_wherever_they_are_scraped() -> N
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)")
 @pytest.mark.parametrize(
-    "arguments", [["check", "config", "prometheus.yml"], ["check", "rules", "alerts.yml"], ["test", "rules", "alerts_test.yml"]]
+    "arguments",
+    [["check", "config", "prometheus.yml"], ["check", "rules", "alerts.yml"], ["test", "rules", "alerts_test.yml"]],
 )
 def test_promtool_agrees(arguments: list[str], tmp_path: Path) -> None:
     for path in PROMETHEUS.glob("*.yml"):

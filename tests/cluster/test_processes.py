@@ -15,8 +15,9 @@ from cluster import ceph
 from cluster.processes import Processes, free_port, kill_tree
 from tests.s3_servers import S3Server
 
-SLEEPER = [sys.executable, "-c", "import time; time.sleep(600)"]
-FAMILY = "import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid, flush=True); time.sleep(600)"
+SLEEP = "import time; time.sleep(600)"
+SLEEPER = [sys.executable, "-c", SLEEP]
+FAMILY = f"import subprocess; print(subprocess.Popen({SLEEPER!r}).pid, flush=True); {SLEEP}"
 
 
 def test_a_tree_is_killed_whole_and_nothing_beside_it() -> None:
