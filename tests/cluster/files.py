@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,32 @@ def images(node: Any) -> Iterator[str]:
     elif isinstance(node, list):
         for part in node:
             yield from images(part)
+
+
+def run_with_stand_ins(
+    command: list[str], folder: Path, names: list[str], environment: dict[str, str]
+) -> list[list[str]]:
+    """Run a container's command on this machine with programs that only tell how they were called.
+
+    Args:
+        command: What the container would run.
+        folder: Empty; the stand-ins are put there.
+        names: Of the programs that are replaced.
+        environment: Variables that the container has.
+
+    Returns:
+        The calls, name and arguments, in order.
+    """
+    told = folder / "calls"
+    told.touch()
+    for name in names:
+        program = folder / name
+        program.write_text(f"""#!/bin/sh\nprintf '%s\\0' {name} "$@" >> {told}; printf '\\n' >> {told}\n""")
+        program.chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(command, env={**environment, "PATH": path}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line.rstrip("\0").split("\0") for line in told.read_text().splitlines()]
 
 
 def ray_start_options() -> set[str]:

@@ -153,7 +153,7 @@ def config(account: Account) -> dict[str, Any]:
 
 
 def launch(config: dict[str, Any], *, look_up_types: bool = True) -> None:
-    """What `ray up`, the autoscaler and `ray down` ask AWS for; types of instances, which take moto 2 s, are optional."""
+    """What `ray up`, the autoscaler and `ray down` ask AWS for; types of instances (2 s of moto) are optional."""
     from ray.autoscaler._private.aws import node_provider
     from ray.autoscaler._private.aws.config import bootstrap_aws
     from ray.autoscaler._private.util import prepare_config, validate_config

@@ -14,7 +14,16 @@ import yaml
 
 from cluster.local import BUCKET
 from rl_ckpt.demo.__main__ import _parser
-from tests.cluster.files import CLUSTER, PINNED, ROOT, images, ray_start_commands, ray_start_options, words
+from tests.cluster.files import (
+    CLUSTER,
+    PINNED,
+    ROOT,
+    images,
+    ray_start_commands,
+    ray_start_options,
+    run_with_stand_ins,
+    words,
+)
 
 COMPOSE = ROOT / "docker-compose.yml"
 IMAGES = sorted(CLUSTER.glob("*Dockerfile"))
@@ -87,6 +96,32 @@ def test_the_one_command_is_the_demo_as_it_is(compose: dict[str, Any]) -> None:
     assert args.address == "auto"
     assert args.url.startswith(f"s3://{BUCKET}/")
     assert compose["services"]["bucket"]["command"][-1] == BUCKET
+
+
+def test_the_shells_in_containers_start_what_they_should(compose: dict[str, Any], tmp_path: Path) -> None:
+    services = compose["services"]
+    secret = "a 'b\" $c"
+    variables = {"VALKEY_PASSWORD": secret}
+    programs = ["ray", "valkey-server", "python"]
+
+    def calls(name: str, command: list[str]) -> list[list[str]]:
+        (tmp_path / name).mkdir()
+        # In the file $$ stands for $, so that Compose leaves it to the shell.
+        words = [word.replace("$$", "$") for word in command]
+        return run_with_stand_ins(words, tmp_path / name, programs, variables)
+
+    ((*head,),) = calls("head", services["head"]["command"])
+    assert head[:3] == ["ray", "start", "--head"]
+    assert head[-1] == f"--redis-password={secret}"
+    ((*valkey,),) = calls("valkey", services["valkey"]["command"])
+    assert valkey[:3] == ["valkey-server", "--requirepass", secret]
+    job = services["job"]
+    node, demo = calls("job", [*job["entrypoint"], *job["command"]])
+    assert node[:2] == ["ray", "start"]
+    assert demo[:3] == ["python", "-m", "rl_ckpt.demo"]
+    assert re.fullmatch(r"s3://rl-ckpt/demo-\d{8}-\d{6}", demo[demo.index("--url") + 1])
+    _, other = calls("other", [*job["entrypoint"], "python", "train.py", "--name", "two words"])
+    assert other == ["python", "train.py", "--name", "two words"]
 
 
 def test_keys_agree_between_services(compose: dict[str, Any]) -> None:

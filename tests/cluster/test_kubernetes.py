@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -12,7 +13,7 @@ import pytest
 import ray
 
 from rl_ckpt.demo.__main__ import _parser
-from tests.cluster.files import CLUSTER, documents, ray_start_options
+from tests.cluster.files import CLUSTER, documents, ray_start_options, run_with_stand_ins
 from tests.cluster.kuberay import SCHEMAS
 
 KUBERNETES = "1.32"
@@ -111,6 +112,15 @@ def test_a_pod_that_is_deleted_has_time_for_a_save() -> None:
         # Ray itself must be the process that gets the signal, not a shell that does not hand it on.
         assert container["args"][0].endswith('eval exec "$KUBERAY_GEN_RAY_START_CMD"')
         assert "lifecycle" not in container
+
+
+def test_the_command_of_a_pod_is_what_kuberay_makes_of_the_parameters(tmp_path: Path) -> None:
+    (container,) = WORKER["template"]["spec"]["containers"]
+    made = """ray start --address=head:6379 --resources='{"gold": 1}' --block"""
+    command = [*container["command"], *(part.replace("ulimit -n 65536; ", "") for part in container["args"])]
+    assert run_with_stand_ins(command, tmp_path, ["ray"], {"KUBERAY_GEN_RAY_START_CMD": made}) == [
+        ["ray", "start", "--address=head:6379", '--resources={"gold": 1}', "--block"]
+    ]
 
 
 def test_what_manifests_name_of_one_another_is_there() -> None:
