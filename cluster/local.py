@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -129,7 +130,7 @@ class Topology:
         if self.has_redis:
             command += [f"--redis-password={self._redis_password}"]  # Ray reads it from nowhere else
         self._start_node("head", command, self._head_environment)
-        self._processes.wait_until(lambda: self._has_joined("head"), "the head is up")
+        self._processes.wait_until(lambda: bool(self._address()), "the head is up")
         self.variables["RAY_ADDRESS"] = self._address()
 
     def tend(self, say: Callable[[str], None]) -> None:
@@ -225,10 +226,9 @@ class Topology:
         return url
 
     def _address(self) -> str:
-        """Where the head listens: it tells the host's own address, whatever it was asked."""
-        said = self._said("head")
-        line = next((line for line in said.splitlines() if "--address='" in line), "")
-        return line.partition("--address='")[2].partition("'")[0]
+        """Where the head listens, once it is up; the host's own address, whatever it was asked."""
+        found = re.search(r"--address='([^']+)'", self._said("head"))
+        return found.group(1) if found else ""
 
     def _said(self, name: str) -> str:
         said = (self._folder / f"{name}.out").read_bytes()[self._begun_at.get(name, 0) :]

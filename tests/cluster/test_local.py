@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,6 +44,21 @@ class Worker:
 with rl_ckpt.Checkpointer("s3://rl-ckpt/watched") as ckpt:
     ckpt.save(7, [Worker.remote()]).result()
     sys.stdin.read()
+"""
+LEAVE = """
+import ray, rl_ckpt
+ray.init(address="auto", log_to_driver=False)
+@ray.remote(num_cpus=1)
+class Worker:
+    def get_state(self): return {"x": 1}
+    def set_state(self, state): pass
+workers = [Worker.remote()]
+with rl_ckpt.Checkpointer("s3://rl-ckpt/leaving") as ckpt, ckpt.preemption(grace_s=30) as watch:
+    ckpt.save(1, workers).result()
+    print("saved", flush=True)
+    while (notice := watch.notice(workers)) is None: pass
+    ckpt.save(2, workers, deadline_s=notice.seconds_left - 5).result()
+    print(notice.ranks, notice.seconds_left > 15, ckpt.latest().step, flush=True)
 """
 ASK = "import ray; ray.init(address='auto', log_to_driver=False); print(ray.get(ray.get_actor('k', 'n').add.remote()))"
 
@@ -140,6 +157,18 @@ def test_a_head_that_is_killed_comes_back_with_what_it_knew(running: Running) ->
     running.tend_until("the head died")
     assert running.topology.variables["RAY_ADDRESS"] == address
     assert running.python(ASK) == "43"  # found by its name, and the same: it never stopped
+
+
+def test_a_node_that_gets_sigterm_as_containers_do_leaves_time_for_a_save(running: Running) -> None:
+    pids: dict[str, int] = json.loads((running.folder / "topology.json").read_text())
+    command = [sys.executable, "-c", LEAVE]
+    with subprocess.Popen(command, cwd=ROOT, env=running.environment(), stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "saved\n"
+        for name, pid in pids.items():
+            if name.startswith("worker"):
+                os.kill(pid, signal.SIGTERM)
+        assert job.stdout.readline() == "(0,) True 2\n"
 
 
 def test_a_node_that_is_not_there_cannot_be_killed(tmp_path: Path) -> None:
