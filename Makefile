@@ -14,7 +14,7 @@ WORKERS ?= $(if $(filter 1 2,$(shell nproc)),2,3)
 # More arguments for the tool behind a target: make test ARGS="-k restore", make demo ARGS="--iterations 12".
 ARGS ?=
 # Run by people, not imported by the package.
-SCRIPTS := $(sort $(dir $(wildcard benchmarks/*.py examples/*.py)))
+SCRIPTS := $(sort $(dir $(wildcard benchmarks/*.py cluster/*.py examples/*.py)))
 CODE := rl_ckpt tests requirements $(SCRIPTS)
 
 .DEFAULT_GOAL := help

@@ -16,7 +16,15 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-FILES = {"demo": "demo", "rllib": "rllib", "test": "test", "bench": "bench", "lint": "lint,test", "docs": "docs"}
+FILES = {
+    "demo": "demo",
+    "rllib": "rllib",
+    "cluster": "cluster",
+    "test": "test",
+    "bench": "bench",
+    "lint": "lint,test",
+    "docs": "docs",
+}
 
 
 def resolve(extras: str, build: list[str], constraints: Path | None) -> dict[str, str]:

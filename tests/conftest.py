@@ -52,7 +52,7 @@ def moto_server() -> Iterator[S3Server]:
 def ceph_server() -> Iterator[S3Server]:
     """A Ceph object gateway; skips where it is not installed, unless RL_CKPT_REQUIRE_CEPH=1."""
     if not ceph_is_installed():
-        message = "Ceph RGW is not installed (apt: radosgw ceph-mon ceph-osd), or this is not root"
+        message = "Ceph RGW is not installed (apt: radosgw ceph-mon ceph-osd ceph-common)"
         if os.environ.get("RL_CKPT_REQUIRE_CEPH") == "1":
             pytest.fail(message)
         pytest.skip(message)

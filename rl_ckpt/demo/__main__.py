@@ -39,7 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         workers_after=args.workers_after,
         seed=args.seed,
         save_every=args.save_every,
+        address=args.address,
+        kill=args.kill,
     )
+    if config.kill == "you" and config.address is None:
+        parser.error("--kill you needs a cluster that you started: --address")
     if min(config.workers, config.workers_after, config.save_every) < 1 or config.fail_at >= config.iterations:
         parser.error("at least 1 worker, and at least twice as many iterations as there are between saves")
     console = Console()
@@ -47,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     try:
         result = run_job(config, say)
-    except CheckpointError as error:
+    except (CheckpointError, ConnectionError) as error:
         print(f"the demo stopped: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InvalidInputError) else 1
+        return 2 if isinstance(error, InvalidInputError | ConnectionError) else 1
     show(result, console, out / "return.png")
     console.print(f"checkpoints: {config.url}", soft_wrap=True)
     console.print(f"{'went on from its checkpoint' if result.passed else 'FAILED'}, {time.monotonic() - started:.0f} s")
@@ -63,11 +67,13 @@ def _ignore(line: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m rl_ckpt.demo",
-        description="Reinforcement learning on a local Ray cluster that loses a node and goes on from its checkpoint.",
+        description="Reinforcement learning on a Ray cluster that loses a node and goes on from its checkpoint.",
     )
     defaults = JobConfig(url="")
     parser.add_argument("--url", help="where checkpoints go: a folder or any fsspec URL (default: in --out)")
     parser.add_argument("--out", type=Path, help="folder of the plot (default: ./demo-run/<time>)")
+    parser.add_argument("--address", help="of a Ray cluster that is running, or auto (default: starts its own)")
+    parser.add_argument("--kill", choices=["demo", "you"], default=defaults.kill, help="who kills a node of --address")
     parser.add_argument("--iterations", type=int, default=defaults.iterations)
     parser.add_argument("--workers", type=int, default=defaults.workers, help="rollout workers before the failure")
     parser.add_argument("--workers-after", type=int, default=defaults.workers_after, help="and after it")

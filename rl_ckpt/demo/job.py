@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from rl_ckpt import Checkpointer, EverySteps, PendingSave, RestoreReport, SavePolicy
-from rl_ckpt.demo.cluster import LocalCluster
+from rl_ckpt.demo.cluster import ExistingCluster, LocalCluster, Nodes
 from rl_ckpt.demo.learner import Update
 from rl_ckpt.demo.records import Check, IterationRecord, JobConfig, JobResult, RecoveryRecord, SaveRecord
 from rl_ckpt.demo.team import Team
@@ -23,10 +23,12 @@ from rl_ckpt.errors import CheckpointError, InvalidInputError
 Say = Callable[[str], None]
 _NODES = 2
 _SETTLE_S = 60.0
+_PATIENCE_S = 600.0
+"""How long the job trains on while it waits for somebody to kill a node."""
 
 
 def run_job(config: JobConfig, say: Say) -> JobResult:
-    """Run the whole job on a cluster of its own.
+    """Run the whole job, on a cluster of its own or on the one at `config.address`.
 
     Args:
         config: What to run.
@@ -38,13 +40,18 @@ def run_job(config: JobConfig, say: Say) -> JobResult:
     Raises:
         InvalidInputError: There are checkpoints at the URL already; the demo would mix two runs.
         CheckpointError: A checkpoint could not be restored, or the store cannot be used.
+        ConnectionError: There is no cluster at the address.
     """
     with Checkpointer(config.url) as ckpt:
         if ckpt.latest() is not None:
             raise InvalidInputError(f"{config.url} already holds checkpoints of another run: give the demo a new --url")
+    if config.address is not None:
+        with ExistingCluster(config.address) as cluster, Checkpointer(config.url) as ckpt:
+            say(f"on the Ray cluster at {config.address}: {len(cluster.nodes)} worker nodes")
+            return Job(config, cluster, ckpt, say).run()
     say(f"starting a Ray cluster on this machine: a head and {_NODES} nodes")
-    with LocalCluster(_NODES) as cluster, Checkpointer(config.url) as ckpt:
-        return Job(config, cluster, ckpt, say).run()
+    with LocalCluster(_NODES) as started, Checkpointer(config.url) as ckpt:
+        return Job(config, started, ckpt, say).run()
 
 
 class Job:
@@ -57,7 +64,7 @@ class Job:
         say: Takes each line of progress.
     """
 
-    def __init__(self, config: JobConfig, cluster: LocalCluster, ckpt: Checkpointer, say: Say) -> None:
+    def __init__(self, config: JobConfig, cluster: Nodes, ckpt: Checkpointer, say: Say) -> None:
         self._config = config
         self._cluster = cluster
         self._ckpt = ckpt
@@ -69,6 +76,9 @@ class Job:
         self._policy = SavePolicy(EverySteps(config.save_every))
         self._killed_at = math.nan
         self._failed_after = 0
+        self._last_step = config.iterations
+        self._patience_ends = math.inf
+        self._heard_at = math.nan
         self._watchers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="demo-save")
 
     def run(self) -> JobResult:
@@ -77,7 +87,8 @@ class Job:
             report = self._ckpt.supervise(self._make_workers, self._train)
             self._settle()
         for recovery in report.recoveries:
-            assert recovery.restored is not None  # the node is killed after a save
+            if recovery.restored is None:  # lost before the first checkpoint: the job began anew
+                continue
             noticed_s, rebuilt_s = recovery.time - self._killed_at, recovery.settled_s + recovery.rebuilt_s
             times = (noticed_s, rebuilt_s, recovery.restored_s)
             source = recovery.restored.bytes_from
@@ -89,8 +100,19 @@ class Job:
     def _life(self) -> int:
         return 0 if math.isnan(self._killed_at) else 1
 
+    @property
+    def _waits(self) -> bool:
+        """Whether it is for somebody else to kill a node, who has not done it yet."""
+        return self._config.kill == "you" and self._life == 0
+
+    @property
+    def _asked(self) -> bool:
+        return self._patience_ends < math.inf
+
     def _make_workers(self) -> list[Any]:
         """A new team on the nodes that are there; `supervise` restores it."""
+        if self._saved_digests and not self._life:  # killed from outside
+            self._failed_after, self._killed_at = self._result.iterations[-1].step, self._heard_at
         count = self._config.workers_after if self._life else self._config.workers
         nodes = self._cluster.nodes
         self._say(f"building a learner and {count} rollout workers on {len(nodes)} node(s)")
@@ -106,11 +128,17 @@ class Job:
             self._policy.restored(step)
             self._say(f"restored step {step} onto {len(workers)} actors in {restored.seconds:.2f} s")
             self._check_state(step, team.digests())
-        while step < self._config.iterations:
-            fail_now = self._life == 0 and step >= self._config.fail_at
+            # Two saves more, however late somebody killed the node: so that it shows that the job went on.
+            self._last_step = max(self._last_step, step + 2 * self._config.save_every)
+        while step < self._last_step or (self._waits and time.monotonic() < self._patience_ends):
+            fail_now = self._life == 0 and step >= self._config.fail_at and not self._asked
             if fail_now:
                 self._settle()  # so that there is certainly a checkpoint to come back to
+            if fail_now and self._waits:
+                self._ask_for_a_kill()
+                fail_now = False
             update = team.iterate(self._kill_a_node if fail_now else None)
+            self._heard_at = time.time()
             step = update.step
             self._note(update)
             if due := self._policy.due(step):
@@ -141,12 +169,19 @@ class Job:
             self._result.saves.append(future.result())
         self._saves.clear()
 
+    def _ask_for_a_kill(self) -> None:
+        """Say which node to kill; training goes on meanwhile."""
+        self._patience_ends = time.monotonic() + _PATIENCE_S
+        learner = self._cluster.describe(self._cluster.nodes[0])
+        self._say(f"!!! now kill a worker node, within {_PATIENCE_S:.0f} s; the learner is on {learner}")
+
     def _kill_a_node(self) -> None:
         """Kill the node that holds the learner, in the middle of an iteration."""
         victim = self._cluster.nodes[0]
+        called = self._cluster.describe(victim)
         self._failed_after, self._killed_at = self._result.iterations[-1].step, time.time()
         count = self._cluster.kill_node(victim)
-        self._say(f"!!! SIGKILL to node {victim[:8]}: {count} processes, the learner and half of the rollout workers")
+        self._say(f"!!! SIGKILL to {called}: {count} processes, the learner and its share of the rollout workers")
 
     def _check_state(self, step: int, found: list[dict[str, str]]) -> None:
         """Everything with a counterpart is what was saved, bit for bit; the policy is so on every worker."""
@@ -168,7 +203,9 @@ class Job:
         """Step and return went on from the checkpoint instead of starting anew."""
         recovery = self._result.recovery
         if recovery is None:
-            self._check("the job survived the loss of a node", False, "no actor was lost: nothing was shown")
+            self._check(
+                "the job survived the loss of a node", False, "no actor was lost after a checkpoint: nothing was shown"
+            )
             return
         second = [r for r in self._result.iterations if r.life == 1]
         first_step = second[0].step if second else 0

@@ -28,6 +28,10 @@ class JobConfig:
     """Environments per rollout worker."""
     horizon: int = 128
     """Steps per environment and iteration."""
+    address: str | None = None
+    """Of the Ray cluster to run on, `auto` for the one of this machine; None: one of its own."""
+    kill: str = "demo"
+    """Who kills the node: `demo`, or `you`, for whom the job waits while it trains."""
 
     @property
     def fail_at(self) -> int:
@@ -76,7 +80,7 @@ class RecoveryRecord:
     """Last step done before the failure."""
     restored_step: int
     noticed_s: float
-    """From the kill until the job saw that an actor had died."""
+    """From the kill until the job saw that an actor had died; where somebody else killed, from its last answer."""
     rebuilt_s: float
     """From then until a new set of actors stood."""
     restored_s: float
