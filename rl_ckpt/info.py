@@ -131,6 +131,34 @@ class RestoreReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefetchReport:
+    """What a prefetch brought into the nodes' memory."""
+
+    step: int
+    """Of the checkpoint that memory has; a newer one than was found in the store, where memory had that already."""
+    id: str
+    """Of that checkpoint."""
+    bytes: int
+    """Of its chunks, each once."""
+    bytes_fetched: int
+    """Read from the store by this prefetch: 0 where memory had it already; more than `bytes` only where a node was lost
+    with what it had brought in."""
+    bytes_left: int
+    """Of `bytes`, that are in no node's memory: a restore reads them from the store."""
+    nodes: Mapping[str, int]
+    """Bytes that each node brought in, by the name of its shard server."""
+    seconds: float
+    """Until the last chunk was in memory, without copies."""
+    damaged: Mapping[str, str] = field(default_factory=dict)
+    """Chunks that are damaged or missing in the store, and what was found: left out. A restore looks for their bytes in
+    other checkpoints; `verify(repair=True)` mends them."""
+    fell_back: Mapping[str, str] = field(default_factory=dict)
+    """Newer checkpoints whose manifests are damaged: id → why."""
+    notices: tuple[str, ...] = ()
+    """What else is not as it might be: no room, nodes that took no part, copies that could not be made."""
+
+
+@dataclass(frozen=True, slots=True)
 class Damage:
     """Something in a run's files that is not what was committed."""
 
@@ -325,3 +353,59 @@ class Diff:
 
 def _of_ranks(ranks: tuple[int, ...] | None) -> str:
     return "" if ranks is None else f" (ranks {', '.join(map(str, ranks))})"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a pull is."""
+
+    phase: str
+    """"checking" what is there already, "copying" files, "committing", or "done"."""
+    checkpoint: str
+    """Id of the newest one that is on its way."""
+    bytes: int
+    """Of shard files that are at the destination by now, in bytes."""
+    bytes_total: int
+    """Of all shard files that the checkpoints need."""
+    bytes_moved: int
+    """That travelled in this call; the others were there."""
+    files: int
+    """Shard files that are at the destination by now."""
+    files_total: int
+    """That the checkpoints need."""
+    bytes_per_s: float
+    """Over the last seconds."""
+    seconds: float
+    """Since the call."""
+    seconds_left: float | None
+    """As fast as over the last seconds; None where nothing moves."""
+
+
+@dataclass(frozen=True, slots=True)
+class PullReport:
+    """What a pull did."""
+
+    source: str
+    """Url."""
+    destination: str
+    """Url."""
+    checkpoints: tuple[str, ...]
+    """Ids of those that this call committed at the destination, oldest first."""
+    already: tuple[str, ...]
+    """Ids of those that were asked for and were there."""
+    files: int
+    """Shard files that travelled."""
+    files_kept: int
+    """That were there, whole and right."""
+    bytes_moved: int
+    """Of shard files, read from the source."""
+    bytes_kept: int
+    """Of shard files, that were there: of whole files, and of unfinished ones that a killed pull had left."""
+    bytes_by_node: Mapping[str, int]
+    """Of `bytes_moved`, by node of the Ray cluster; empty where this process did it alone."""
+    pinned: bool
+    """Whether the source was held against the sweep meanwhile; it can't be where this process may not write to it."""
+    seconds: float
+    """That it took."""
+    notices: tuple[str, ...] = ()
+    """What the user should know though the pull succeeded; mostly empty."""

@@ -15,7 +15,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -97,6 +97,25 @@ def spare_none(name: str) -> bool:
     return False
 
 
+class PartialObject(Protocol):
+    """An unfinished object; see `Store.partial`."""
+
+    resumed: bool
+    """Whether another writer left pieces in it: any may be missing or damaged."""
+
+    def read(self, offset: int, view: memoryview) -> None:
+        """Fill a buffer from there, with whatever is there."""
+
+    def write(self, offset: int, view: memoryview) -> None:
+        """Take a piece."""
+
+    def finish(self) -> None:
+        """Make it the object, durably."""
+
+    def close(self) -> None:
+        """Let it go; unfinished, it stays for who comes next."""
+
+
 class Store(ABC):
     """Whole objects by name below one url.
 
@@ -166,6 +185,10 @@ class Store(ABC):
             StorageError: The store failed, also after retries.
         """
 
+    def getter(self) -> Callable[[str], bytes]:
+        """A `get` for many small objects in a row, by any number of threads: the same, at less cost where possible."""
+        return self.get
+
     @abstractmethod
     def read_into(self, name: str, reads: Sequence[tuple[int, memoryview]]) -> None:
         """Fill buffers from ranges of one object; near ranges become one request, large ones several in parallel.
@@ -219,6 +242,27 @@ class Store(ABC):
         """Absolute path where a process of this machine can map the object; None where there is no such thing."""
         check_name(name)
         return None
+
+    def partial(self, name: str, size_bytes: int) -> PartialObject | None:
+        """A large object that arrives piece by piece, and of which a killed writer leaves what had arrived.
+
+        Args:
+            name: Of the object.
+            size_bytes: Of the whole object.
+
+        Returns:
+            None where the store has no such thing, or another process is at it: then the object goes by `put`, whole.
+
+        Raises:
+            StorageError, InvalidInputError: As `put`, here and from its methods.
+        """
+        check_name(name)
+        return None
+
+    def partial_bytes(self, name: str) -> int:
+        """Space that the unfinished object of that name takes already, in bytes."""
+        check_name(name)
+        return 0
 
     def is_local(self) -> bool:
         """Whether processes of this machine can map all objects."""

@@ -27,7 +27,7 @@ from rl_ckpt.format.records import CommitRecord, EpochRecord, LogRecord
 from rl_ckpt.store.base import ObjectExistsError, ObjectMissingError, Store
 from rl_ckpt.store.lease import Lease, moment
 
-_READERS = 16
+_READERS = 32
 _READ_TRIES = 50
 _APPEND_TRIES = 5
 LATEST_S = 600.0
@@ -50,6 +50,8 @@ class Log:
     """The newest epoch record."""
     damaged: dict[str, str] = field(default_factory=dict)
     """Records that can't be read: name → why."""
+    epochs: tuple[EpochRecord, ...] = ()
+    """All epoch records, oldest first."""
 
 
 class CommitLog:
@@ -59,7 +61,8 @@ class CommitLog:
         """The log of the run with id `run`, on its store."""
         self._store = store
         self._run = run
-        self._known: dict[str, LogRecord] = {}  # records never change, so each is read once
+        self._known: dict[str, LogRecord] = {}  # records do not change, so each is read once
+        self._sizes: dict[str, int] = {}  # of the records' files, as they were listed last
         self._reading = threading.Lock()  # the known records are read and replaced by one thread at a time
         self._head = 0
         self._epoch = 0
@@ -109,16 +112,17 @@ class CommitLog:
 
     def _read_once(self) -> tuple[Log, set[str]]:
         """The log as one list shows it, and the names on that list that are not there (any more)."""
-        names = {
-            number: item.name
-            for item in self._store.list(records.COMMITS)
-            if (number := records.commit_number(item.name)) is not None
-        }
-        self._known = {name: record for name, record in self._known.items() if name in set(names.values())}
+        sizes = {item.name: item.size_bytes for item in self._store.list(records.COMMITS)}
+        names = {number: name for name in sizes if (number := records.commit_number(name)) is not None}
+        before, self._sizes = self._sizes, sizes
+        # Another size: a pull into this run put a checkpoint's record in the place of an epoch's that a sweep had left.
+        same = {name for name, size in sizes.items() if before.get(name, size) == size}
+        self._known = {name: record for name, record in self._known.items() if name in same}
         damaged: dict[str, str] = {}
         new = [name for name in names.values() if name not in self._known]
         with ThreadPoolExecutor(min(_READERS, len(new) or 1), "rl_ckpt-log") as pool:
-            for name, found in zip(new, pool.map(self._read_one, new), strict=True):
+            get = self._store.getter()
+            for name, found in zip(new, pool.map(lambda name: self._read_one(name, get), new), strict=True):
                 if isinstance(found, str):
                     damaged[name] = found
                 elif found is not None:
@@ -132,15 +136,16 @@ class CommitLog:
             epochs[-1].owner if epochs else "",
             epochs[-1] if epochs else None,
             damaged,
+            tuple(epochs),
         )
         return log, set(names.values()) - self._known.keys() - damaged.keys()
 
-    def _read_one(self, name: str) -> LogRecord | str | None:
+    def _read_one(self, name: str, get: Callable[[str], bytes] | None = None) -> LogRecord | str | None:
         """The record, why it can't be read, or None where a sweep took it away meanwhile."""
         try:
             record: LogRecord = records.decode(
                 self._store.object_url(name),
-                self._store.get(name),
+                (get or self._store.get)(name),
                 CommitRecord | EpochRecord,  # type: ignore[arg-type]
             )
         except ObjectMissingError:
@@ -327,6 +332,7 @@ class CommitLog:
     def _landed(self, record: LogRecord) -> None:
         self._head = record.number
         self._known[records.commit_name(record.number)] = record
+        self._sizes[records.commit_name(record.number)] = len(records.encode(record))
         self._unsettled.clear()  # all of them were for this number, which is taken now
 
     def _read_back(self, name: str, failure: StorageError | None) -> LogRecord | None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from rl_ckpt.errors import CorruptionError, InvalidInputError, StorageError
 from rl_ckpt.store.base import (
@@ -33,7 +33,10 @@ from rl_ckpt.store.base import (
 )
 from rl_ckpt.store.file_writer import advance, write_segments
 from rl_ckpt.store.parallel import run_all
+from rl_ckpt.store.partial import PartialFile, is_left_over, kept_bytes
 from rl_ckpt.store.ranges import Span, plan_spans
+
+T = TypeVar("T")
 
 _IOV_MAX = 1024
 _SPAN_BYTES = 8 << 20
@@ -151,9 +154,8 @@ class LocalStore(Store):
         with self._writing("clean", _TMP_SUFFIX, 0):
             for path in _files_below(self.root, hidden=True):
                 with suppress(FileNotFoundError):
-                    if not path.endswith(_TMP_SUFFIX) or os.stat(path).st_mtime > limit:
-                        continue
-                    if not spare(self._named_by(path)):
+                    old = path.endswith(_TMP_SUFFIX) and os.stat(path).st_mtime <= limit
+                    if (old or is_left_over(path)) and not spare(self._named_by(path)):
                         os.unlink(path)
                         removed += 1
                         self._prune(os.path.dirname(path))
@@ -162,6 +164,18 @@ class LocalStore(Store):
                     if os.stat(folder).st_mtime <= limit and not spare(f"{os.path.relpath(folder, self.root)}/"):
                         self._prune(folder)
         return removed
+
+    def partial(self, name: str, size_bytes: int) -> PartialFile | None:
+        """A hidden file beside the object's place; None where another process is at it."""
+        path = self._path(name)
+        with self._writing("write", name, size_bytes), suppress(BlockingIOError):
+            guard = partial(self._writing, "write", name, size_bytes)
+            return self._with_folder(path, lambda: PartialFile(path, size_bytes, guard, self.stats.count_write))
+        return None
+
+    def partial_bytes(self, name: str) -> int:
+        """Of the hidden file, as far as it is filled."""
+        return kept_bytes(self._path(name))
 
     def local_path(self, name: str) -> str | None:
         """Path of the file, whether it exists or not."""
@@ -204,13 +218,18 @@ class LocalStore(Store):
                 os.unlink(temporary)
 
     def _create_file(self, path: str) -> int:
-        """Open a new file for writing, with the folders above it; one that a deleter just removed is made again."""
+        """Open a new file for writing, with the folders above it."""
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
+        return self._with_folder(path, lambda: os.open(path, flags, 0o666))
+
+    def _with_folder(self, path: str, make: Callable[[], T]) -> T:
+        """Make a file, with the folders above it; one that a deleter just removed is made again."""
         folder = os.path.dirname(path)
         for left in range(10, -1, -1):
             if folder not in self._on_disk:
                 self._make_folders(folder)
             try:
-                return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+                return make()
             except FileNotFoundError:
                 self._on_disk.clear()
                 if not left:

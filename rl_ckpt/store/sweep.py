@@ -292,8 +292,13 @@ class Sweeper:
         for checkpoint in pinned:
             if checkpoint in self._leaving:
                 names |= self._named_by(self._leaving[checkpoint]) or frozenset()
-            elif records.manifest_name(checkpoint) in due:
+            else:  # dropped, or not committed yet: on its way here by a pull
                 names |= self._named_in(records.manifest_name(checkpoint))
+        # After the pins: a pull deletes its pin when it has committed, which this process would not know of.
+        for commit in self._run.log.read().commits:
+            if commit.id not in self._files:
+                names |= {name for name in due if checkpoint_of(name) == commit.id}
+                names |= self._named_by(commit) or due
         return (names | {base_of(name) for name in names}) & due
 
     def _named_in(self, manifest: str) -> set[str]:
@@ -315,6 +320,9 @@ class Sweeper:
         store = self._run.store
         with self._lock:
             mine = frozenset(self._in_flight)
+        pinned = self._pinned().keys() - self._files.keys()  # on their way here by a pull
+        mine |= pinned
+        mine |= {checkpoint_of(name) for one in pinned for name in self._named_in(records.manifest_name(one))}
         small = self.grace_s >= _SMALL_AGE_S
         self.done.partial += store.clean_partial(
             self.grace_s, lambda name: checkpoint_of(name) in mine if is_part(name) else not small
