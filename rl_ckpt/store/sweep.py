@@ -183,7 +183,7 @@ class Sweeper:
         self.done.put_back += back
         return back
 
-    def know_files(self, files: Mapping[str, frozenset[str]]) -> None:
+    def know(self, files: Mapping[str, frozenset[str]]) -> None:
         """Says which shard files checkpoints name, by id, so that their manifests need not be read."""
         self._files |= files
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,7 @@ def test_a_save_under_way_that_leans_on_a_base_keeps_the_pin_there(
         forked.abandon(slow)
     else:  # without what it might have named; nothing else goes
         forked.configure((), 0.0)
+        forked.sweeper._clean_at = math.inf
         commit(forked, 2, slow)
     forked.tidy()
     assert not (tmp_path / "run/pins").exists()

@@ -323,9 +323,7 @@ def test_damage_in_the_source_is_told_by_the_fork_and_mended_in_the_source(tmp_p
     assert Checkpointer(url).verify().ok
 
 
-def test_a_chunk_damaged_in_the_source_is_read_from_the_fork_where_it_has_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chunk_damaged_in_the_source_is_read_from_the_fork_where_it_has_the_same(tmp_path: Path) -> None:
     source, url = str(tmp_path / "source"), str(tmp_path / "fork")
     save(source, range(1))
     fork(source, url)
