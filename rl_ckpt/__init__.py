@@ -10,6 +10,7 @@ Importing the package imports neither Ray nor torch nor jax.
 """
 
 from rl_ckpt._version import __version__
+from rl_ckpt.catalog import Catalog
 from rl_ckpt.checkpointer import Checkpointer
 from rl_ckpt.errors import (
     CheckpointError,
@@ -27,24 +28,35 @@ from rl_ckpt.errors import (
     WorkerFailuresError,
 )
 from rl_ckpt.info import (
+    ArrayChange,
     CheckpointInfo,
     Damage,
+    Diff,
+    LeafChange,
     Preemption,
+    PrefetchReport,
     Recovery,
     RestoreReport,
     SuperviseReport,
+    SweepReport,
+    Verdict,
     VerifyReport,
 )
-from rl_ckpt.plan.retention import EveryNSteps, KeepRule, LatestN
+from rl_ckpt.lineage import diff, fork
+from rl_ckpt.plan.retention import BestN, EveryNSteps, KeepRule, LatestN, NewerThan, OnePer, Tagged
 from rl_ckpt.plan.save_rules import Auto, Best, EverySeconds, EverySteps, OnPreemption, OnSignal, SaveRule
 from rl_ckpt.plan.when import Due, SavePolicy
+from rl_ckpt.prefetching import Prefetch, prefetch
 from rl_ckpt.signals import SignalWatch
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
 from rl_ckpt.store.pending import PendingSave
 
 __all__ = [
+    "ArrayChange",
     "Auto",
     "Best",
+    "BestN",
+    "Catalog",
     "CheckpointError",
     "CheckpointInfo",
     "CheckpointNotFoundError",
@@ -53,6 +65,7 @@ __all__ = [
     "CommitUnknownError",
     "CorruptionError",
     "Damage",
+    "Diff",
     "Due",
     "EveryNSteps",
     "EverySeconds",
@@ -61,11 +74,16 @@ __all__ = [
     "InvalidInputError",
     "KeepRule",
     "LatestN",
+    "LeafChange",
+    "NewerThan",
     "OnPreemption",
     "OnSignal",
+    "OnePer",
     "PendingSave",
     "PerRank",
     "Preemption",
+    "Prefetch",
+    "PrefetchReport",
     "Recovery",
     "Replicated",
     "RestoreReport",
@@ -78,8 +96,14 @@ __all__ = [
     "SignalWatch",
     "StorageError",
     "SuperviseReport",
+    "SweepReport",
+    "Tagged",
     "UntrustedDataError",
+    "Verdict",
     "VerifyReport",
     "WorkerFailuresError",
     "__version__",
+    "diff",
+    "fork",
+    "prefetch",
 ]

@@ -21,6 +21,7 @@ from rl_ckpt.plan.retention import KeepRule
 from rl_ckpt.state.leaves import is_utf8
 from rl_ckpt.state.tree import flatten
 from rl_ckpt.store.committer import SaveRequest, encode_metrics, info_of
+from rl_ckpt.store.listing import listed
 from rl_ckpt.store.pending import Branch, PendingSave, decide, raise_untold
 from rl_ckpt.store.pins import pin
 from rl_ckpt.store.plain_load import load
@@ -389,13 +390,9 @@ class Checkpointer:
             InvalidInputError: A newer release wrote the run.
         """
         try:
-            run = Run.open(self._url, self._storage_options)
+            return listed(self._url, self._storage_options)
         except CheckpointNotFoundError:
             return []
-        log = run.log.read()
-        if log.damaged:
-            warnings.warn(f"records that can't be read are left out: {'; '.join(log.damaged.values())}", stacklevel=2)
-        return [info_of(run, commit, log.commits) for commit in log.commits]
 
     def latest(self) -> CheckpointInfo | None:
         """The newest checkpoint in the store, or None."""
@@ -433,7 +430,7 @@ class Checkpointer:
 
         Args:
             step: Which checkpoint.
-            seconds: When the hold ends if this process dies, counted from now.
+            seconds: When the hold ends if this process dies, counted from its last renewal.
 
         Raises:
             CheckpointNotFoundError: No such run or checkpoint.

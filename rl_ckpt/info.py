@@ -38,6 +38,56 @@ class CheckpointInfo:
     """From the call of `save` to the commit, in seconds; only known to the process that saved."""
     in_store: bool = True
     """False for what only the nodes' memory has (`persist_every`, or a deadline that left no time for the store)."""
+    tags: tuple[str, ...] = ()
+    """The tag given at save first, then those that were added later, as listings know them."""
+    note: str = ""
+    """As written later by `Catalog.note`, as listings know it."""
+    parent: str | None = None
+    """Id of the checkpoint that this one continues, also where that is gone; None: it is the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the retention rules say of one checkpoint."""
+
+    id: str
+    """Of the checkpoint."""
+    step: int
+    """Its step."""
+    keep: bool
+    """Whether it stays."""
+    why: str
+    """For people: which rule or tag keeps it, or why it goes."""
+
+
+@dataclass(frozen=True, slots=True)
+class SweepReport:
+    """What a sweep deleted, or would (`dry_run`)."""
+
+    verdicts: tuple[Verdict, ...]
+    """One per checkpoint, oldest first."""
+    deleted: tuple[str, ...]
+    """Ids of the checkpoints that went: their commit records are deleted, their files when the grace time is over."""
+    pinned: Mapping[str, str] = field(default_factory=dict)
+    """Checkpoints that were to go, and stay as somebody holds them: id → who."""
+    requested: Mapping[str, str] = field(default_factory=dict)
+    """Checkpoints that a job which owns the run was asked to remove: id → who, and when it does."""
+    put_back: tuple[str, ...] = ()
+    """Ids of tagged checkpoints that a sweep had begun to drop as their tag came, and that are listed again."""
+    files: int = 0
+    """Manifests and shard files that were deleted."""
+    bytes: int = 0
+    """Of these files."""
+    waiting_files: int = 0
+    """That no checkpoint names, and that a later sweep deletes, when the grace time is over."""
+    waiting_bytes: int = 0
+    """Of these files."""
+    partial_uploads: int = 0
+    """Uploads and temporary files of killed writers that were removed."""
+    dry_run: bool = False
+    """Whether nothing was changed: all the above is what a sweep would do now."""
+    notices: tuple[str, ...] = ()
+    """What could not be done or judged, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +128,34 @@ class RestoreReport:
     notice: str = ""
     """What the user should know though the restore succeeded: that the store could not be read, so that there may be a
     newer checkpoint than memory had; mostly empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefetchReport:
+    """What a prefetch brought into the nodes' memory."""
+
+    step: int
+    """Of the checkpoint that memory has; a newer one than was found in the store, where memory had that already."""
+    id: str
+    """Of that checkpoint."""
+    bytes: int
+    """Of its chunks, each once."""
+    bytes_fetched: int
+    """Read from the store by this prefetch: 0 where memory had it already; more than `bytes` only where a node was lost
+    with what it had brought in."""
+    bytes_left: int
+    """Of `bytes`, that are in no node's memory: a restore reads them from the store."""
+    nodes: Mapping[str, int]
+    """Bytes that each node brought in, by the name of its shard server."""
+    seconds: float
+    """Until the last chunk was in memory, without copies."""
+    damaged: Mapping[str, str] = field(default_factory=dict)
+    """Chunks that are damaged or missing in the store, and what was found: left out. A restore looks for their bytes in
+    other checkpoints; `verify(repair=True)` mends them."""
+    fell_back: Mapping[str, str] = field(default_factory=dict)
+    """Newer checkpoints whose manifests are damaged: id → why."""
+    notices: tuple[str, ...] = ()
+    """What else is not as it might be: no room, nodes that took no part, copies that could not be made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,3 +260,96 @@ class Preemption:
     def seconds_left(self) -> float:
         """Until the deadline, in seconds; 0 where it has passed."""
         return max(0.0, self.deadline - time.time())
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayChange:
+    """An array that two checkpoints have at one path, and that is not the same."""
+
+    path: str
+    """Of the leaf."""
+    ranks: tuple[int, ...] | None
+    """Whose it is; None: everybody's."""
+    before: str
+    """Dtype, shape and kind, as "float32 (3, 4) numpy"."""
+    after: str
+    """The same, of the later one."""
+    elements: int
+    """That it has now."""
+    changed: int | None
+    """Elements whose bits differ; None where dtype or shape are others: then nothing was read."""
+    norm: float | None
+    """Euclidean norm of the difference; None where `changed` is, and for text, bytes and structures."""
+    max_abs: float | None
+    """Greatest absolute difference of an element; None as `norm`."""
+    not_finite: int = 0
+    """Changed elements with a NaN or an infinity on one side: left out of `norm` and `max_abs`."""
+
+    @property
+    def share(self) -> float | None:
+        """Of the elements, how many changed: from 0 to 1."""
+        return None if self.changed is None else self.changed / self.elements
+
+
+@dataclass(frozen=True, slots=True)
+class LeafChange:
+    """Plain data that is not the same in two checkpoints, or a leaf that is of another kind."""
+
+    path: str
+    """Of the leaf."""
+    ranks: tuple[int, ...] | None
+    """Whose it is; None: everybody's."""
+    before: object
+    """The value; of an array, a container or pickled data a text that describes it."""
+    after: object
+    """The same, of the later one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Diff:
+    """What differs between two checkpoints."""
+
+    a: CheckpointInfo
+    """The one before."""
+    b: CheckpointInfo
+    """The one after."""
+    added: Mapping[str, tuple[int, ...] | None]
+    """Paths that only `b` has → on which ranks; None: on all."""
+    removed: Mapping[str, tuple[int, ...] | None]
+    """Paths that only `a` has, in the same way."""
+    arrays: tuple[ArrayChange, ...]
+    """In the order of the tree."""
+    leaves: tuple[LeafChange, ...]
+    """In the order of the tree."""
+    unchanged: int
+    """Leaves that are the same, by their digests: none of their bytes were read."""
+    bytes_read: int
+    """Of chunks, from both checkpoints."""
+    seconds: float
+    """That it took."""
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing differs."""
+        return not (self.added or self.removed or self.arrays or self.leaves)
+
+    def __str__(self) -> str:
+        """A line for each path that differs."""
+        lines = [f"{self.a.id} → {self.b.id}: {self.unchanged} leaves unchanged, {self.bytes_read} bytes read"]
+        lines += [f"+ {path}{_of_ranks(ranks)}" for path, ranks in self.added.items()]
+        lines += [f"- {path}{_of_ranks(ranks)}" for path, ranks in self.removed.items()]
+        lines += [f"~ {leaf.path}{_of_ranks(leaf.ranks)}: {leaf.before!r} → {leaf.after!r}" for leaf in self.leaves]
+        for one in self.arrays:
+            text = one.after if one.before == one.after else f"{one.before} → {one.after}"
+            if one.share is not None:
+                text += f", {one.share:.2%} of {one.elements} elements"
+            if one.norm is not None:
+                text += f", norm {one.norm:.4g}, at most {one.max_abs:.4g}"
+            if one.not_finite:
+                text += f", {one.not_finite} not finite"
+            lines.append(f"~ {one.path}{_of_ranks(one.ranks)}: {text}")
+        return "\n".join(lines)
+
+
+def _of_ranks(ranks: tuple[int, ...] | None) -> str:
+    return "" if ranks is None else f" (ranks {', '.join(map(str, ranks))})"

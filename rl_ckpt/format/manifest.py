@@ -8,11 +8,13 @@ time else.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from rl_ckpt.errors import CorruptionError, InvalidInputError
 from rl_ckpt.format.digest import check
-from rl_ckpt.format.records import FORMAT_VERSION, SHARDS
+from rl_ckpt.format.records import FORMAT_VERSION, PLAIN_VERSION, SHARDS, split_base
 from rl_ckpt.state.arrays import ArraySpec
 from rl_ckpt.state.boxes import Box
 from rl_ckpt.state.leaves import Json
@@ -66,7 +68,7 @@ class Variant(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """One checkpoint."""
 
-    version: int = FORMAT_VERSION
+    version: int = PLAIN_VERSION
     run: str
     id: str
     step: int
@@ -118,6 +120,11 @@ def decode(name: str, data: bytes, expected: bytes) -> Manifest:
 
 class _Version(msgspec.Struct):
     version: int
+
+
+def version_for(files: Iterable[ShardFileEntry]) -> int:
+    """Version of a manifest that names these files."""
+    return PLAIN_VERSION if all(split_base(file.name) is None for file in files) else FORMAT_VERSION
 
 
 def shard_file_name(checkpoint: str, server: str, k: int) -> str:

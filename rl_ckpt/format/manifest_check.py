@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from rl_ckpt.errors import CorruptionError, InvalidInputError
 from rl_ckpt.format.manifest import ArrayEntry, ArrayRef, Chunk, Manifest, ShardFileEntry, Variant
-from rl_ckpt.format.records import SHARDS
+from rl_ckpt.format.records import PLAIN_VERSION, SHARDS, in_run
 from rl_ckpt.state.arrays import KINDS, LONG_PLAIN, ArraySpec
 from rl_ckpt.state.boxes import Box, check_tiling
 from rl_ckpt.state.dtypes import dtype_from_name
@@ -46,7 +46,7 @@ def check_manifest(name: str, manifest: Manifest) -> None:
 
 def _problems(manifest: Manifest) -> Iterator[str]:
     for file in manifest.files:
-        if not (0 <= file.bytes < _MOST_BYTES and _is_shard_file(file)):
+        if not (0 <= file.bytes < _MOST_BYTES and _is_shard_file(file, manifest.version)):
             yield f"no shard file can be called {file.name!r} or have {file.bytes} bytes"
     places: dict[tuple[int, int], Chunk] = {}
     for index, entry in enumerate(manifest.arrays):
@@ -61,9 +61,10 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         yield "it has no root"
 
 
-def _is_shard_file(file: ShardFileEntry) -> bool:
-    parts = file.name.removeprefix(SHARDS).split("/")
-    return file.name.startswith(SHARDS) and file.name.isprintable() and all(map(_PART.match, parts))
+def _is_shard_file(file: ShardFileEntry, version: int) -> bool:
+    name = in_run(file.name) if version > PLAIN_VERSION else file.name
+    parts = name.removeprefix(SHARDS).split("/")
+    return name.startswith(SHARDS) and name.isprintable() and all(map(_PART.match, parts))
 
 
 def _array_problem(

@@ -1,4 +1,4 @@
-"""Records: run.json, the commit log's records, pins and leases, as self-checking JSON (docs/format.md).
+"""Records: run.json, the commit log's records, labels, pins and leases, as self-checking JSON (docs/format.md).
 
 Owns: their fields and their encoding. A record's file is `{"digest": ..., "record": {...}}`, where the digest covers
 the bytes of `record` as they stand in the file. Does not know: where files are, who may create one.
@@ -15,13 +15,22 @@ from rl_ckpt.errors import CorruptionError, InvalidInputError
 from rl_ckpt.format.digest import digest
 from rl_ckpt.state.leaves import Json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest that this release reads."""
+PLAIN_VERSION = 1
+"""Of a run or manifest whose files are all its own; those of forks have version 2 (docs/format.md, "Forks")."""
 
 RUN_FILE = "run.json"
+WAITING_FILE = "sweep.json"
+FORK_FILE = "fork.json"
+"""A copy of a fork's run.json: nothing else tells where its bases are."""
+BASES = "base/"
+"""How the names of files begin that lie in another run, which this one was forked from."""
 COMMITS, MANIFESTS, SHARDS, PINS, LEASES = "commits/", "manifests/", "shards/", "pins/", "leases/"
+LABELS = "labels/"
 
 
-class RunRecord(msgspec.Struct, frozen=True, tag="run", tag_field="kind"):
+class RunRecord(msgspec.Struct, frozen=True, tag="run", tag_field="kind", omit_defaults=True):
     """A run: created once, never changed."""
 
     version: int
@@ -33,6 +42,13 @@ class RunRecord(msgspec.Struct, frozen=True, tag="run", tag_field="kind"):
     """Release, host and process that created it."""
     create_only: str
     """"probed" where the store kept the create-only promise under a race, "weak" where the user did without."""
+    bases: tuple[str, ...] = ()
+    """Where the files lie whose names begin with `base/0/`, `base/1/` …: urls of other runs, relative to this one where
+    they have no scheme."""
+    held: tuple[str, ...] = ()
+    """By base: the checkpoint there that this run's pin holds; empty where the base lies within this run."""
+    forked_from: str = ""
+    """The run that this one was forked from, as `bases`; for people."""
 
 
 class CommitRecord(msgspec.Struct, frozen=True, tag="commit", tag_field="kind", kw_only=True):
@@ -76,13 +92,43 @@ class EpochRecord(msgspec.Struct, frozen=True, tag="epoch", tag_field="kind", kw
     """Id of the writer's lease; empty where it has none."""
 
 
+class LabelRecord(msgspec.Struct, frozen=True, tag="label", tag_field="kind", kw_only=True):
+    """What people say of a checkpoint after it was committed. Anybody may write it; the last one wins."""
+
+    checkpoint: str
+    """Id; also in the file's name."""
+    commit: CommitRecord
+    """The checkpoint's commit record, whole: a sweep that deleted it while the label came can put it back."""
+    tags: tuple[str, ...] = ()
+    note: str = ""
+    untagged: bool = False
+    """Whether the tag given at save counts no more."""
+    remove: bool = False
+    """Whether the checkpoint is to go, at the next sweep of whoever owns the run."""
+    confirmed: bool = False
+    """Whether the commit record was there after a label with tags was: if it is missing now, it may be put back."""
+    by: str = ""
+    """Who wrote it, for messages."""
+    time: float = 0.0
+    """Unix seconds, by the writer's clock."""
+
+
 class PinRecord(msgspec.Struct, frozen=True, tag="pin", tag_field="kind", kw_only=True):
     """A reader's hold on one checkpoint against the sweep."""
 
     checkpoint: str
     by: str
     expires: float
-    """Unix seconds."""
+    """Unix seconds, by the reader's clock."""
+    seconds: float = 0.0
+    """How long it holds after it was last written, by the store's clock; 0: only `expires` tells."""
+
+
+class WaitingRecord(msgspec.Struct, frozen=True, tag="sweep", tag_field="kind", kw_only=True):
+    """What a sweep by hand leaves to the next one: files that no checkpoint names, and whose grace is not over."""
+
+    waiting: dict[str, float]
+    """File → when a sweep first saw that nothing names it, in Unix seconds by the store's clock."""
 
 
 _ID = re.compile(r"\d{1,19}-\w+\Z", re.ASCII)
@@ -152,6 +198,11 @@ def decode(name: str, data: bytes, kind: type[Record]) -> Record:
         raise CorruptionError(f"{name} is damaged or no record of a run: {error}") from error
 
 
+def is_id(text: str) -> bool:
+    """Whether a text has the form of a checkpoint's id."""
+    return _ID.match(text) is not None
+
+
 def problem(record: CommitRecord) -> str | None:
     """Why nothing can be read by a record whose digest is right; None where it can.
 
@@ -178,7 +229,10 @@ def decode_run(url: str, data: bytes) -> RunRecord:
         raise InvalidInputError(
             f"{url} has format version {record.version}; this release reads up to {FORMAT_VERSION}: upgrade rl-ckpt"
         )
-    return decode(f"{url}/{RUN_FILE}", data, RunRecord)
+    run = decode(f"{url}/{RUN_FILE}", data, RunRecord)
+    if len(run.held) != len(run.bases):
+        raise CorruptionError(f"{url}/{RUN_FILE} has {len(run.bases)} bases, and pins in {len(run.held)} of them")
+    return run
 
 
 class _Version(msgspec.Struct):
@@ -199,6 +253,34 @@ def commit_number(name: str) -> int | None:
 def manifest_name(checkpoint: str) -> str:
     """File of a checkpoint's manifest."""
     return f"{MANIFESTS}{checkpoint}.json"
+
+
+def based_name(base: int, name: str) -> str:
+    """The name by which a fork calls a shard file of one of its bases."""
+    return f"{BASES}{base}/{name}"
+
+
+def split_base(name: str) -> tuple[int, str] | None:
+    """Number of the base and the name there, of what lies in a base; None for any other name."""
+    if not name.startswith(BASES):
+        return None
+    number, _, rest = name.removeprefix(BASES).partition("/")
+    # What a base has of its own bases lies in it by their names.
+    if not (number.isdecimal() and number.isascii() and (rest.startswith(SHARDS) or split_base(rest))):
+        return None
+    return (int(number), rest) if number == str(int(number)) else None
+
+
+def in_run(name: str) -> str:
+    """A shard file's name in the run that wrote it, whatever its name in a fork."""
+    while (based := split_base(name)) is not None:
+        name = based[1]
+    return name
+
+
+def label_name(checkpoint: str) -> str:
+    """File of a checkpoint's label."""
+    return f"{LABELS}{checkpoint}.json"
 
 
 def pin_name(pin: str) -> str:

@@ -1,28 +1,51 @@
-"""Retention: rules that say which checkpoints stay. One stays where any rule keeps it; the newest always stays."""
+"""Retention: rules that say which checkpoints stay. One stays where any rule keeps it; the newest always stays.
+
+Owns: the rules, and the verdict on each checkpoint with its reason, for sweeps and dry runs alike. Pure: the time is
+given. Promises: no clock, however wrong, makes the newest or a tagged checkpoint go, and what lies in the future by the
+given clock is kept by every rule about ages.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.format.records import CommitRecord
+from rl_ckpt.info import Verdict
 from rl_ckpt.state import leaves
+
+_SKEW_S = 60.0  # by which clocks of a cluster may differ before it is worth a word
 
 
 @runtime_checkable
 class KeepRule(Protocol):
-    """A rule: chooses the checkpoints to keep."""
+    """A rule: chooses the checkpoints to keep. One that needs the time is a `TimedRule` too."""
 
     def keep(self, commits: Sequence[CommitRecord]) -> set[str]:
         """Ids of the checkpoints that this rule keeps.
 
         Args:
             commits: All of the run, oldest commit first; not empty.
+        """
+        ...
+
+
+@runtime_checkable
+class TimedRule(KeepRule, Protocol):
+    """A rule about ages."""
+
+    def keep_at(self, commits: Sequence[CommitRecord], now: float) -> set[str]:
+        """As `KeepRule.keep`, which is not asked then.
+
+        Args:
+            commits: All of the run, oldest commit first; not empty.
+            now: Unix seconds.
         """
         ...
 
@@ -63,7 +86,10 @@ class EveryNSteps:
 
 @dataclass(frozen=True, slots=True)
 class BestN:
-    """Keeps the `n` checkpoints with the best value of a metric; of equal ones the newer."""
+    """Keeps the `n` checkpoints with the best value of a metric; of equal ones the newer.
+
+    Where no checkpoint has the metric at all, nothing tells which is best, and all stay.
+    """
 
     metric: str
     """Name, as given at save."""
@@ -83,7 +109,65 @@ class BestN:
         values: dict[str, Any] = {commit.id: leaves.decode(commit.metrics.get(self.metric)) for commit in commits}
         sign = 1 if self.mode == "max" else -1
         numbers = [(sign * value, place, id_) for place, (id_, value) in enumerate(values.items()) if _is_number(value)]
-        return {id_ for _, _, id_ in sorted(numbers)[-self.n :]}
+        return {id_ for _, _, id_ in sorted(numbers)[-self.n :]} if numbers else {*values}
+
+
+@dataclass(frozen=True, slots=True)
+class NewerThan:
+    """Keeps checkpoints that were committed less than so many seconds ago."""
+
+    seconds: float
+
+    def __post_init__(self) -> None:
+        """Checks `seconds`: a number greater than 0."""
+        _check_seconds(self, self.seconds)
+
+    def keep(self, commits: Sequence[CommitRecord]) -> set[str]:
+        """See `KeepRule.keep`; by this machine's clock."""
+        return self.keep_at(commits, time.time())
+
+    def keep_at(self, commits: Sequence[CommitRecord], now: float) -> set[str]:
+        """See `TimedRule.keep_at`."""
+        return {commit.id for commit in commits if now - commit.time < self.seconds}
+
+
+@dataclass(frozen=True, slots=True)
+class OnePer:
+    """Keeps the last checkpoint of each period: `OnePer(3600)` one per hour, `OnePer(86400, 7)` one for each of 7 days.
+
+    Periods are counted in Coordinated Universal Time; those without a checkpoint do not count.
+    """
+
+    seconds: float
+    """Length of a period."""
+    n: int | None = None
+    """How many periods, from the newest backwards; None: all."""
+
+    def __post_init__(self) -> None:
+        """Checks `seconds`: a number greater than 0; and `n`: None, or an integer of at least 1."""
+        _check_seconds(self, self.seconds)
+        if self.n is not None and (not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < 1):
+            raise InvalidInputError(f"{self!r}: n must be an integer of at least 1, or None for all periods")
+
+    def keep(self, commits: Sequence[CommitRecord]) -> set[str]:
+        """See `KeepRule.keep`; by this machine's clock."""
+        return self.keep_at(commits, time.time())
+
+    def keep_at(self, commits: Sequence[CommitRecord], now: float) -> set[str]:
+        """See `TimedRule.keep_at`."""
+        future = {commit.id for commit in commits if commit.time > now + _SKEW_S}
+        last = {math.floor(commit.time / self.seconds): commit.id for commit in commits if commit.id not in future}
+        periods = sorted(last)
+        return future | {last[period] for period in (periods if self.n is None else periods[-self.n :])}
+
+
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """Keeps the tagged checkpoints, which every set of rules does: `[Tagged()]` keeps nothing else but the newest."""
+
+    def keep(self, commits: Sequence[CommitRecord]) -> set[str]:
+        """See `KeepRule.keep`. Of tags that were given or taken after the save, `decide` knows."""
+        return {commit.id for commit in commits if commit.tag is not None}
 
 
 def _is_number(value: object) -> bool:
@@ -91,14 +175,98 @@ def _is_number(value: object) -> bool:
     return number and not math.isnan(value)  # type: ignore[arg-type]  # numpy's too
 
 
-def to_drop(commits: Sequence[CommitRecord], rules: Sequence[KeepRule]) -> list[CommitRecord]:
-    """Checkpoints that no rule keeps.
+def _check_seconds(rule: object, seconds: object) -> None:
+    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not number or not 0 < seconds < math.inf:  # type: ignore[operator]  # a number by then
+        raise InvalidInputError(f"{rule!r}: seconds must be a number greater than 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What people have said of checkpoints after they were saved, by id."""
+
+    tags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """All tags of the tagged ones, with those given at save."""
+    removals: Mapping[str, str] = field(default_factory=dict)
+    """Those that are to go: who asked for it."""
+    unreadable: frozenset[str] = frozenset()
+    """Those of which that can't be read: they may be tagged."""
+
+
+def decide(
+    commits: Sequence[CommitRecord], rules: Sequence[KeepRule], now: float, said: Said | None = None
+) -> list[Verdict]:
+    """Which checkpoints stay, and why.
 
     Args:
         commits: All of the run, oldest commit first.
-        rules: None at all keeps everything. Tagged checkpoints and the newest stay whatever the rules say.
+        rules: None at all keeps everything.
+        now: Unix seconds.
+        said: Tags and requests to remove; None: the tags given at save alone.
+
+    Returns:
+        A verdict per checkpoint, in the same order. The newest stays whatever is said; of the others, one that was
+        asked to be removed goes, and a tagged one stays whatever the rules say.
     """
-    if not rules or not commits:
+    if not commits:
         return []
-    kept = {commits[-1].id}.union(*(rule.keep(commits) for rule in rules))
-    return [commit for commit in commits if commit.id not in kept and commit.tag is None]
+    said = said or Said({commit.id: (commit.tag,) for commit in commits if commit.tag is not None})
+    kept: dict[str, list[str]] = {}
+    for rule in rules:
+        for checkpoint in _kept_by(rule, commits, now, said):
+            kept.setdefault(checkpoint, []).append(repr(rule))
+    return [_verdict(commit, commit is commits[-1], kept, not rules, said, now) for commit in commits]
+
+
+def _kept_by(rule: KeepRule, commits: Sequence[CommitRecord], now: float, said: Said) -> set[str]:
+    if isinstance(rule, Tagged):
+        return {*said.tags}
+    return rule.keep_at(commits, now) if isinstance(rule, TimedRule) else rule.keep(commits)
+
+
+def _verdict(
+    commit: CommitRecord, newest: bool, kept: Mapping[str, Sequence[str]], no_rules: bool, said: Said, now: float
+) -> Verdict:
+    def verdict(keep: bool, why: str) -> Verdict:
+        return Verdict(commit.id, commit.step, keep, why)
+
+    asked = said.removals.get(commit.id)
+    if newest:
+        return verdict(True, "the newest always stays" + (f", though {asked} asked to remove it" if asked else ""))
+    if asked:
+        return verdict(False, f"{asked} asked to remove it")
+    if commit.id in said.unreadable:
+        return verdict(True, "its label can't be read, and may say that it is tagged")
+    if said.tags.get(commit.id):
+        return verdict(True, f"tagged {', '.join(said.tags[commit.id])}")
+    if no_rules:
+        return verdict(True, "there are no rules")
+    if commit.id not in kept:
+        return verdict(False, "no rule keeps it")
+    ahead_s = commit.time - now
+    ahead = f"; its time is {ahead_s:.0f} s ahead of this clock" if ahead_s > _SKEW_S else ""
+    return verdict(True, ", ".join(kept[commit.id]) + ahead)
+
+
+def check_rules(commits: Sequence[CommitRecord], rules: Sequence[KeepRule], now: float, said: Said) -> None:
+    """Refuses rules that keep nothing of a run: they are more likely a mistake than meant.
+
+    Args:
+        commits: All of the run, oldest commit first.
+        rules: To be checked.
+        now: Unix seconds.
+        said: Tags and requests to remove.
+
+    Raises:
+        InvalidInputError: `rules` is no sequence of rules, or they keep none of the checkpoints.
+    """
+    wrong = isinstance(rules, type | str | KeepRule) or any(
+        isinstance(r, type) or not isinstance(r, KeepRule) for r in rules
+    )
+    if wrong:
+        raise InvalidInputError(f"keep={rules!r} must be a list of rules such as [LatestN(3), EveryNSteps(1000)]")
+    if commits and rules and not any(_kept_by(rule, commits, now, said) for rule in rules):
+        raise InvalidInputError(
+            f"the rules {list(rules)} keep none of the {len(commits)} checkpoints (steps {commits[0].step} to "
+            f"{commits[-1].step}), so that all but the newest and the tagged would go; add LatestN(1) if that is meant"
+        )

@@ -142,6 +142,11 @@ class Fetch:
             done = None
         return dict(self._bytes), tuple(self._failed[offset] for offset in sorted(self._failed))
 
+    def bytes_so_far(self) -> int:
+        """That have come and are good."""
+        with self._lock:
+            return sum(self._bytes.values())
+
     def _worst(self) -> CheckpointError:
         """Why chunks that this server was to bring for others will not come."""
         flaw = self._failed[min(self._failed)].flaw
@@ -168,8 +173,8 @@ class Fetch:
             views = [(i.source_offset, self._view(i.offset, i.size_bytes)) for i in items]
             self._store.read_into(name, views)
         except ObjectMissingError:
-            url = self._store.object_url(name)
-            self._fail(items, IN_STORE, CorruptionError(f"{url} is missing, though the checkpoint names it"))
+            text = f"{self._store.missing(name)}, though the checkpoint names it"
+            self._fail(items, IN_STORE, CorruptionError(text))
             return
         except CorruptionError as error:
             if len(items) == 1:

@@ -74,6 +74,7 @@ class Observer:
             rm.Arm: lambda arm: self._opened(arm.token, arm.state),
             rm.Fetch: lambda fetch: self._phase(_key(fetch.token), "match", "read"),
             rm.Search: lambda search: self._phase(_key(search.token), "match", "read"),
+            rm.Await: lambda wait: self._phase(_key(wait.token), "match", "read"),
             rm.Answer: lambda answer: self._answered(answer.key, answer.reply),
             rm.Forget: lambda forget: self._set(_key(forget.token)),
         }

@@ -39,9 +39,9 @@ from rl_ckpt.state.boxes import Box, overlap
 from rl_ckpt.state.collector import paused
 from rl_ckpt.state.dtypes import dtype_from_name
 from rl_ckpt.state.tree import FlatTree, LocalArray, Node, Plain, Tie, flatten, unflatten
+from rl_ckpt.store.based import open_run_store
 from rl_ckpt.store.parallel import spare_threads
 from rl_ckpt.store.reader import make_leaf, refuse_pickles
-from rl_ckpt.store.urls import open_store
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def restore_rank(spec: RunSpec, place: Place, request: RestoreRequest, state: An
     opened = encode(OpenRestore(place.key, place.rank, place.world_size, request.step, server))
     asked = Asked(link.open_restore.remote(opened), Candidate)  # which reads the manifest while the tree is walked
     flat = None if state is None else flatten(state, True, open_object)
-    store = open_store(spec.url, spec.storage_options)
+    store = open_run_store(spec.url, spec.storage_options)
     while True:
         candidate = asked.get()
         with paused():

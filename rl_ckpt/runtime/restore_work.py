@@ -206,7 +206,7 @@ class RestoreWork:
             except CorruptionError as error:
                 damaged[one.id] = str(error)
                 continue
-            mappable = choice.run is not None and choice.run.store.local_path(records.RUN_FILE) is not None
+            mappable = choice.run is not None and choice.run.store.is_local()
             return Loaded(one.id, manifest, data, mappable, damaged, one.memory, notice=choice.notice)
         bad = [*tried, *damaged]
         raise CorruptionError(f"no good checkpoint in {self._spec.url}: tried {bad}; {damaged or ''}")

@@ -5,7 +5,7 @@ The words of `tier`; no behaviour.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rl_ckpt.plan.parts import Part, Remembered
@@ -27,6 +27,14 @@ class Copy:
     server: str
     part: Part
     holder: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bring:
+    """Have a server bring a part in from the store; answer with `brought` or `not_held`. It may have to be started."""
+
+    server: str
+    part: Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +77,7 @@ class CannotLand:
     why: str
 
 
-Instruction = Hold | Copy | Remember | Release | GenerationFree | Landed | CannotLand
+Instruction = Hold | Copy | Bring | Remember | Release | GenerationFree | Landed | CannotLand
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +106,8 @@ class Piece:
     """Servers that are to have it and have not answered."""
     refused: dict[str, str] = field(default_factory=dict)
     """Servers that can't have it, with the reason."""
+    stored: bool = False
+    """Whether it is brought in from the store where nobody has it."""
 
 
 @dataclass(slots=True)
@@ -120,3 +130,7 @@ class Kept:
     """In the order of the saves; 0 for what was there before."""
     bad: list[Release] = field(default_factory=list)
     """Damaged copies, to be given up once nobody restores from the checkpoint."""
+    prefetched: bool = False
+    """Whether it was brought in from the store, and no save staged it."""
+    limits: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of it that servers may have; others: as the options say."""

@@ -218,7 +218,8 @@ class Store(ABC):
 
         Args:
             older_than_s: Leave alone what is younger, in seconds: its writer may be alive.
-            spare: Given the name of the object that was being written: whether to leave it alone at any age.
+            spare: Given the name of the object that was being written, or of a folder that was left empty, with a `/`
+                at its end: whether to leave it alone although it is old enough.
 
         Returns:
             How many were removed.
@@ -228,6 +229,14 @@ class Store(ABC):
         """Absolute path where a process of this machine can map the object; None where there is no such thing."""
         check_name(name)
         return None
+
+    def is_local(self) -> bool:
+        """Whether processes of this machine can map all objects."""
+        return self.local_path("any") is not None
+
+    def missing(self, name: str) -> str:
+        """Says of an object that is not there where it should be, for messages."""
+        return f"{self.object_url(name)} is missing"
 
     def free_bytes(self) -> int | None:
         """Bytes that can still be stored; None where the store does not tell."""

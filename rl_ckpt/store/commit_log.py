@@ -76,6 +76,11 @@ class CommitLog:
         """The epoch that this process opened; 0 for a reader."""
         return self._epoch
 
+    @property
+    def head(self) -> int:
+        """Number of the newest record that this process, as the run's owner, knows of."""
+        return self._head
+
     def read(self) -> Log:
         """Reads all records.
 

@@ -14,20 +14,21 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rl_ckpt.errors import CommitUnknownError, CorruptionError, InvalidInputError, StorageError
+from rl_ckpt.errors import CommitUnknownError, InvalidInputError, StorageError
 from rl_ckpt.format import manifest as manifests
 from rl_ckpt.format import records
 from rl_ckpt.format.digest import digest
 from rl_ckpt.format.manifest import ArrayEntry, Manifest, ShardFileEntry
 from rl_ckpt.format.records import CommitRecord
-from rl_ckpt.info import CheckpointInfo
-from rl_ckpt.plan.deal import SavePlan, Stored, Written, entries, stored_chunks
+from rl_ckpt.info import CheckpointInfo, Verdict
+from rl_ckpt.plan.deal import SavePlan, Stored, Written, entries
 from rl_ckpt.plan.parts import memory_entries
-from rl_ckpt.plan.retention import KeepRule, to_drop
+from rl_ckpt.plan.retention import KeepRule
 from rl_ckpt.state import leaves
 from rl_ckpt.state.arrays import UnsupportedLeafError
 from rl_ckpt.state.leaves import Json
 from rl_ckpt.store.lease import LEASE_S, Lease
+from rl_ckpt.store.reuse import Reuse
 from rl_ckpt.store.run import Run, lineage, who
 from rl_ckpt.store.sweep import Sweeper
 
@@ -92,6 +93,7 @@ class Committer:
         job: str = "",
         service: str = "",
         lease_s: float = LEASE_S,
+        beside: bool = False,
     ) -> None:
         """Takes the run over: appends an epoch record, and keeps a lease from then on.
 
@@ -103,6 +105,7 @@ class Committer:
             job: What this writer works for, for messages.
             service: Id of what opens the run again from another process when this one dies (store/lease.py).
             lease_s: How long another writer must wait when this one dies where it can't see that, in seconds.
+            beside: Whether another writer of this very process counts as another job; else it gives way.
 
         Raises:
             RunOwnedError: Another writer owns the run and is alive; nothing was written.
@@ -110,7 +113,7 @@ class Committer:
         """
         self.run = run
         self._keep = tuple(keep)
-        self._lease = Lease(run.store, who(), job=job, service=service, lease_s=lease_s)
+        self._lease = Lease(run.store, who(), job=job, service=service, lease_s=lease_s, beside=beside)
         try:
             log = run.log.claim(who(), self._lease, take_over)
         except BaseException:
@@ -125,9 +128,10 @@ class Committer:
         self._open: dict[str, _Attempt] = {}
         self._lock = threading.Lock()  # held where commits and attempts change, never while the store is asked
         self._unsettled: set[str] = set()  # attempts whose commit record was sent and may yet land
-        self._stored: Stored | None = None
+        self._reuse = Reuse(run)
         self._landed: dict[str, int] = {}  # only in memory, and in the line that goes on: the step
         self._parents: dict[str, str | None] = {}  # of all that landed, of other branches too: the committed parent
+        self.verdicts: Sequence[Verdict] = ()  # of the last `tidy`
         self.last_manifest = b""  # of the last `commit`, as it was encoded
 
     def configure(self, keep: Sequence[KeepRule], grace_s: float) -> None:
@@ -144,6 +148,11 @@ class Committer:
     def commits(self) -> Sequence[CommitRecord]:
         """All commits of the run, oldest first."""
         return self._commits
+
+    @property
+    def sweeper(self) -> Sweeper:
+        """What sweeps for this committer."""
+        return self._sweeper
 
     def attempt(self, request: SaveRequest) -> str:
         """Checks a request and names its checkpoint; asks an object store nothing.
@@ -222,36 +231,13 @@ class Committer:
             return {}  # given up meanwhile
         with self._lock:
             parent = self._continued(attempt.request)
-        stored = self._stored_for(parent)
+        stored = self._reuse.find(parent, self._commits)
         self._sweeper.protect(checkpoint, {file.name for file, _ in stored.values()})
         with self._lock:
             given_up = checkpoint not in self._open
         if given_up:  # while the store was asked
             self._sweeper.release(checkpoint)
         return stored
-
-    def _stored_for(self, parent: str | None) -> Stored:
-        """Chunks of the checkpoint that a save continues: after a fallback the newest is damaged, that one was read."""
-        newest = self._commits[-1] if self._commits else None
-        start = next((c for c in self._commits if c.id == parent), newest)
-        if start is not newest and start is not None:
-            # An older coordinator may have dropped it before it was fenced, and its deletes still be on their way. It
-            # can't have dropped what was the newest when it was fenced, and this one's own are this one's to drop.
-            return self._stored_in(start) if start.epoch == self.run.log.epoch else {}
-        if self._stored is None:
-            self._stored = self._stored_in(newest)
-        return self._stored
-
-    def _stored_in(self, commit: CommitRecord | None) -> Stored:
-        try:
-            return self._intact(stored_chunks(self.run.manifest(commit))) if commit else {}
-        except CorruptionError:
-            return {}  # nothing to refer to: the save writes everything, and stands by itself
-
-    def _intact(self, stored: Stored) -> Stored:
-        """Leaves out chunks whose file is gone or cut short: a new checkpoint must not lean on those."""
-        sizes = {item.name: item.size_bytes for item in self.run.store.list(records.SHARDS)}
-        return {key: value for key, value in stored.items() if sizes.get(value[0].name) == value[0].bytes}
 
     def commit(self, save: WrittenSave) -> CommitRecord:
         """Makes a checkpoint of what was written.
@@ -285,7 +271,7 @@ class Committer:
             self._open.pop(manifest.id, None)
             self._landed.pop(manifest.id, None)
             self._parents.pop(manifest.id, None)
-        self._stored = stored_chunks(manifest)
+        self._reuse.committed(manifest)
         return record
 
     def land(self, save: WrittenSave) -> tuple[CommitRecord, bytes]:
@@ -371,9 +357,10 @@ class Committer:
         Raises:
             StorageError: The store failed; what is left goes at the next sweep.
         """
-        dropped = {
-            commit.id for commit in to_drop(self._commits, self._keep) if not self.run.log.in_doubt(commit.number)
-        }
+        back, self.verdicts = self._sweeper.judge(self._commits, self._keep)
+        with self._lock:
+            self._commits = sorted([*self._commits, *back], key=lambda commit: commit.number)
+        dropped = {verdict.id for verdict in self.verdicts if not verdict.keep}
         try:
             self._sweeper.sweep(
                 [commit for commit in self._commits if commit.id in dropped],
@@ -402,6 +389,7 @@ class Committer:
         with self._lock:
             parent = self._continued(request) or (self._commits[-1].id if self._commits else None)
         return Manifest(
+            version=manifests.version_for(files),
             run=self.run.record.run,
             id=save.checkpoint,
             step=request.step,
@@ -454,6 +442,8 @@ def info_from(
         stall_s=stall_s,
         durable_s=durable_s,
         in_store=in_store,
+        tags=(record.tag,) if record.tag is not None else (),
+        parent=record.parent,
     )
 
 

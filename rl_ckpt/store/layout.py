@@ -15,7 +15,7 @@ import pyarrow as pa
 from rl_ckpt.format import packed_file, shard_file
 from rl_ckpt.format.manifest import ArrayRef, Manifest, ShardFileEntry
 from rl_ckpt.format.packed_file import Rows
-from rl_ckpt.format.records import SHARDS
+from rl_ckpt.format.records import SHARDS, in_run
 from rl_ckpt.format.shard_file import Column, ShardFile
 from rl_ckpt.state.boxes import Box
 
@@ -40,7 +40,7 @@ Leaves = Mapping[tuple[int, int], Sequence[Leaf]]
 
 def writer_of(file: str) -> str:
     """Id of the checkpoint that wrote a shard file."""
-    return file.removeprefix(SHARDS).split("/")[0]
+    return in_run(file).removeprefix(SHARDS).split("/")[0]
 
 
 def leaves_in(manifest: Manifest, file: str) -> Leaves:

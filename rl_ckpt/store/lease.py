@@ -102,7 +102,16 @@ def _machine() -> str:
 class Lease:
     """This writer's lease. `claim` and `close` are for one thread at a time."""
 
-    def __init__(self, store: Store, owner: str, *, job: str = "", service: str = "", lease_s: float = LEASE_S) -> None:
+    def __init__(
+        self,
+        store: Store,
+        owner: str,
+        *,
+        job: str = "",
+        service: str = "",
+        lease_s: float = LEASE_S,
+        beside: bool = False,
+    ) -> None:
         """Nothing is written yet.
 
         Args:
@@ -111,8 +120,10 @@ class Lease:
             job: What it works for, for messages.
             service: Id of what goes on in another process when this one dies: that one takes over at once.
             lease_s: How long the lease holds without being renewed, in seconds.
+            beside: Whether another writer of this very process counts as another job; else it gives way.
         """
         self._store = store
+        self._beside = beside
         now, process = time.time(), this_process()
         self._record = LeaseRecord(
             epoch=0, id=uuid.uuid4().hex[:12], owner=owner, job=job, host=process.host, pid=process.pid,
@@ -175,7 +186,8 @@ class Lease:
         if held is None:
             return None  # it has let the run go
         theirs, mine = held.record, self._record
-        if theirs.machine and (theirs.machine, theirs.pid, theirs.started) == (mine.machine, mine.pid, mine.started):
+        same = (theirs.machine, theirs.pid, theirs.started) == (mine.machine, mine.pid, mine.started)
+        if theirs.machine and same and not self._beside:
             return None
         if theirs.service and theirs.service == mine.service:
             return None
@@ -291,6 +303,16 @@ class _Held:
     data: bytes
     record: LeaseRecord
     alive_here: str = "unknown"
+
+
+def holder(store: Store, last: EpochRecord) -> LeaseRecord | None:
+    """The lease of an epoch's owner, for people to look at; None where it has let the run go.
+
+    Raises:
+        StorageError: The store failed.
+    """
+    held = _read(store, last, LEASE_S)
+    return None if held is None else held.record
 
 
 def _read(store: Store, last: EpochRecord, lease_s: float) -> _Held | None:

@@ -151,15 +151,15 @@ class LocalStore(Store):
         with self._writing("clean", _TMP_SUFFIX, 0):
             for path in _files_below(self.root, hidden=True):
                 with suppress(FileNotFoundError):
-                    if not path.endswith(_TMP_SUFFIX) or spare(self._named_by(path)):
+                    if not path.endswith(_TMP_SUFFIX) or os.stat(path).st_mtime > limit:
                         continue
-                    if os.stat(path).st_mtime <= limit:
+                    if not spare(self._named_by(path)):
                         os.unlink(path)
                         removed += 1
                         self._prune(os.path.dirname(path))
             for folder in _empty_folders(self.root):
                 with suppress(FileNotFoundError):
-                    if os.stat(folder).st_mtime <= limit:
+                    if os.stat(folder).st_mtime <= limit and not spare(f"{os.path.relpath(folder, self.root)}/"):
                         self._prune(folder)
         return removed
 

@@ -66,8 +66,8 @@ class LocalFiles:
             try:
                 self._open[file] = (os.open(path, os.O_RDONLY | os.O_CLOEXEC), path)
             except FileNotFoundError as error:
-                missing = f"{path} is missing, though checkpoint {self._manifest.id} names it"
-                raise CorruptionError(missing) from error
+                missing = self._store.missing(self._names[file])
+                raise CorruptionError(f"{missing}, though checkpoint {self._manifest.id} names it") from error
             except OSError as error:
                 raise StorageError(f"{path} can't be opened: {error}") from error
         return self._open[file]

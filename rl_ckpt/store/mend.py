@@ -10,7 +10,8 @@ turned: by digest and size that is tried in no time where the chunk is small, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from rl_ckpt.format.digest import digest
 from rl_ckpt.format.manifest import ShardFileEntry
 from rl_ckpt.format.records import CommitRecord, EpochRecord, LogRecord, RunRecord
 from rl_ckpt.store.base import ObjectMissingError, Store
+from rl_ckpt.store.based import self_contained
 from rl_ckpt.store.chunk_check import Spot, bad_spots, read_ranges, read_spot
 from rl_ckpt.store.layout import Leaves, arrow_problem, compose_anew, new_area
 from rl_ckpt.store.repair import Place
@@ -192,7 +194,35 @@ def run_by_its_log(url: str, storage_options: Mapping[str, Any]) -> Run | None:
         return None
     created = min(entry.time for entry in found)
     by = f"{who()}, from the commit log"
-    return Run(store, RunRecord(records.FORMAT_VERSION, found[0].run, created, by, "weak"))
+    record = _fork_record(store, found[0].run) or RunRecord(records.PLAIN_VERSION, found[0].run, created, by, "weak")
+    run = Run(store, record, storage_options)
+    return run if record.bases or not _needs_bases(run, found) else None
+
+
+def _fork_record(store: Store, run: str) -> RunRecord | None:
+    """The run.json of a fork by the copy of it, or of a copied fork by the files that it has of its bases itself."""
+    data = _get(store, records.FORK_FILE)
+    if data is not None:
+        try:
+            record = records.decode_run(store.url, data)
+        except CorruptionError:
+            return None
+        return record if record.run == run else None
+    numbers = [based[0] for item in store.list(records.BASES) if (based := records.split_base(item.name)) is not None]
+    if not numbers:
+        return None
+    bases = ("",) * (max(numbers) + 1)
+    by = f"{who()}, from its files"
+    return self_contained(RunRecord(records.FORMAT_VERSION, run, time.time(), by, "weak", bases, bases))
+
+
+def _needs_bases(run: Run, found: Sequence[LogRecord]) -> bool:
+    """Whether the newest checkpoint names files of bases."""
+    newest = max((entry for entry in found if isinstance(entry, CommitRecord)), key=lambda c: c.number, default=None)
+    try:
+        return newest is not None and run.manifest(newest).version > records.PLAIN_VERSION
+    except CorruptionError:
+        return False
 
 
 def write_run_record(run: Run) -> str:

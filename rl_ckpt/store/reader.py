@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rl_ckpt.errors import CorruptionError, InvalidInputError
-from rl_ckpt.format import records
 from rl_ckpt.format.digest import compare, digest, hasher
 from rl_ckpt.format.manifest import ArrayEntry, ArrayRef, Chunk, Manifest
 from rl_ckpt.plan.match import Match
@@ -64,7 +63,7 @@ def load_arrays(store: Store, manifest: Manifest, wanted: Iterable[int]) -> dict
     for index in out:
         for chunk in manifest.arrays[index].chunks:
             by_file.setdefault(chunk.file, []).append((index, chunk))
-    if store.local_path(records.RUN_FILE) is not None:
+    if store.is_local():
         _load_local(store, manifest, list(itertools.chain.from_iterable(by_file.values())), out)
     else:
         run_all([partial(_fetch, store, manifest, f, chunks, out) for f, chunks in by_file.items()], spare_threads())
@@ -171,7 +170,7 @@ def compare_chunk(store: Store, manifest: Manifest, chunk: Chunk, found: bytes) 
 
 
 def _missing(store: Store, manifest: Manifest, name: str) -> str:
-    return f"{store.object_url(name)} is missing, though checkpoint {manifest.id} names it"
+    return f"{store.missing(name)}, though checkpoint {manifest.id} names it"
 
 
 def _place(manifest: Manifest, index: int, chunk: Chunk, data: memoryview, out: Mapping[int, Host]) -> None:

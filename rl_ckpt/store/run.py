@@ -22,6 +22,7 @@ from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.format.manifest_check import check_manifest
 from rl_ckpt.format.records import CommitRecord, RunRecord
 from rl_ckpt.store.base import ObjectExistsError, ObjectMissingError, Store
+from rl_ckpt.store.based import with_bases
 from rl_ckpt.store.commit_log import CommitLog, Log
 from rl_ckpt.store.probe import probe_create_only
 from rl_ckpt.store.urls import open_store
@@ -35,11 +36,11 @@ def who() -> str:
 class Run:
     """One run, opened for reading, or for writing by `create`."""
 
-    def __init__(self, store: Store, record: RunRecord) -> None:
+    def __init__(self, store: Store, record: RunRecord, storage_options: Mapping[str, Any] | None = None) -> None:
         """A run whose run.json was read already; see `open` and `create`."""
-        self.store = store
+        self.store = with_bases(store, record, storage_options)
         self.record = record
-        self.log = CommitLog(store, record.run)
+        self.log = CommitLog(store, record.run)  # of which a fork has one of its own
 
     @staticmethod
     def open(url: str, storage_options: Mapping[str, Any] | None = None) -> Run:
@@ -62,7 +63,7 @@ class Run:
             raise CheckpointNotFoundError(
                 f"no run at {store.url}: {what}. Give the url that was given to the Checkpointer which saved"
             ) from error
-        return Run(store, records.decode_run(store.url, data))
+        return Run(store, records.decode_run(store.url, data), storage_options)
 
     @staticmethod
     def create(url: str, storage_options: Mapping[str, Any] | None = None, weak_commits: bool = False) -> Run:
@@ -80,7 +81,7 @@ class Run:
         """
         store = open_store(url, storage_options)
         try:
-            return Run(store, records.decode_run(store.url, store.get(records.RUN_FILE)))
+            return Run(store, records.decode_run(store.url, store.get(records.RUN_FILE)), storage_options)
         except ObjectMissingError:
             pass
         if store.list(records.COMMITS) and not store.exists(records.RUN_FILE):  # a new run would take its place
@@ -93,15 +94,15 @@ class Run:
                 if not store.exists(records.RUN_FILE):
                     raise
         promise = "weak" if weak_commits else "probed"
-        record = RunRecord(records.FORMAT_VERSION, uuid.uuid4().hex, time.time(), who(), promise)
+        record = RunRecord(records.PLAIN_VERSION, uuid.uuid4().hex, time.time(), who(), promise)
         try:
             store.create(records.RUN_FILE, records.encode(record))
         except ObjectExistsError:  # another process created it meanwhile, or the reply to our own PUT was lost
             return Run.open(url, storage_options)
         return Run(store, record)
 
-    def find(self, log: Log, step: int | None) -> CommitRecord:
-        """The newest commit, or the newest of a step.
+    def find(self, log: Log, step: int | str | None) -> CommitRecord:
+        """The newest commit, the newest of a step, or the one with an id.
 
         Raises:
             CheckpointNotFoundError: There is none; the message lists what there is.
@@ -116,9 +117,10 @@ class Run:
             raise CheckpointNotFoundError(f"{self.store.url} has no checkpoint yet")
         if step is None:
             return log.commits[-1]
-        found = [commit for commit in log.commits if commit.step == step]
+        found = [commit for commit in log.commits if step in (commit.step, commit.id)]
         if not found:
-            raise CheckpointNotFoundError(f"{self.store.url} has no checkpoint of step {step}; {_steps(log)}")
+            what = f"no checkpoint of step {step}" if isinstance(step, int) else f"no checkpoint {step}"
+            raise CheckpointNotFoundError(f"{self.store.url} has {what}; {_steps(log)}")
         return found[-1]
 
     def manifest(self, commit: CommitRecord) -> Manifest:

@@ -14,6 +14,9 @@ from rl_ckpt.store.generic import FsspecStore
 from rl_ckpt.store.local import LocalStore
 from rl_ckpt.store.memory import MemoryStore
 
+BASE_OPTIONS = "bases"
+"""Among the storage options: those for the runs that this one was forked from, where they need others than its own."""
+
 _SUPPORTED = (
     "a local path, file://, s3://, memory:// (tests), or another scheme of fsspec such as gs://, abfs://, hdfs://"
 )
@@ -73,6 +76,8 @@ def open_store(url: str | os.PathLike[str], storage_options: StorageOptions | No
     """
     normal = check_url(url)
     scheme = normal.partition("://")[0]
+    if storage_options is not None and BASE_OPTIONS in storage_options:
+        storage_options = {key: value for key, value in storage_options.items() if key != BASE_OPTIONS}
     if scheme == "file":
         return LocalStore(normal, storage_options)
     if scheme == "memory":

@@ -16,11 +16,12 @@ from typing import Any
 
 from rl_ckpt.errors import CheckpointNotFoundError, CorruptionError, InvalidInputError, StorageError, UntrustedDataError
 from rl_ckpt.format.manifest import Manifest
-from rl_ckpt.format.records import RUN_FILE, SHARDS, CommitRecord, commit_name, manifest_name
+from rl_ckpt.format.records import RUN_FILE, CommitRecord, commit_name, manifest_name
 from rl_ckpt.info import Damage, VerifyReport
 from rl_ckpt.state import leaves
 from rl_ckpt.state.tree import Plain
 from rl_ckpt.store import mend
+from rl_ckpt.store.based import outer_base, sizes_of
 from rl_ckpt.store.chunk_check import Spot, bad_spots, read_ranges
 from rl_ckpt.store.layout import Leaves, arrow_problem, leaves_in, new_area, writer_of
 from rl_ckpt.store.mend import DamagedFile, More
@@ -33,14 +34,14 @@ _PIN_S = 24 * 3600.0
 
 
 def verify(
-    url: str, storage_options: Mapping[str, Any], step: int | None, repair: bool, more: More | None = None
+    url: str, storage_options: Mapping[str, Any], step: int | str | None, repair: bool, more: More | None = None
 ) -> VerifyReport:
     """As `Checkpointer.verify`.
 
     Args:
         url: Of the run.
         storage_options: For fsspec.
-        step: Which checkpoint; None: all.
+        step: Which checkpoint, by its step or id; None: all.
         repair: Whether to write good bytes back.
         more: A further source: gives the bytes of a digest and size, or None. What it gives is compared.
     """
@@ -170,7 +171,7 @@ class _Verifier:
     def files(self) -> list[Damage]:
         """Reads all chunks, and what is around them."""
         store = self._run.store
-        there = {item.name: item.size_bytes for item in store.list(SHARDS)}
+        there = sizes_of(store, self.spots)
         bad = bad_spots(store, self.spots)
         files: dict[str, DamagedFile] = {}
         for name in self.spots:
@@ -179,10 +180,12 @@ class _Verifier:
             files[name].bad[spot] = found
         self._look_around(list(files.values()))
         damaged = [file for file in files.values() if file.bad or file.around]
-        if self._repair and damaged:
-            bad |= self._widen({file.name: file for file in damaged})
+        # A base's files are another run's: what else lies in them, this one does not know.
+        own = [file for file in damaged if outer_base(store, file.name) is None]
+        if self._repair and own:
+            bad |= self._widen({file.name: file for file in own})
             places = good_places(self._run, bad)
-            for file in damaged:
+            for file in own:
                 mend.file(self._run, file, {s: p for (name, s), p in places.items() if name == file.name}, self._more)
         return [item for file in damaged for item in self._damage(file)]
 
@@ -242,12 +245,15 @@ class _Verifier:
                 if spot in named:
                     ids.append(commit.id)
                     paths.update(leaf.path for leaf in there.get((spot.offset, spot.bytes), ()))
+        base = outer_base(self._run.store, file.name)
+        there_alone = f"it belongs to the run at {base}: `verify(repair=True)` of that one mends it where it can"
         lost = "no other checkpoint has the same bytes; load the checkpoint before, and save again"
+        lost = lost if self._repair else "`verify(repair=True)` looks for other copies"
         rows = [
             Damage(
                 file.name, found, spot.digest, spot.offset, spot.bytes, tuple(sorted(by_spot[spot][0])),
                 tuple(by_spot[spot][1]), file.mended.get(spot),
-                "" if spot in file.mended else lost if self._repair else "`verify(repair=True)` looks for other copies",
+                "" if spot in file.mended else lost if base is None else there_alone,
             )
             for spot, found in sorted(file.bad.items())
         ]  # fmt: skip
@@ -255,6 +261,7 @@ class _Verifier:
             users = tuple(commit.id for commit in self._users[file.name])
             kept = "rl-ckpt reads what is good in it by the manifest; other Arrow tools may not; save again"
             advice = kept if self._repair else "`verify(repair=True)` makes the file anew where it can"
+            advice = advice if base is None else there_alone
             source = file.around_mended
             rows.append(
                 Damage(

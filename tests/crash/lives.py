@@ -26,6 +26,7 @@ from rl_ckpt.store.base import Store
 from rl_ckpt.store.committer import Committer, SaveRequest, WrittenSave
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.shard_writer import write_files
+from rl_ckpt.store.sweep import Sweeper
 from tests.crash.recording import process
 from tests.crash.worlds import World
 from tests.unit.trees import assert_same
@@ -218,7 +219,8 @@ def recover(world: World, url: str, told: Told) -> None:
     """The next process saves; after its sweep there is nothing that no checkpoint names."""
     world.age(url)
     later = SimpleNamespace(time=lambda: time.time() + 7200, monotonic=time.monotonic)  # pins of the dead have expired
-    with mock.patch.object(sweep_module, "time", later), process(world.other(url)):
+    too = mock.patch.object(Sweeper, "store_now", return_value=later.time())
+    with mock.patch.object(sweep_module, "time", later), too, process(world.other(url)):
         ckpt = _checkpointer(url)
         _save(ckpt, 21, told)
         _end(ckpt)

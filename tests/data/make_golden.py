@@ -1,7 +1,7 @@
-"""Writes the golden checkpoints of this format version: `python tests/data/make_golden.py run packed`, once a version.
+"""Writes golden checkpoints: `python tests/data/make_golden.py v1/run v1/packed v2`, once a version.
 
 The runs under `v<version>/` stay in git, and `tests/unit/format/test_golden.py` loads them with every release. The
-shard files of `run` have a column a chunk, those of `packed` a row a chunk.
+shard files of `v1/run` have a column a chunk, those of `v1/packed` a row a chunk. `v2/run` is a fork of `v2/source`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import shutil
 import struct
 import sys
+import tempfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from rl_ckpt import Checkpointer
-from rl_ckpt.format.records import FORMAT_VERSION
+from rl_ckpt import Checkpointer, fork
 from rl_ckpt.state.dtypes import ML_DTYPES, dtype_from_name
 
-FOLDER = Path(__file__).resolve().parent / f"v{FORMAT_VERSION}"
+FOLDER = Path(__file__).resolve().parent
 PLAIN_CODES = "?bhilBHILefdFD"
 
 
@@ -117,11 +117,23 @@ def make_packed(folder: Path) -> None:
         ckpt.save_state(1, packed_state()).result()
 
 
+def make_fork(folder: Path) -> None:
+    """Step 1, forked, and step 2 in the fork, which leans on the source's files; made elsewhere, and moved here."""
+    with tempfile.TemporaryDirectory() as elsewhere:
+        source, run = Path(elsewhere) / "source", Path(elsewhere) / "run"
+        with Checkpointer(str(source), chunk_bytes=1024) as ckpt:
+            ckpt.save_state(1, golden_state(1), metrics={"return": 12.5, "best": np.float32(2)}).result()
+        fork(str(source), str(run))
+        with Checkpointer(str(run), chunk_bytes=1024) as ckpt:
+            ckpt.save_state(2, golden_state(2), tag="gold").result()
+        shutil.copytree(elsewhere, folder)
+
+
 def main(names: list[str]) -> None:
     """Makes the runs that are named anew."""
     for name in names:
         shutil.rmtree(FOLDER / name, ignore_errors=True)
-        {"run": make_run, "packed": make_packed}[name](FOLDER / name)
+        {"v1/run": make_run, "v1/packed": make_packed, "v2": make_fork}[name](FOLDER / name)
 
 
 if __name__ == "__main__":

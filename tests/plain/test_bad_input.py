@@ -151,14 +151,14 @@ class TestRuns:
                 call()  # type: ignore[operator]
 
     def test_a_run_of_a_newer_release(self, folder: Path, ckpt: Checkpointer) -> None:
-        body = msgspec.json.encode({"kind": "run", "version": 2, "other": "fields"})
+        body = msgspec.json.encode({"kind": "run", "version": 3, "other": "fields"})
         (folder / "run.json").write_bytes(
             msgspec.json.encode({"digest": digest(body).hex(), "record": msgspec.Raw(body)})
         )
         before = listing(folder)
         for call in (ckpt.load_state, ckpt.checkpoints, lambda: ckpt.save_state(30, {})):
             with pytest.raises(
-                InvalidInputError, match="format version 2; this release reads up to 1: upgrade rl-ckpt"
+                InvalidInputError, match="format version 3; this release reads up to 2: upgrade rl-ckpt"
             ):
                 call()  # type: ignore[operator]
         assert listing(folder) == before

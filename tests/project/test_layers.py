@@ -18,7 +18,7 @@ PACKAGE = ROOT / "rl_ckpt"
 FLOORS = ("ground", "state", "format", "plan", "store", "runtime", "faces")
 GROUND = {"_version", "errors", "info", "logs", "metrics", "options", "signals"}
 ROOMS = {"state", "format", "plan", "store", "runtime"}
-FACES = {"", "checkpointer", "cli", "demo", "export", "rllib", "web"}
+FACES = {"", "catalog", "checkpointer", "cli", "demo", "export", "lineage", "prefetching", "rllib", "web"}
 # Installed for the tests, never for users.
 TEST_ONLY = {"duckdb", "hypothesis", "moto", "polars", "pytest"}
 # Optional or heavy: a module-level import of one would make everybody pay for it, or fail without the extra.
@@ -110,7 +110,9 @@ def violations(module: str, imports: list[Import]) -> list[str]:
             if FLOORS.index(target) > FLOORS.index(floor):
                 bad.append(f"{where} imports {item.name} from the floor above, {target}")
             elif floor == "ground" and item.name not in {"rl_ckpt.errors", "rl_ckpt.logs"}:
-                bad.append(f"{where} imports {item.name}; the ground imports nothing of the package but its errors and logs")
+                bad.append(
+                    f"{where} imports {item.name}; the ground imports nothing of the package but its errors and logs"
+                )
         elif top in TEST_ONLY:
             bad.append(f"{where} imports {top}, which users do not have")
         elif top in NEVER_AT_MODULE_LEVEL and not (item.lazy or item.typing_only or top in _at_home(module)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from rl_ckpt import Checkpointer
+from rl_ckpt import Checkpointer, CorruptionError
 from rl_ckpt.format.records import FORMAT_VERSION
 from tests.data.make_golden import golden_state, packed_state
 from tests.unit.trees import assert_same
@@ -30,9 +31,8 @@ def test_golden_checkpoints_load(version: str, step: int) -> None:
     assert_same(Checkpointer(str(DATA / version / "run")).load_state(step), golden_state(step))
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_golden_packed_files_load(version: str) -> None:
-    run = DATA / version / "packed"
+def test_golden_packed_files_load() -> None:
+    run = DATA / "v1/packed"
     assert_same(Checkpointer(str(run)).load_state(), packed_state())
     with pa.memory_map(str(next(run.rglob("*.arrow")))) as source:
         rows = pa.ipc.open_file(source).read_all()
@@ -43,9 +43,20 @@ def test_golden_packed_files_load(version: str) -> None:
 def test_golden_runs_tell_what_they_hold(version: str) -> None:
     first, second = Checkpointer(str(DATA / version / "run")).checkpoints()
     assert (first.step, first.tag, dict(first.metrics)) == (1, None, {"return": 12.5, "best": np.float32(2)})
-    assert (second.step, second.tag, second.lineage) == (2, "gold", (first.id,))
+    assert (second.step, second.tag, second.lineage[0]) == (2, "gold", first.id)
     assert second.bytes == first.bytes
-    assert second.bytes_written < first.bytes_written  # it leans on the first one's files
+    whole = first if version == "v1" else Checkpointer(str(DATA / version / "source")).checkpoints()[0]
+    assert second.bytes_written < whole.bytes_written  # it leans on the first one's files
+
+
+def test_a_golden_fork_reads_its_sources_files_wherever_both_are(tmp_path: Path) -> None:
+    shutil.copytree(DATA / "v2", tmp_path / "moved")
+    run, source = (Checkpointer(str(tmp_path / "moved" / name)) for name in ("run", "source"))
+    assert run.checkpoints()[0].lineage == (source.checkpoints()[0].id,)
+    assert run.verify().ok
+    shutil.rmtree(tmp_path / "moved/source")
+    with pytest.raises(CorruptionError, match="forked from the run at .*moved/source"):
+        run.load_state()
 
 
 @pytest.mark.parametrize("version", VERSIONS)

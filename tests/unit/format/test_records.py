@@ -162,13 +162,13 @@ def test_another_kind_of_file_is_found(read: Callable[[bytes], object]) -> None:
 def test_a_newer_run_is_refused_whatever_else_it_holds() -> None:
     newer = msgspec.json.encode({"kind": "run", "version": records.FORMAT_VERSION + 1, "quite": ["new"]})
     data = msgspec.json.encode({"digest": digest(newer).hex(), "record": msgspec.Raw(newer)})
-    with pytest.raises(InvalidInputError, match="has format version 2; this release reads up to 1: upgrade rl-ckpt"):
+    with pytest.raises(InvalidInputError, match="has format version 3; this release reads up to 2: upgrade rl-ckpt"):
         records.decode_run("file:///run", data)
 
 
 def test_a_newer_manifest_is_refused_whatever_else_it_holds() -> None:
     data = msgspec.json.encode({"version": manifests.FORMAT_VERSION + 1, "arrays": "elsewhere"})
-    with pytest.raises(InvalidInputError, match="m has format version 2; this release reads up to 1: upgrade rl-ckpt"):
+    with pytest.raises(InvalidInputError, match="m has format version 3; this release reads up to 2: upgrade rl-ckpt"):
         manifests.decode("m", data, digest(data))
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rl_ckpt import EveryNSteps, InvalidInputError, KeepRule, LatestN
 from rl_ckpt.format.records import CommitRecord
-from rl_ckpt.plan.retention import to_drop
+from rl_ckpt.plan.retention import Said, decide
 
 rules = st.lists(
     st.builds(LatestN, st.integers(1, 5)) | st.builds(EveryNSteps, st.integers(1, 7)), min_size=1, max_size=3
@@ -27,10 +27,14 @@ def logs(draw: st.DrawFn) -> list[CommitRecord]:
     ]  # fmt: skip
 
 
+def dropped(commits: list[CommitRecord], keep: list[KeepRule], now: float = 0.0, said: Said | None = None) -> set[str]:
+    return {verdict.id for verdict in decide(commits, keep, now, said) if not verdict.keep}
+
+
 @settings(deadline=None)
 @given(logs(), rules)
 def test_what_goes_is_what_no_rule_keeps(commits: list[CommitRecord], keep: list[KeepRule]) -> None:
-    dropped = {commit.id for commit in to_drop(commits, keep)}
+    gone = dropped(commits, keep)
     for i, commit in enumerate(commits):
         newest = i == len(commits) - 1
         kept = any(
@@ -38,19 +42,19 @@ def test_what_goes_is_what_no_rule_keeps(commits: list[CommitRecord], keep: list
             for rule in keep
             if isinstance(rule, LatestN | EveryNSteps)
         )
-        assert (commit.id in dropped) == (not kept and not newest and commit.tag is None)
+        assert (commit.id in gone) == (not kept and not newest and commit.tag is None)
 
 
 @settings(deadline=None)
 @given(logs())
 def test_without_rules_all_stay(commits: list[CommitRecord]) -> None:
-    assert to_drop(commits, []) == []
+    assert dropped(commits, []) == set()
 
 
 @settings(deadline=None)
 @given(logs(), rules, rules)
 def test_more_rules_keep_more(commits: list[CommitRecord], some: list[KeepRule], more: list[KeepRule]) -> None:
-    assert {c.id for c in to_drop(commits, [*some, *more])} <= {c.id for c in to_drop(commits, some)}
+    assert dropped(commits, [*some, *more]) <= dropped(commits, some)
 
 
 @pytest.mark.parametrize("n", [0, -1, 1.5, "3", True, None])

@@ -12,6 +12,7 @@ import pytest
 from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError, StorageError
 from rl_ckpt.format import records
 from rl_ckpt.format.manifest import Manifest
+from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.plan.deal import Stored, deal, settle
 from rl_ckpt.plan.inventory import take_inventory
 from rl_ckpt.plan.merge import merge
@@ -68,16 +69,16 @@ def test_files_of_an_attempt_that_is_given_up_while_the_store_is_asked_are_swept
     committer: Committer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit(committer, 1, committer.attempt(SaveRequest(1)))
-    given_up, look = committer.attempt(SaveRequest(2)), committer._stored_for
+    given_up, look = committer.attempt(SaveRequest(2)), committer._reuse.find
     orphan = f"shards/{given_up}/s-0.arrow"
     committer.run.store.put(orphan, [b"x"])
 
-    def slowly(parent: str | None) -> Stored:
-        found = look(parent)
+    def slowly(parent: str | None, commits: Sequence[CommitRecord]) -> Stored:
+        found = look(parent, commits)
         committer.abandon(given_up)  # the save failed meanwhile
         return found
 
-    monkeypatch.setattr(committer, "_stored_for", slowly)
+    monkeypatch.setattr(committer._reuse, "find", slowly)
     committer.stored(given_up)
     committer.tidy()
     assert not committer.run.store.exists(orphan)
