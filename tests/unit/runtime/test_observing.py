@@ -146,6 +146,15 @@ def test_a_restore_that_fails_and_is_tried_again(notes):
     assert world.observer._restores["r"].phase == "set"
 
 
+def test_a_restore_that_waits_for_a_prefetch_reads(notes):
+    world = World(bench := restore_bench.Bench())
+    bench.to_matching()
+    world.now += 2
+    world.observer.see(rm.Await(bench.token(0, "r"), "2-new"))
+    assert notes.observed["restore_seconds", "match"] == [2.0]
+    assert world.observer._restores["r"].phase == "read"
+
+
 def test_of_what_never_ends_little_is_kept():
     observer = Observer("run", lambda: 0.0)
     for i in range(1000):

@@ -51,3 +51,13 @@ def test_going_back_again_begins_anew(branch: Branch) -> None:
     under_way(branch, "a")
     branch.restored("older")
     assert branch.parent() == ("older", ())
+
+
+def test_a_look_at_what_came_of_a_save_does_not_count_as_being_told() -> None:
+    future: Future[CheckpointInfo] = Future()
+    pending = PendingSave(3, "3-a", future)
+    assert pending.peek() is None
+    error = StorageError("gone")
+    future.set_exception(error)
+    assert pending.peek() is error
+    assert pending.take_failure() is error, "nobody was told yet"
