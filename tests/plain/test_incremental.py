@@ -91,9 +91,9 @@ def test_what_goes_back_to_an_older_state_is_not_written_again(tmp_path: Path) -
 
 @pytest.mark.parametrize("keep", [[LatestN(3)], [LatestN(2), EveryNSteps(10)]], ids=["latest", "every"])
 def test_storage_stays_near_what_is_held_while_a_state_churns(tmp_path: Path, keep: list[KeepRule]) -> None:
-    written, stored = shares(str(tmp_path), 60, CHURN, keep)
+    written, stored = shares(str(tmp_path), 30, CHURN, keep)
     assert max(stored) <= 1.3
-    assert np.mean(written) <= 0.12, "what changes, and a fifth more for what is moved"
+    assert np.mean(written) <= 0.14, "what changes, and a little for what is moved"
 
 
 @pytest.mark.soak
