@@ -143,6 +143,9 @@ QUESTIONS: dict[str, Question] = {
     "reads": Question("Bytes read from S3 per unique byte, N → M workers", "each byte once", "reading", "resharding"),
     "policy": Question("Restore of one policy out of 100", "its bytes", "reading", "one_policy"),
     "nodes": Question("Shards from node to node", "plain loopback TCP and sendfile, same bytes, same streams", "nodes"),
+    "incremental": Question(
+        "Saves of a state of which little has changed", "write + fsync of what changed", "incremental"
+    ),
     "cpu": Question("CPU time", "memcpy + write + fsync; read of the page cache", "cpu", reasons=_CPU),
     "small": Question("Many small arrays", "one array of the same bytes", "small"),
     "memory": Question(
