@@ -34,6 +34,7 @@ from rl_ckpt.info import (
     Diff,
     LeafChange,
     Preemption,
+    PrefetchReport,
     Progress,
     PullReport,
     Recovery,
@@ -45,6 +46,7 @@ from rl_ckpt.info import (
 )
 from rl_ckpt.lineage import diff, fork
 from rl_ckpt.plan.retention import BestN, EveryNSteps, KeepRule, LatestN, NewerThan, OnePer, Tagged
+from rl_ckpt.prefetching import Prefetch, prefetch
 from rl_ckpt.state.declare import PerRank, Replicated, Sharded
 from rl_ckpt.store.pending import PendingSave
 from rl_ckpt.transfer import pull, watch
@@ -73,6 +75,8 @@ __all__ = [
     "PendingSave",
     "PerRank",
     "Preemption",
+    "Prefetch",
+    "PrefetchReport",
     "Progress",
     "PullReport",
     "Recovery",
@@ -93,6 +97,7 @@ __all__ = [
     "__version__",
     "diff",
     "fork",
+    "prefetch",
     "pull",
     "watch",
 ]

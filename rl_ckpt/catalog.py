@@ -187,18 +187,25 @@ class Catalog:
         act = sweep_by_hand.dry_run if dry_run else sweep_by_hand.sweep
         return act(run, log, labels, keep, check_grace(grace_s))
 
-    def verify(self, ref: Ref | None = None, *, repair: bool = False) -> VerifyReport:
+    def verify(
+        self,
+        ref: Ref | None = None,
+        *,
+        repair: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> VerifyReport:
         """Reads every chunk of a checkpoint, or of all of them, and compares it with what was committed.
 
         Args:
             ref: Which checkpoint; None: all of the run.
             repair: As `Checkpointer.verify`.
+            progress: Told how many bytes were looked at, and of how many; by any thread.
 
         Raises:
             CheckpointError: As `Checkpointer.verify`.
         """
         wanted = None if ref is None else self.find(ref).id
-        return verify(self._url, self._storage_options, wanted, repair)
+        return verify(self._url, self._storage_options, wanted, repair, progress=progress)
 
     @contextlib.contextmanager
     def pin(self, ref: Ref = "latest", *, seconds: float = 3600.0) -> Iterator[CheckpointInfo]:

@@ -131,6 +131,34 @@ class RestoreReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefetchReport:
+    """What a prefetch brought into the nodes' memory."""
+
+    step: int
+    """Of the checkpoint that memory has; a newer one than was found in the store, where memory had that already."""
+    id: str
+    """Of that checkpoint."""
+    bytes: int
+    """Of its chunks, each once."""
+    bytes_fetched: int
+    """Read from the store by this prefetch: 0 where memory had it already; more than `bytes` only where a node was lost
+    with what it had brought in."""
+    bytes_left: int
+    """Of `bytes`, that are in no node's memory: a restore reads them from the store."""
+    nodes: Mapping[str, int]
+    """Bytes that each node brought in, by the name of its shard server."""
+    seconds: float
+    """Until the last chunk was in memory, without copies."""
+    damaged: Mapping[str, str] = field(default_factory=dict)
+    """Chunks that are damaged or missing in the store, and what was found: left out. A restore looks for their bytes in
+    other checkpoints; `verify(repair=True)` mends them."""
+    fell_back: Mapping[str, str] = field(default_factory=dict)
+    """Newer checkpoints whose manifests are damaged: id → why."""
+    notices: tuple[str, ...] = ()
+    """What else is not as it might be: no room, nodes that took no part, copies that could not be made."""
+
+
+@dataclass(frozen=True, slots=True)
 class Damage:
     """Something in a run's files that is not what was committed."""
 

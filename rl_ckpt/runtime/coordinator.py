@@ -33,6 +33,7 @@ from rl_ckpt.runtime.messages import (
 )
 from rl_ckpt.runtime.owners import Owners, User
 from rl_ckpt.runtime.owners_kept import KeptOwners, dead_jobs
+from rl_ckpt.runtime.prefetch_messages import PrefetchOrder
 from rl_ckpt.runtime.spec import RunSpec
 
 _DEATH_KNOWN_S = 5.0  # within which Ray knows that a driver was killed
@@ -182,6 +183,16 @@ class Coordinator(CoordinatorWork):
         """
         return await self._servers.held_chunk(self._restore_work.held(chunk, size_bytes), chunk, size_bytes)
 
+    async def prefetch(self, data: bytes) -> bytes:
+        """A checkpoint of the store is to be brought into the nodes' memory; answers once that is begun."""
+        order = self._read(data, PrefetchOrder)
+        await self._adopt()
+        return self._reply(self._prefetches.begin(order))
+
+    async def prefetched(self, checkpoint: str) -> bytes:
+        """Answers once the prefetch of a checkpoint is over."""
+        return self._reply(await self._prefetches.wait(checkpoint))
+
     async def attach(self, user: str) -> None:
         """A Checkpointer uses the run's actors."""
         self._take_care()
@@ -250,6 +261,10 @@ class Coordinator(CoordinatorWork):
     async def stats(self) -> dict[str, int]:
         """Control messages so far, in number and bytes, ranks that repeated a plan, and what is held in memory."""
         return {**self._counts, **self._tier.counts()}
+
+    async def status(self) -> bytes:
+        """What is under way and what is held: a `ServiceStatus`, as msgpack (see `status`)."""
+        return await self._status.now()
 
     async def spec(self) -> RunSpec:
         """What shard servers are to work with: a driver's credentials may be others than those they were made with."""

@@ -38,12 +38,14 @@ from rl_ckpt.runtime.messages import (
     encode,
 )
 from rl_ckpt.runtime.owners_kept import dead_jobs
+from rl_ckpt.runtime.prefetch_work import PrefetchWork
 from rl_ckpt.runtime.restore_machine import RestoreMachine
 from rl_ckpt.runtime.restore_work import RestoreWork
 from rl_ckpt.runtime.save_machine import SaveMachine
 from rl_ckpt.runtime.save_work import SaveWork
 from rl_ckpt.runtime.server_calls import Servers, node_is_dead
 from rl_ckpt.runtime.spec import RunSpec
+from rl_ckpt.runtime.status_work import StatusWork
 from rl_ckpt.runtime.tier_work import TierWork
 from rl_ckpt.store.committer import SaveRequest
 
@@ -78,6 +80,8 @@ class CoordinatorWork:
         self._idle = asyncio.Event()
         self._idle.set()
         self._flushing = Flushing(self._saves, self._tier, self._save_work, self._do, self._idle)
+        self._prefetches = PrefetchWork(self._servers, self._tier_work, self._do, self._something)
+        self._status = StatusWork(self._saves, self._restores, self._tier, self._servers, self._prefetches.status)
         self._counts = {"messages": 0, "bytes_in": 0, "bytes_out": 0, "largest": 0, "repeats": 0}
 
     async def _answer(self, key: str, rank: int, event: Callable[[], Iterable[Any]]) -> bytes:
@@ -109,6 +113,7 @@ class CoordinatorWork:
                     self._do_restore(instruction)
                 case _:
                     self._do_tier(instruction)
+        self._status.note()
         self._news.set()
         self._news = asyncio.Event()
         self._idle.clear() if self._saves.busy() else self._idle.set()
@@ -163,6 +168,8 @@ class CoordinatorWork:
                 self._do(self._saves.landed(checkpoint, False))
             case tier.GenerationFree(generation):
                 self._do(self._saves.freed(generation))
+            case tier.Bring():
+                self._prefetches.carry_out(instruction)
             case _:
                 self._tier_work.carry_out(instruction)
 
@@ -174,6 +181,8 @@ class CoordinatorWork:
                 self._spawn(self._fetch(key, server, order), key, self._restores.failed)
             case rm.Search(key, wanted, skip):
                 self._spawn(self._search(key, wanted, skip), key, self._restores.failed)
+            case rm.Await(key, checkpoint):
+                self._spawn(self._await(key, checkpoint), key, self._restores.failed)
             case rm.Damaged(server, part, chunk):
                 self._restore_work.bad(server, part, chunk)
             case rm.Forget(key, servers, keys):
@@ -191,6 +200,10 @@ class CoordinatorWork:
         task = asyncio.get_running_loop().create_task(begin())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    async def _something(self) -> None:
+        """Returns once something has happened."""
+        await self._news.wait()
 
     def _busy(self) -> bool:
         """Whether it matters which nodes are alive."""
@@ -312,8 +325,14 @@ class CoordinatorWork:
             await self._decided()
         found = await self._restore_work.load(key, step, tried)
         return self._restores.loaded(
-            key, found.manifest, found.data, found.mappable, found.damaged, found.holdings, found.notice
-        )
+            key, found.manifest, found.data, found.mappable, found.damaged, found.holdings, found.notice,
+            coming=self._prefetches.coming(found.id),
+        )  # fmt: skip
+
+    async def _await(self, key: str, checkpoint: str) -> Iterable[Any]:
+        await self._prefetches.brought(checkpoint)
+        self._tier.use(checkpoint, key)  # where the restore is over by now, its `Forget` follows at once
+        return self._restores.brought(key, self._tier.holdings(checkpoint))
 
     def _orphaned(self) -> set[str]:
         """Ends what drivers that are gone can't go on with; the Ray jobs that are over."""

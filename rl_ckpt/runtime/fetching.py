@@ -142,6 +142,11 @@ class Fetch:
             done = None
         return dict(self._bytes), tuple(self._failed[offset] for offset in sorted(self._failed))
 
+    def bytes_so_far(self) -> int:
+        """That have come and are good."""
+        with self._lock:
+            return sum(self._bytes.values())
+
     def _worst(self) -> CheckpointError:
         """Why chunks that this server was to bring for others will not come."""
         flaw = self._failed[min(self._failed)].flaw

@@ -110,22 +110,52 @@ class HeldParts:
             StorageError: There is no room beside what staging needs, or the part was given up.
             CheckpointError: From `fill`.
         """
+
+        def whole(target: memoryview) -> Part:
+            fill(target)
+            self.bytes_copied += part.bytes
+            return part
+
+        return self.bring(part, whole).path
+
+    def bring(self, part: Part, fill: Callable[[memoryview], Part]) -> HoldOrder:
+        """Makes memory for a part, and keeps what can be had of it.
+
+        Args:
+            part: Which.
+            fill: Brings bytes into the memory that it is given, verifies them, and says what is good: the part, maybe
+                without some of its chunks; may raise CheckpointError.
+
+        Returns:
+            What is held: of an earlier call, where there was one.
+
+        Raises:
+            StorageError: There is no room beside what staging needs, or the part was given up.
+            CheckpointError: From `fill`.
+        """
         with self._lock:
             turn = self._copying.setdefault(part.name, _Turn())
         with turn.lock:  # asked twice: the second has what the first made
             has = self._has.get(part.name)
             if has is not None:
-                return has.path
+                return self._order(part.name)
             if self._shelf.is_withdrawn(part.name):
                 raise StorageError(f"{part.name} was given up already: this call came late")
             path: str = self._room(part)
             with contextlib.ExitStack() as undo:  # whatever fails: else the file would stay
                 undo.callback(self._drop, path, spare=False)
-                fill(self._map(path)[: part.bytes])
-                self._record(part, path)
+                good = fill(self._map(path)[: part.bytes])
+                self._record(good, path)
                 undo.pop_all()
-            self.bytes_copied += part.bytes
-            return path
+            return HoldOrder(good, path)
+
+    def _order(self, name: str) -> HoldOrder:
+        order: HoldOrder = decode(self._owned.read(_HELD + name), HoldOrder)
+        return order
+
+    def room(self) -> int:
+        """Bytes of shared memory that there are beside what staging will still take; spare files count as free."""
+        return self._owned.room(self._generations) + self._owned.spare_bytes()
 
     def _room(self, part: Part) -> str:
         path = self._owned.take_spare(part.name, part.bytes)
@@ -214,7 +244,7 @@ class HeldParts:
             with contextlib.suppress(KeyError, FileNotFoundError):  # `release` runs beside it: not held any more
                 if adopt:
                     self._adopt(name)
-                parts.append(decode(self._owned.read(_HELD + name), HoldOrder))
+                parts.append(self._order(name))
         memos: list[RememberOrder] = []
         for name in self._owned.names(_DONE):
             with contextlib.suppress(FileNotFoundError):
@@ -224,7 +254,7 @@ class HeldParts:
     def _adopt(self, name: str) -> None:
         path = self._has[name].path
         if os.path.basename(path).startswith(GENERATION):
-            held = decode(self._owned.read(_HELD + name), HoldOrder)
+            held = self._order(name)
             new = HoldOrder(held.part, self._owned.path(name))
             # Its new name is written first: a crash between the two leaves a record without a file, which is dropped,
             # and a generation that nobody keeps.

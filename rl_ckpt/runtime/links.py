@@ -94,7 +94,7 @@ def attached(spec: RunSpec) -> RunSpec:
     while True:
         found = start_coordinator(spec)
         try:
-            _insist(found, lambda link: link.attach.remote(spec.user), until)
+            insist(found, lambda link: link.attach.remote(spec.user), until)
         except InvalidInputError:  # another Checkpointer's close ended it just now: there is to be a new one
             if time.monotonic() >= until:
                 raise
@@ -103,7 +103,7 @@ def attached(spec: RunSpec) -> RunSpec:
             return found
 
 
-def _insist(spec: RunSpec, call: Callable[[Any], Any], until: float) -> Any:
+def insist(spec: RunSpec, call: Callable[[Any], Any], until: float) -> Any:
     """Calls the coordinator, again while Ray starts it anew; for what may be called twice.
 
     Args:
@@ -150,7 +150,7 @@ def begin(spec: RunSpec, take_over: bool) -> None:
         CheckpointError: It could not be reached within `join_timeout_s`.
     """
     until = time.monotonic() + spec.options.join_timeout_s
-    reply = decode(_insist(spec, lambda link: link.begin.remote(spec, take_over), until), Ok | Failure)
+    reply = decode(insist(spec, lambda link: link.begin.remote(spec, take_over), until), Ok | Failure)
     if isinstance(reply, Failure):
         raise reply.error()
 

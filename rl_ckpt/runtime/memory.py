@@ -200,6 +200,10 @@ class ServerMemory:
         """How many there are."""
         return len(self.names(_SPARE))
 
+    def spare_bytes(self) -> int:
+        """Of all of them together."""
+        return sum(path.stat().st_size for path in self._folder.glob(f"{_SPARE}*"))
+
     def take_spare(self, name: str, size_bytes: int) -> str:
         """A spare file of at least so many bytes, and not many more, under a new name.
 

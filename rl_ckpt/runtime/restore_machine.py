@@ -37,6 +37,7 @@ from rl_ckpt.runtime.messages import (
     Verified,
 )
 from rl_ckpt.runtime.restore_steps import (
+    AWAITING,
     FAILED,
     FETCHING,
     MATCHING,
@@ -46,6 +47,7 @@ from rl_ckpt.runtime.restore_steps import (
     VERIFYING,
     Answer,
     Arm,
+    Await,
     Fetch,
     Forget,
     Instruction,
@@ -84,6 +86,10 @@ class RestoreMachine:
         restore = self._restores.get(key)
         timed = restore is not None and restore.failure is None and (restore.state != OPENING or restore.fell_back)
         return bool(timed) or any(other.key == key for other in self._over.values())
+
+    def under_way_now(self) -> list[Restore]:
+        """Restores that have not failed; those of which ranks are still copying too."""
+        return [r for r in [*self._restores.values(), *self._over.values()] if r.failure is None]
 
     def states(self) -> dict[str, str]:
         """State of every restore under way or failed, by token."""
@@ -133,6 +139,7 @@ class RestoreMachine:
         damaged: dict[str, str],
         holdings: Holdings | None = None,
         notice: str = "",
+        coming: bool = False,
     ) -> list[Instruction]:
         """The candidate.
 
@@ -144,16 +151,17 @@ class RestoreMachine:
             damaged: Newer checkpoints that can't be used: id to why.
             holdings: What memory has of it.
             notice: As in `RestoreReport`.
+            coming: Whether it is being brought into memory: chunks are then chosen when that is over.
         """
         restore = self._current(token)
         if restore is None or restore.state != OPENING:
             return [Forget(token, (), ())]
         restore.manifest, restore.mappable, restore.state = manifest, mappable, MATCHING
-        restore.known, restore.notice = Known(manifest, holdings), notice
+        restore.known, restore.notice, restore.coming = Known(manifest, holdings), notice, coming
         for server in self._dead:
             restore.known.lose(server)
         restore.fell_back |= damaged
-        early = mappable and holdings is None
+        early = mappable and holdings is None and not coming
         answers: list[Instruction] = []
         for ranks in restore.neighbours().values():
             for i, rank in enumerate(ranks):
@@ -183,6 +191,30 @@ class RestoreMachine:
                 + "\nuse `select`, `rename`, or `strict=False` to restore what fits"
             )
             return self._fail(restore, InvalidInputError(text))
+        if restore.coming:
+            restore.state = AWAITING
+            return [Await(restore.token, restore.manifest.id)]
+        return self._choose(restore)
+
+    def brought(self, token: str, holdings: Holdings | None) -> list[Instruction]:
+        """The candidate is in memory by now, as far as it can be.
+
+        Args:
+            token: Of the `Await`.
+            holdings: What memory has of it.
+        """
+        restore = self._current(token)
+        if restore is None or restore.state != AWAITING:
+            return [Forget(token, (), ())]
+        assert restore.manifest is not None
+        restore.known = Known(restore.manifest, holdings)
+        for server in self._dead:
+            restore.known.lose(server)
+        return self._choose(restore)
+
+    def _choose(self, restore: Restore) -> list[Instruction]:
+        """All ranks have said what they need, and it fits."""
+        assert restore.known is not None
         with paused():  # 100,000 chunks are as many records, and none of them is garbage
             if restore.mappable and restore.known.holdings is None:
                 return self._tell_sources(restore)

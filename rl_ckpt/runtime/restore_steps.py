@@ -13,8 +13,8 @@ from rl_ckpt.plan.sources import InStore, Known, NodePlan
 from rl_ckpt.plan.spread import ChunkId, canonical_chunks
 from rl_ckpt.runtime.messages import Failure, FetchOrder, Flaw, Matched, MatchReply, OpenReply, VerifyReply
 
-OPENING, MATCHING, FETCHING, SEARCHING, VERIFYING, OVER, FAILED = (
-    "opening", "matching", "fetching", "searching", "verifying", "over", "failed",
+OPENING, MATCHING, AWAITING, FETCHING, SEARCHING, VERIFYING, OVER, FAILED = (
+    "opening", "matching", "awaiting", "fetching", "searching", "verifying", "over", "failed",
 )  # fmt: skip
 
 
@@ -56,6 +56,14 @@ class Search:
 
 
 @dataclass(frozen=True, slots=True)
+class Await:
+    """The checkpoint is being brought into memory: answer with `brought` once that is over."""
+
+    token: str
+    checkpoint: str
+
+
+@dataclass(frozen=True, slots=True)
 class Damaged:
     """A copy of a chunk in a holder's memory is not what was committed."""
 
@@ -85,7 +93,7 @@ class Arm:
     """How many rounds of sources there were: states come again with each."""
 
 
-Instruction = Load | Answer | Fetch | Search | Damaged | Forget | Arm
+Instruction = Load | Answer | Fetch | Search | Await | Damaged | Forget | Arm
 
 
 @dataclass(slots=True)
@@ -127,6 +135,8 @@ class Restore:
     manifest: Manifest | None = None
     known: Known | None = None
     mappable: bool = False
+    coming: bool = False
+    """Whether the candidate is being brought into memory."""
     notice: str = ""
     fell_back: dict[str, str] = field(default_factory=dict)
     matched: dict[int, Matched] = field(default_factory=dict)

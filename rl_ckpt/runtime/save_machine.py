@@ -101,6 +101,10 @@ class SaveMachine(SaveMemory):
         save = self._saves.get(key)
         return save is not None and save.state not in (JOINING, FAILED)
 
+    def under_way_now(self) -> list[Save]:
+        """Saves that are neither done nor failed."""
+        return [save for save in self._saves.values() if save.state not in (DONE, FAILED)]
+
     def states(self) -> dict[str, str]:
         """State of every save under way or failed, by key."""
         return {key: save.state for key, save in self._saves.items()}

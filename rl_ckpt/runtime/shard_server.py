@@ -16,6 +16,7 @@ import ray
 
 from rl_ckpt.errors import CheckpointError
 from rl_ckpt.runtime import memory
+from rl_ckpt.runtime.bringing import Bringing
 from rl_ckpt.runtime.copying import be_in_no_hurry, copy_part
 from rl_ckpt.runtime.fetching import Fetch
 from rl_ckpt.runtime.generations import generations
@@ -40,6 +41,7 @@ from rl_ckpt.runtime.messages import (
     encode,
 )
 from rl_ckpt.runtime.objects import stage_objects
+from rl_ckpt.runtime.prefetch_messages import BringOrder
 from rl_ckpt.runtime.restore_memory import RestoreMemory
 from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
 from rl_ckpt.runtime.transport.listener import Listener
@@ -67,6 +69,7 @@ class ShardServer:
         self._memory = memory.ServerMemory(name)
         self._shelf = Shelf()
         self._held = HeldParts(self._memory, self._shelf, generations(spec.options))
+        self._bringing = Bringing(self._held, self._shelf)
         self._restores = RestoreMemory(self._memory, self._shelf)
         self._listener = _listen(name, self._shelf)
         self._counts = {"bytes_staged": 0, "bytes_from_peers": 0, "bytes_served_by_ray": 0, "copies_by_ray": 0}
@@ -160,6 +163,20 @@ class ShardServer:
             return encode(Failure.of(error))
 
     @ray.method(concurrency_group="control")
+    def room(self) -> int:
+        """Bytes of shared memory that are free beside what staging will still take."""
+        return self._held.room()
+
+    @ray.method(concurrency_group="io")
+    def bring(self, data: bytes) -> bytes:
+        """Brings a part in from the store into its memory, and keeps what of it can be had."""
+        order = decode(data, BringOrder)
+        try:
+            return encode(self._bringing.bring(order, self._store, self._spec.options.write_timeout_s))
+        except CheckpointError as error:
+            return encode(Failure.of(error))
+
+    @ray.method(concurrency_group="control")
     def remember(self, data: bytes) -> bytes:
         """Writes down of what checkpoint it holds parts."""
         try:
@@ -215,6 +232,7 @@ class ShardServer:
             **self._counts,
             **self._held.counts(),
             **listened,
+            "bytes_coming": self._bringing.bytes_so_far(),
             "store_reads": traffic.reads,
             "store_bytes_read": traffic.bytes_read,
             "store_bytes_written": traffic.bytes_written,

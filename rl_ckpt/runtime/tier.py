@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
-from rl_ckpt.options import Options
-from rl_ckpt.plan.parts import Holdings, Part, Remembered, part_name
+from rl_ckpt.plan.parts import Part, Remembered, part_name
+from rl_ckpt.runtime.tier_kept import KeptCheckpoints
 from rl_ckpt.runtime.tier_steps import (
+    Bring,
     CannotLand,
     Copy,
     Found,
@@ -33,71 +34,8 @@ from rl_ckpt.runtime.tier_steps import (
 _TOLD = 2  # holders that remember a checkpoint, and one more for each replica
 
 
-class Tier:
-    """See the module. Every method is an event and returns what is to be done about it, or a question."""
-
-    def __init__(self, options: Options) -> None:
-        """Holds nothing; knows no server."""
-        self.options = options
-        self._servers: dict[str, bool] = {}
-        """Of the nodes that are alive, in the order of the ring: whether the node is going away."""
-        self._started: set[str] = set()
-        self._kept: dict[str, Kept] = {}
-
-    # Questions.
-
-    def busy(self) -> bool:
-        """Whether anything is in memory: then it matters which nodes are alive."""
-        return bool(self._kept)
-
-    def remembered(self) -> list[Remembered]:
-        """Checkpoints in memory, the newest first."""
-        out = [
-            msgspec.structs.replace(kept.done, whole=all(piece.holders for piece in kept.pieces.values()))
-            for kept in self._kept.values()
-            if kept.done is not None
-        ]
-        return out[::-1]
-
-    def holdings(self, checkpoint: str) -> Holdings | None:
-        """Where its chunks are; None where it is not in memory."""
-        kept = self._kept.get(checkpoint)
-        if kept is None:
-            return None
-        pieces = [piece for piece in kept.pieces.values() if piece.part is not None]
-        return Holdings(
-            [piece.part for piece in pieces if piece.part is not None],
-            {part_name(kept.id, piece.origin): piece.holders for piece in pieces},
-        )
-
-    def copies(self, server: str) -> dict[str, tuple[str, str]]:
-        """Of what a server has staged: by checkpoint, another server that has all of it, and that one's file."""
-        out: dict[str, tuple[str, str]] = {}
-        for kept in self._kept.values():
-            piece = kept.pieces.get(part_name(kept.id, server))
-            other = next((item for item in piece.holders.items() if item[0] != server), None) if piece else None
-            if other is not None:
-                out[kept.id] = other
-        return out
-
-    def holders(self, checkpoint: str) -> dict[str, tuple[str, str]]:
-        """By server that has staged a part of a checkpoint: one that has it now, itself if it can be, and the file."""
-        kept = self._kept.get(checkpoint)
-        out: dict[str, tuple[str, str]] = {}
-        for piece in kept.pieces.values() if kept is not None else ():
-            for server, path in piece.holders.items():
-                if server == piece.origin or piece.origin not in out:
-                    out[piece.origin] = server, path
-        return out
-
-    def counts(self) -> dict[str, int]:
-        """Parts and bytes that are held, all copies counted, and copies that are missing."""
-        pieces = [piece for kept in self._kept.values() for piece in kept.pieces.values()]
-        return {
-            "parts_held": sum(len(piece.holders) for piece in pieces),
-            "bytes_held": sum(len(piece.holders) * piece.bytes for piece in pieces),
-            "copies_missing": sum(max(0, self._wanted() - len(self._staying(piece))) for piece in pieces),
-        }
+class Tier(KeptCheckpoints):
+    """See the module. Every method is an event and returns what is to be done about it; questions are of the base."""
 
     # Servers.
 
@@ -232,6 +170,46 @@ class Tier:
         kept.generation = None
         return self._release(kept)
 
+    # A prefetch.
+
+    def prefetch(self, done: Remembered, parts: Sequence[Part], limit: int | None = None) -> list[Instruction]:
+        """A checkpoint is to be brought in from the store; nothing happens where it is in memory.
+
+        Args:
+            done: The checkpoint.
+            parts: What each server is to bring.
+            limit: Bytes of it that a server may have, copies counted; None: as the options say.
+        """
+        if done.id in self._kept:
+            return []
+        pieces = {part.name: Piece(part.origin, part.bytes, "", part, stored=True) for part in parts}
+        self._started |= self._servers.keys() & {part.origin for part in parts}
+        older = [n for n, k in enumerate(self._kept.values()) if k.done is not None and k.done.after <= done.after]
+        before, after = list(self._kept.values())[: max(older, default=-1) + 1], dict(self._kept)
+        place = before[-1].place if before else 0
+        kept = Kept(done.id, None, pieces, done, place=place, prefetched=True, limit=limit)
+        self._kept = {one.id: one for one in [*before, kept]} | after
+        return self._spread(kept)
+
+    def brought(self, server: str, part: Part, path: str) -> list[Instruction]:
+        """A server has brought a part in, all of it or what of it could be had."""
+        kept = self._kept.get(part.checkpoint)
+        piece = kept.pieces[part.name] if kept is not None else None
+        if kept is not None and kept.done is not None and piece is not None and piece.part != part:
+            piece.part = part
+            kept.done = msgspec.structs.replace(kept.done, whole=False)
+            kept.told.clear()
+        return self.held(part.checkpoint, part.name, server, path)
+
+    def not_stored(self, checkpoint: str, part: str, server: str) -> list[Instruction]:
+        """Nothing of a part can be had from the store: it is not asked for again."""
+        kept = self._kept.get(checkpoint)
+        if kept is None:
+            return []
+        kept.pieces[part].stored = False
+        kept.pieces[part].asked.discard(server)
+        return self._spread(kept)
+
     # Restores.
 
     def use(self, checkpoint: str, token: str) -> None:
@@ -320,16 +298,9 @@ class Tier:
 
     # Where copies go.
 
-    def _wanted(self) -> int:
-        staying = sum(not leaving for leaving in self._servers.values())
-        return max(1, min(1 + self.options.replicas, staying))
-
-    def _staying(self, piece: Piece) -> list[str]:
-        return [server for server in piece.holders if not self._servers.get(server, True)]
-
     def _no_room(self, kept: Kept, piece: Piece, server: str) -> str:
         """Why the budget does not allow a part on a server; empty where it does."""
-        limit = self.options.memory_bytes
+        limit = self.options.memory_bytes if kept.limit is None else kept.limit
         if limit is None or self._load(kept, server) + piece.bytes <= limit:
             return ""
         return (
@@ -347,6 +318,9 @@ class Tier:
         """Asks for copies that are missing; says so once all are there, or none more will come."""
         out: list[Instruction] = []
         for piece in kept.pieces.values():
+            if piece.stored and not piece.holders:  # copies are made of what is there
+                out += self._bring(kept, piece)
+                continue
             # The origin will have it in a moment: who copies waits for that, and all places are chosen together.
             sources = [*self._staying(piece), *piece.holders, *({piece.origin} & piece.asked)]
             while piece.part is not None and sources and self._short(piece):
@@ -356,6 +330,17 @@ class Tier:
                 piece.asked.add(buddy)
                 out.append(Copy(buddy, piece.part, sources[0]))
         return [*out, *self._settle(kept)]
+
+    def _bring(self, kept: Kept, piece: Piece) -> list[Instruction]:
+        """Has a part brought in from the store, by its origin, or where that is gone or can't, by another."""
+        if piece.asked & self._servers.keys():
+            return []
+        own = self._servers.get(piece.origin) is False and piece.origin not in piece.refused
+        server = piece.origin if own else self._buddy(kept, piece)
+        if server is None or piece.part is None:
+            return []
+        piece.asked.add(server)
+        return [Bring(server, piece.part)]
 
     def _short(self, piece: Piece) -> bool:
         """Whether a part has too few copies, those that are being made counted."""
@@ -393,6 +378,8 @@ class Tier:
         if any(piece.asked & self._servers.keys() for piece in short):
             return []  # not known yet
         kept.settled = True
+        if kept.prefetched:  # no save waits for it
+            return self._retire()
         told = CannotLand(kept.id, self._why(short[0])) if short else Landed(kept.id)
         return [told, *self._retire()]
 
@@ -412,10 +399,12 @@ class Tier:
     def _retire(self) -> list[Instruction]:
         """Gives up what a newer checkpoint replaces."""
         checkpoints = [kept for kept in self._kept.values() if kept.done is not None]
-        newest = next((i for i in range(len(checkpoints) - 1, -1, -1) if checkpoints[i].settled), -1)
+        # One of the store that did not come takes nobody's place.
+        over = [k.settled and not (k.prefetched and not _held(k)) for k in checkpoints]
+        newest = max((i for i, takes_place in enumerate(over) if takes_place), default=-1)
         out: list[Instruction] = []
         for i, kept in enumerate(checkpoints):
-            nothing = kept.settled and not any(piece.holders or piece.asked for piece in kept.pieces.values())
+            nothing = kept.settled and not _held(kept)
             if (i < newest or nothing) and not kept.users:
                 out += self._release(kept)
         return out
@@ -429,6 +418,11 @@ class Tier:
             # Of those that were asked, `held` comes later, and is answered in the same way.
         ]
         return out if kept.generation is None else [*out, GenerationFree(kept.generation)]
+
+
+def _held(kept: Kept) -> bool:
+    """Whether anybody has, or is to have, anything of it."""
+    return any(piece.holders or piece.asked for piece in kept.pieces.values())
 
 
 def _newest(found: Mapping[str, Found]) -> Remembered | None:

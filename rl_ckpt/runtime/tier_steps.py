@@ -30,6 +30,14 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
+class Bring:
+    """Have a server bring a part in from the store; answer with `brought` or `not_held`. It may have to be started."""
+
+    server: str
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
 class Remember:
     """Tell a holder what it holds parts of, for whoever comes after this coordinator."""
 
@@ -69,7 +77,7 @@ class CannotLand:
     why: str
 
 
-Instruction = Hold | Copy | Remember | Release | GenerationFree | Landed | CannotLand
+Instruction = Hold | Copy | Bring | Remember | Release | GenerationFree | Landed | CannotLand
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +106,8 @@ class Piece:
     """Servers that are to have it and have not answered."""
     refused: dict[str, str] = field(default_factory=dict)
     """Servers that can't have it, with the reason."""
+    stored: bool = False
+    """Whether it is brought in from the store where nobody has it."""
 
 
 @dataclass(slots=True)
@@ -120,3 +130,7 @@ class Kept:
     """In the order of the saves; 0 for what was there before."""
     bad: list[Release] = field(default_factory=list)
     """Damaged copies, to be given up once nobody restores from the checkpoint."""
+    prefetched: bool = False
+    """Whether it was brought in from the store, and no save staged it."""
+    limit: int | None = None
+    """Bytes of it that a server may have; None: as the options say."""

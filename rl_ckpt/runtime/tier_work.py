@@ -83,6 +83,11 @@ class TierWork:
         if not spec.options.memory_tier:  # what only memory has stays until the next commit
             self._tell(self.brain.make_room())
 
+    @property
+    def spec(self) -> RunSpec:
+        """Of the run, with the options of who saves."""
+        return self._spec
+
     def forget(self) -> None:
         """What is held is given up: it is of no use any more."""
         self._tell(self.brain.forget())
@@ -157,8 +162,8 @@ class TierWork:
         try:
             async with asyncio.timeout(limit_s):
                 if holder and server in self._nodes:
-                    await self._ensure(server)
-                done = await self._ask(server, method, make, HoldDone)
+                    await self.ensure(server)
+                done = await self.ask(server, method, make, HoldDone)
         except TimeoutError:
             why = f"shard server {server} did not answer within {limit_s} s"
             self._tell(self.brain.not_held(part.checkpoint, part.name, server, why))
@@ -174,9 +179,15 @@ class TierWork:
         else:
             self._tell(self.brain.held(part.checkpoint, part.name, server, done.path))
 
-    async def _ensure(self, server: str) -> None:
-        """Starts a server where the node has none."""
+    async def ensure(self, server: str) -> None:
+        """Starts a server where its node has none.
+
+        Raises:
+            StorageError: It can't be started; or there is no such node.
+        """
         if server not in self._servers.names():
+            if server not in self._nodes:
+                raise StorageError(f"there is no live node for shard server {server}")
             handle = await asyncio.get_running_loop().run_in_executor(
                 None, start_server, self._spec, self._nodes[server]
             )
@@ -188,7 +199,7 @@ class TierWork:
 
     async def _remember(self, server: str, make: Callable[[], bytes]) -> None:
         try:
-            await self._ask(server, "remember", make, Ok)
+            await self.ask(server, "remember", make, Ok)
         except CheckpointError:
             await self.watch.look()
             if server in self._nodes:
@@ -202,7 +213,8 @@ class TierWork:
         except CheckpointError:
             return  # gone, and its memory with it
 
-    async def _ask(self, server: str, method: str, make: Callable[[], bytes], kind: Any) -> Any:
+    async def ask(self, server: str, method: str, make: Callable[[], bytes], kind: Any) -> Any:
+        """Calls a server with a message that is made in a thread; as `_call`."""
         return await self._call(server, method, await asyncio.get_running_loop().run_in_executor(None, make), kind)
 
     async def _call(self, server: str, method: str, argument: Any, kind: Any, tries: int = _TRIES) -> Any:

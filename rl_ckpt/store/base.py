@@ -185,6 +185,10 @@ class Store(ABC):
             StorageError: The store failed, also after retries.
         """
 
+    def getter(self) -> Callable[[str], bytes]:
+        """A `get` for many small objects in a row, by any number of threads: the same, at less cost where possible."""
+        return self.get
+
     @abstractmethod
     def read_into(self, name: str, reads: Sequence[tuple[int, memoryview]]) -> None:
         """Fill buffers from ranges of one object; near ranges become one request, large ones several in parallel.

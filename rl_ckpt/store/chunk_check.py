@@ -7,7 +7,7 @@ for is either good or named with what was found in its place.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -30,12 +30,15 @@ class Spot(NamedTuple):
     """32 hex digits."""
 
 
-def bad_spots(store: Store, spots: Mapping[str, Iterable[Spot]]) -> dict[tuple[str, Spot], str]:
+def bad_spots(
+    store: Store, spots: Mapping[str, Iterable[Spot]], read: Callable[[int], None] = lambda _: None
+) -> dict[tuple[str, Spot], str]:
     """Reads chunks and compares their digests, several files at a time.
 
     Args:
         store: The run's.
         spots: By name of the shard file.
+        read: Told of so many bytes that were looked at, by any thread.
 
     Returns:
         Those that are missing or damaged, by file and place: the digest that was found, or why nothing was read.
@@ -44,7 +47,8 @@ def bad_spots(store: Store, spots: Mapping[str, Iterable[Spot]]) -> dict[tuple[s
         StorageError: The store failed.
     """
     bad: dict[tuple[str, Spot], str] = {}  # threads only add to it
-    run_all([partial(_check, store, name, job, bad) for name in spots for job in _jobs(spots[name])], spare_threads())
+    jobs = [partial(_check, store, name, job, bad, read) for name in spots for job in _jobs(spots[name])]
+    run_all(jobs, spare_threads())
     return bad
 
 
@@ -91,22 +95,27 @@ def _jobs(spots: Iterable[Spot]) -> Iterator[list[Spot]]:
         yield job
 
 
-def _check(store: Store, name: str, spots: Sequence[Spot], bad: dict[tuple[str, Spot], str]) -> None:
+def _check(
+    store: Store, name: str, spots: Sequence[Spot], bad: dict[tuple[str, Spot], str], read: Callable[[int], None]
+) -> None:
     room = memoryview(bytearray(min(_ROOM_BYTES, sum(spot.bytes for spot in spots))))
     group: list[tuple[Spot, memoryview]] = []
     used = 0
     for spot in spots:
         if used + spot.bytes > len(room):
             _check_group(store, name, group, bad)
+            read(used)
             group, used = [], 0
         if spot.bytes > len(room):
             found = _piecewise(store, name, spot, room)
             if found != spot.digest:
                 bad[name, spot] = found
+            read(spot.bytes)
             continue
         group.append((spot, room[used : used + spot.bytes]))
         used += spot.bytes
     _check_group(store, name, group, bad)
+    read(used)
 
 
 def _check_group(

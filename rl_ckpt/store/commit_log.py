@@ -27,7 +27,7 @@ from rl_ckpt.format.records import CommitRecord, EpochRecord, LogRecord
 from rl_ckpt.store.base import ObjectExistsError, ObjectMissingError, Store
 from rl_ckpt.store.lease import Lease, moment
 
-_READERS = 16
+_READERS = 32
 _READ_TRIES = 50
 _APPEND_TRIES = 5
 LATEST_S = 600.0
@@ -121,7 +121,8 @@ class CommitLog:
         damaged: dict[str, str] = {}
         new = [name for name in names.values() if name not in self._known]
         with ThreadPoolExecutor(min(_READERS, len(new) or 1), "rl_ckpt-log") as pool:
-            for name, found in zip(new, pool.map(self._read_one, new), strict=True):
+            get = self._store.getter()
+            for name, found in zip(new, pool.map(lambda name: self._read_one(name, get), new), strict=True):
                 if isinstance(found, str):
                     damaged[name] = found
                 elif found is not None:
@@ -139,12 +140,12 @@ class CommitLog:
         )
         return log, set(names.values()) - self._known.keys() - damaged.keys()
 
-    def _read_one(self, name: str) -> LogRecord | str | None:
+    def _read_one(self, name: str, get: Callable[[str], bytes] | None = None) -> LogRecord | str | None:
         """The record, why it can't be read, or None where a sweep took it away meanwhile."""
         try:
             record: LogRecord = records.decode(
                 self._store.object_url(name),
-                self._store.get(name),
+                (get or self._store.get)(name),
                 CommitRecord | EpochRecord,  # type: ignore[arg-type]
             )
         except ObjectMissingError:

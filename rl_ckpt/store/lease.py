@@ -310,6 +310,16 @@ class _Held:
     alive_here: str = "unknown"
 
 
+def holder(store: Store, last: EpochRecord) -> LeaseRecord | None:
+    """The lease of an epoch's owner, for people to look at; None where it has let the run go.
+
+    Raises:
+        StorageError: The store failed.
+    """
+    held = _read(store, last, LEASE_S)
+    return None if held is None else held.record
+
+
 def _read(store: Store, last: EpochRecord, lease_s: float) -> _Held | None:
     """The lease of an epoch's owner; None where there is none any more."""
     name = records.lease_name(last.epoch, last.lease)

@@ -51,13 +51,16 @@ class BulkSession(AIOHTTPSession):  # type: ignore[misc]  # aiobotocore has no t
             verify, proxies, timeout, max_pool_connections, socket_options, client_cert, proxies_config, connector_args
         )
         connect_s, read_s = timeout if isinstance(timeout, list | tuple) else (timeout, timeout)
-        self._wires = WirePool(WireSettings(connect_s, read_s, verify, client_cert, tuple(socket_options or ())))
+        self.wires = WirePool(WireSettings(connect_s, read_s, verify, client_cert, tuple(socket_options or ())))
+        """Connections; for `s3_small` too."""
+        self.last_get: tuple[str, dict[str, str | bytes]] | None = None
+        """Url and headers of the last GET of a whole object that was sent from here; None where others send them."""
         self._threads = ThreadPoolExecutor(max_pool_connections, "rl_ckpt-s3")
         self._proxies = ProxyConfiguration(proxies=proxies)
         self._own_connector = set(connector_args or ()) - {"keepalive_timeout"}
 
     async def __aexit__(self, *exc: Any) -> None:
-        self._wires.close()
+        self.wires.close()
         self._threads.shutdown(wait=False)
         await super().__aexit__(*exc)
 
@@ -68,9 +71,11 @@ class BulkSession(AIOHTTPSession):  # type: ignore[misc]  # aiobotocore has no t
         if not ours or self._own_connector or self._proxies.proxy_url_for(request.url):
             return await super().send(request)
         body = request.body.views if isinstance(request.body, Body) else ()
-        exchange = Exchange(self._wires, request.method, request.url, request.headers, body)
+        exchange = Exchange(self.wires, request.method, request.url, request.headers, body)
         raw = BulkAnswer(self._threads, exchange)
         ranged = get and "Range" in request.headers
+        if get and not ranged:
+            self.last_get = (request.url, dict(request.headers.items()))
         run = partial(exchange.run, lambda status: not ranged or status >= 300)
         status, headers, raw.data = await raw.in_thread(run)
         if 300 <= status < 400:  # to the bucket's own region

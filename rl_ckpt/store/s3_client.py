@@ -27,6 +27,7 @@ from rl_ckpt.store.ranges import Span, SpanWriter
 from rl_ckpt.store.s3_body import Body
 from rl_ckpt.store.s3_bulk import BulkAnswer, BulkSession
 from rl_ckpt.store.s3_errors import WrongAnswerError
+from rl_ckpt.store.s3_small import Sent
 
 T = TypeVar("T")
 
@@ -100,6 +101,17 @@ class S3Connection:
             raise
         self.answered = True
         return answer
+
+    def last_get(self) -> tuple[BulkSession, Sent] | None:
+        """The last GET of a whole object, and the session that sent it; None where it is not one of ours."""
+        client: Any = self._filesystem()._s3
+        if client is None:
+            return None
+        session, credentials = client._endpoint.http_session, client._request_signer._credentials
+        if not isinstance(session, BulkSession) or session.last_get is None or credentials is None:
+            return None
+        keys = self.run(_frozen(credentials))
+        return session, Sent(*session.last_get, keys.secret_key)
 
     def era(self) -> object:
         """What `renew` is told: it changes with the credentials."""
@@ -179,6 +191,10 @@ def _tuned(options: Mapping[str, Any]) -> dict[str, Any]:
     }
     config["s3"] = {"payload_signing_enabled": False, **config.get("s3", {})}
     return {**options, "config_kwargs": config, "use_listings_cache": False, "skip_instance_cache": True}
+
+
+async def _frozen(credentials: Any) -> Any:
+    return await credentials.get_frozen_credentials()
 
 
 async def _keys(fs: S3FileSystem) -> object:

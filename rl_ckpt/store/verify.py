@@ -8,8 +8,9 @@ nothing is written but a pin. Writing back is done in store/mend.py.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,7 +35,12 @@ _PIN_S = 24 * 3600.0
 
 
 def verify(
-    url: str, storage_options: Mapping[str, Any], step: int | str | None, repair: bool, more: More | None = None
+    url: str,
+    storage_options: Mapping[str, Any],
+    step: int | str | None,
+    repair: bool,
+    more: More | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
     """As `Checkpointer.verify`.
 
@@ -44,6 +50,7 @@ def verify(
         step: Which checkpoint, by its step or id; None: all.
         repair: Whether to write good bytes back.
         more: A further source: gives the bytes of a digest and size, or None. What it gives is compared.
+        progress: Told how many bytes were looked at, and of how many, by any thread.
     """
     begun = time.monotonic()
     run, damage = _opened(url, storage_options, repair)
@@ -61,7 +68,7 @@ def verify(
             run.find(run.log.read(), step)  # says what there is
         verifier = _Verifier(run, chosen, repair, more)
         damage += verifier.manifests()
-        damage += verifier.files()
+        damage += verifier.files(progress)
         known = {commit.id for commit in run.log.read().commits}  # who sweeps meanwhile damages nothing
     damage = [d for d in damage if not d.checkpoints or known.intersection(d.checkpoints)]
     everybody = tuple(commit.id for commit in chosen)
@@ -168,11 +175,11 @@ class _Verifier:
             self._sizes.update({file.name: file.bytes for file in manifest.files})
         return damage
 
-    def files(self) -> list[Damage]:
+    def files(self, progress: Callable[[int, int], None] | None = None) -> list[Damage]:
         """Reads all chunks, and what is around them."""
         store = self._run.store
         there = sizes_of(store, self.spots)
-        bad = bad_spots(store, self.spots)
+        bad = bad_spots(store, self.spots, self._counter(progress))
         files: dict[str, DamagedFile] = {}
         for name in self.spots:
             files[name] = DamagedFile(name, self._sizes[name], there.get(name), set(self.spots[name]))
@@ -188,6 +195,19 @@ class _Verifier:
             for file in own:
                 mend.file(self._run, file, {s: p for (name, s), p in places.items() if name == file.name}, self._more)
         return [item for file in damaged for item in self._damage(file)]
+
+    def _counter(self, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
+        total = sum(spot.bytes for spots in self.spots.values() for spot in spots)
+        done, lock = 0, threading.Lock()
+
+        def read(more: int) -> None:
+            nonlocal done
+            with lock:
+                done += more
+                if progress is not None:
+                    progress(done, total)
+
+        return read
 
     def _widen(self, damaged: Mapping[str, DamagedFile]) -> dict[tuple[str, Spot], str]:
         """Looks for damage in what other checkpoints have in damaged files, as those are written anew as a whole.

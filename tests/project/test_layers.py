@@ -18,7 +18,7 @@ PACKAGE = ROOT / "rl_ckpt"
 FLOORS = ("ground", "state", "format", "plan", "store", "runtime", "faces")
 GROUND = {"_version", "errors", "info", "options"}
 ROOMS = {"state", "format", "plan", "store", "runtime"}
-FACES = {"", "catalog", "checkpointer", "cli", "demo", "export", "lineage", "rllib", "transfer", "web"}
+FACES = {"", "catalog", "checkpointer", "cli", "demo", "export", "lineage", "prefetching", "rllib", "transfer", "web"}
 # Installed for the tests, never for users.
 TEST_ONLY = {"duckdb", "hypothesis", "moto", "polars", "pytest"}
 # Optional or heavy: a module-level import of one would make everybody pay for it, or fail without the extra.

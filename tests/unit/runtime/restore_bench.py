@@ -71,6 +71,7 @@ class Bench:
         search: bool = True,
         servers: int = 2,
         passing: bool = True,
+        coming: bool = False,
     ) -> None:
         self.machine = RestoreMachine(Options())
         self.mappable = mappable
@@ -80,6 +81,9 @@ class Bench:
         self.servers = servers
         self.passing = passing
         """Whether servers can have anything from one another."""
+        self.coming = coming
+        """Whether candidates are being brought into memory."""
+        self.awaits: list[rm.Await] = []
         self.elsewhere: dict[bytes, list[tuple[str, int]]] = {}
         """Digest → places in other checkpoints."""
         self.loads: list[rm.Load] = []
@@ -109,6 +113,8 @@ class Bench:
                     self.searches.append(i)
                     if self.search_at_once:
                         self.search()
+                case rm.Await():
+                    self.awaits.append(i)
                 case rm.Damaged():
                     self.damaged.append(i)
                 case rm.Forget(token, servers, keys):
@@ -149,7 +155,10 @@ class Bench:
             self.do(self.machine.failed(ask.token, CorruptionError(f"no good checkpoint: tried {ask.tried}")))
             return
         self.in_use.add(ask.token)
-        self.do(self.machine.loaded(ask.token, manifest(left[0]), b"json", self.mappable, {}, self.holdings))
+        candidate = manifest(left[0])
+        self.do(
+            self.machine.loaded(ask.token, candidate, b"json", self.mappable, {}, self.holdings, coming=self.coming)
+        )
 
     def token(self, rank: int, key: str) -> str:
         """Of the last candidate that a rank was given."""

@@ -30,7 +30,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[RunSpec]:
             raise InvalidInputError("it was ended")
 
     monkeypatch.setattr(links, "start_coordinator", start)
-    monkeypatch.setattr(links, "_insist", insist)
+    monkeypatch.setattr(links, "insist", insist)
     monkeypatch.setattr(links, "_ASK_AGAIN_S", 0.0)
     return out
 

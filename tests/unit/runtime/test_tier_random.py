@@ -33,12 +33,14 @@ class Walks(RuleBasedStateMachine):
         self.users: dict[str, str] = {}
         self.nowhere: set[str] = set()
         """Of which the last part was lost with its node."""
+        self.prefetched: set[str] = set()
 
     def collect(self) -> None:
         for generation in self.bench.freed[self.seen_freed :]:
             assert generation in self.held.values(), "given back twice, or not the tier's"
             over = next(name for name, g in self.held.items() if g == generation)
-            newer = [name for name in (*self.bench.landed, *self.bench.stuck) if int(name) > int(over)]
+            complete = (*self.bench.landed, *self.bench.stuck, *self.prefetched)
+            newer = [name for name in complete if int(name) > int(over)]
             assert newer or self.may_go or over in {*self.bench.stuck, *self.nowhere}, (
                 "given up before a newer one was complete"
             )
@@ -56,6 +58,18 @@ class Walks(RuleBasedStateMachine):
         self.under_way[checkpoint] = self.generations.pop(0)
         self.origins[checkpoint] = origins
         self.bench.stage(checkpoint, self.under_way[checkpoint], dict.fromkeys(origins, 192))
+        self.collect()
+
+    @precondition(lambda self: self.bench.servers and not self.under_way)
+    @rule(pick=PICK)
+    def prefetch(self, pick: int) -> None:
+        """Another cluster's checkpoint, of which each of some servers is to bring a part."""
+        self.number += 1
+        names = sorted(self.bench.servers)
+        checkpoint = str(self.number)
+        self.origins[checkpoint] = names[: 1 + pick % len(names)]
+        self.prefetched.add(checkpoint)
+        self.bench.prefetch(checkpoint, dict.fromkeys(self.origins[checkpoint], 192))
         self.collect()
 
     @precondition(lambda self: self.bench.asked)
@@ -178,6 +192,7 @@ class Walks(RuleBasedStateMachine):
         for checkpoint in list(self.under_way):
             self._commit(checkpoint, in_store=True)
         bench.answer_all()
+        assert not any(bench.brain.coming(name) or bench.brain.settling(name) for name in self.prefetched)
         for token in list(self.users):
             bench.do(bench.brain.done(token))
         self.collect()

@@ -10,6 +10,8 @@ from rl_ckpt.plan.parts import ChunkAt, Part, Remembered
 from rl_ckpt.runtime import tier_steps as tier
 from rl_ckpt.runtime.tier import Tier
 
+Ask = tier.Hold | tier.Copy | tier.Bring
+
 
 @dataclass
 class Server:
@@ -44,7 +46,7 @@ class Bench:
         self.brain = Tier(options or Options())
         self.servers = {f"s{i}": Server() for i in range(servers)}
         self.draining: set[str] = set()
-        self.asked: list[tier.Hold | tier.Copy] = []
+        self.asked: list[Ask] = []
         self.landed: list[str] = []
         self.stuck: dict[str, str] = {}
         self.freed: list[int] = []
@@ -53,7 +55,7 @@ class Bench:
     def do(self, instructions: list[tier.Instruction]) -> None:
         for one in instructions:
             match one:
-                case tier.Hold() | tier.Copy():
+                case tier.Hold() | tier.Copy() | tier.Bring():
                     self.asked.append(one)
                 case tier.Remember(server, done, parts):
                     self.servers[server].memos[done.id] = (done, parts)
@@ -80,17 +82,28 @@ class Bench:
         self.brain.begin(checkpoint, generation, staged, place)
         self.do(self.brain.tabled(checkpoint, [part(checkpoint, name, size) for name, size in sizes.items()]))
 
-    def answer(self, ask: tier.Hold | tier.Copy, why: str = "") -> None:
+    def prefetch(self, checkpoint: str, origins: dict[str, int] | None = None, limit: int | None = None) -> None:
+        """A checkpoint of the store is wanted in memory; of all servers, 192 bytes each, unless it is said of whom."""
+        sizes = origins or dict.fromkeys(self.servers, 192)
+        number = int(checkpoint)
+        done = Remembered(checkpoint, number, b"{}", record(checkpoint, number), number, True, float(number))
+        self.do(self.brain.prefetch(done, [part(checkpoint, name, size) for name, size in sizes.items()], limit))
+
+    def answer(self, ask: Ask, why: str = "") -> None:
         """A server does what it is asked to, if it is alive and a holder has it; or says why it does not."""
         self.asked.remove(ask)
         server = self.servers.get(ask.server)
-        there = isinstance(ask, tier.Hold) or ask.part.name in getattr(self.servers.get(ask.holder), "has", {})
+        copied = isinstance(ask, tier.Copy)
+        there = not copied or ask.part.name in getattr(self.servers.get(ask.holder), "has", {})
         if server is None or why or not there:
             why = why or "gone"
             self.do(self.brain.not_held(ask.part.checkpoint, ask.part.name, ask.server, why))
             return
         server.has[ask.part.name] = ask.part
         path = f"/shm/{ask.server}/{'g' if isinstance(ask, tier.Hold) else ask.part.name}"
+        if isinstance(ask, tier.Bring):
+            self.do(self.brain.brought(ask.server, ask.part, path))
+            return
         self.do(self.brain.held(ask.part.checkpoint, ask.part.name, ask.server, path))
 
     def answer_all(self) -> None:
