@@ -42,10 +42,10 @@ def test_from_s3_to_disk_and_back(s3_server: S3Server, tmp_path: Path) -> None:
 
 
 def test_between_two_servers_with_their_own_credentials(
-    s3_server: S3Server, other_server: S3Server, monkeypatch: pytest.MonkeyPatch
+    moto_server: S3Server, other_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    src, dst = f"s3://{s3_server.new_bucket()}/run", f"s3://{other_server.new_bucket()}/run"
-    mine, theirs = s3_server.storage_options(), other_server.storage_options()
+    src, dst = f"s3://{moto_server.new_bucket()}/run", f"s3://{other_server.new_bucket()}/run"
+    mine, theirs = moto_server.storage_options(), other_server.storage_options()
     saved(src, storage_options=mine)
     pull(src, dst, storage_options=mine, dst_storage_options=theirs)
     assert_mirror(open_store(src, mine), open_store(dst, theirs), 3)
