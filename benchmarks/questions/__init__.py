@@ -144,7 +144,7 @@ QUESTIONS: dict[str, Question] = {
             (
                 "",
                 "",
-                "some 20 requests that do not depend on the size (0.3 s here: log, manifest, pins, connections), and an "
+                "some 20 requests that do not depend on the size (0.3 s: log, manifest, pins, connections), and an "
                 "fsync of every file, which the others leave out",
             ),
         ),
