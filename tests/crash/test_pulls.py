@@ -19,7 +19,8 @@ from rl_ckpt.store.local import LocalStore
 from rl_ckpt.store.partial import PartialFile
 from rl_ckpt.store.urls import open_store
 from tests.crash.points import POINTS
-from tests.plain.test_pull import assert_same, saved, state
+from tests.plain.pulls import saved, state
+from tests.unit.trees import assert_same
 
 CHANGES = ("put", "create", "delete", "partial")
 
