@@ -230,7 +230,10 @@ class ServerMemory:
         Args:
             generations: How many there may be.
         """
-        sizes = [path.stat().st_size for path in self._folder.glob(f"{GENERATION}*")]
+        sizes = []
+        for path in self._folder.glob(f"{GENERATION}*"):
+            with contextlib.suppress(FileNotFoundError):  # made anew, or made a part, since the listing
+                sizes.append(path.stat().st_size)
         left = max(0, generations - len(sizes)) * max(sizes, default=0)
         return shutil.disk_usage(self._folder).free - left
 

@@ -63,10 +63,18 @@ def stats(ckpt: Checkpointer) -> dict[str, int]:
 
 
 def complete(ckpt: Checkpointer, parts: int) -> None:
-    until(
-        lambda: (found := stats(ckpt))["copies_missing"] == 0 and found["parts_held"] == parts,
-        f"{parts} parts are held and no copy is missing",
-    )
+    """Waits until so many parts are held and no copy is missing; if that does not come, says what is there."""
+    found: dict[str, int] = {}
+
+    def there() -> bool:
+        found.update(stats(ckpt))
+        return found["copies_missing"] == 0 and found["parts_held"] == parts
+
+    try:
+        until(there, f"{parts} parts are held and no copy is missing")
+    except AssertionError as error:
+        here = {name: sorted(held(name)) for name in servers_left(ckpt)}
+        raise AssertionError(f"{error}; the coordinator counts {found}, the servers hold {here}") from error
 
 
 def held(server: str) -> dict[str, HoldOrder]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -153,3 +154,12 @@ def test_what_has_no_file_is_unmapped_at_the_next_save(owned: memory.ServerMemor
     owned.remove("a")
     memory.drop_gone()
     assert path not in memory._maps
+
+
+def test_a_generation_that_is_renamed_while_room_is_counted_is_passed_over(
+    owned: memory.ServerMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owned.make(f"{memory.GENERATION}1-a", SIZE)
+    Path(owned.path(f"{memory.GENERATION}2-b")).symlink_to("renamed since the listing")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10 * SIZE))
+    assert owned.room(2) == 9 * SIZE, "for the generation that is not there"
