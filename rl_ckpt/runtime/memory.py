@@ -202,7 +202,8 @@ class ServerMemory:
 
     def spare_bytes(self) -> int:
         """Of all of them together."""
-        return sum(path.stat().st_size for path in self._folder.glob(f"{_SPARE}*"))
+        with self._sparing:  # none is taken, or dropped, meanwhile
+            return sum(path.stat().st_size for path in self._folder.glob(f"{_SPARE}*"))
 
     def take_spare(self, name: str, size_bytes: int) -> str:
         """A spare file of at least so many bytes, and not many more, under a new name.

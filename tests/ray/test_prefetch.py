@@ -285,6 +285,7 @@ def test_what_is_newer_and_in_memory_already_is_not_replaced(store: Store, worke
         assert store.reads() == before
 
 
+@pytest.mark.soak
 def test_a_prefetch_of_an_older_one_is_of_use_to_a_restore_of_that_step(store: Store, workers: list[Any]) -> None:
     first, _ = saved(store, workers, 1, 2)
     Catalog(store.url, storage_options=store.options).tag(first, "shipped")
