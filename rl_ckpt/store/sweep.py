@@ -187,10 +187,6 @@ class Sweeper:
         """Says which shard files checkpoints name, by id, so that their manifests need not be read."""
         self._files |= files
 
-    def know(self, files: Mapping[str, frozenset[str]]) -> None:
-        """Says which shard files checkpoints name, by id, so that their manifests need not be read."""
-        self._files |= files
-
     def seen(self, orphans: Mapping[str, float]) -> None:
         """Says for how many seconds another sweep has known some orphans: name → seconds."""
         now = time.monotonic()
