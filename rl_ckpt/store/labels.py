@@ -87,7 +87,8 @@ class LabelReader:
                 new.append(item)
         found: dict[str, LabelRecord | str] = {n: said for n, (_, _, said) in self._known.items() if said is not None}
         with ThreadPoolExecutor(min(_READERS, len(new) or 1), "rl_ckpt-labels") as pool:
-            for item, said in zip(new, pool.map(lambda item: read_label(self._run, item.name), new), strict=True):
+            get = self._run.store.getter()
+            for item, said in zip(new, pool.map(lambda item: read_label(self._run, item.name, get), new), strict=True):
                 if said is None:  # a sweep took it away meanwhile
                     continue
                 found[item.name] = said
@@ -101,11 +102,11 @@ class LabelReader:
         )
 
 
-def read_label(run: Run, name: str) -> LabelRecord | str | None:
+def read_label(run: Run, name: str, get: Callable[[str], bytes] | None = None) -> LabelRecord | str | None:
     """One label: as it stands, why it can't be read, or None where there is none."""
     store: Store = run.store
     try:
-        label = records.decode(store.object_url(name), store.get(name), LabelRecord)
+        label = records.decode(store.object_url(name), (get or store.get)(name), LabelRecord)
     except ObjectMissingError:
         return None
     except CorruptionError as error:

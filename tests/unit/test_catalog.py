@@ -21,6 +21,7 @@ from rl_ckpt import (
     LatestN,
     RunOwnedError,
     StorageError,
+    fork,
 )
 from rl_ckpt.format import records
 from rl_ckpt.format.records import LabelRecord, PinRecord
@@ -373,6 +374,24 @@ def test_a_pinned_checkpoint_is_told_of_and_stays(url: str, store: Store) -> Non
         assert report.pinned == {info.id: "fork file:///elsewhere"}
         assert len(report.deleted) == 1
     assert steps(url) == [1, 3]
+
+
+def test_what_was_forked_stays_until_the_fork_needs_it_no_more(tmp_path: Path) -> None:
+    url, other = str(tmp_path / "run"), str(tmp_path / "fork")
+    save(url, 1, 2)
+    fork(url, other, at=1)
+    with pytest.raises(InvalidInputError, match="held by fork file://"):
+        Catalog(url).remove(1, force=True)
+    assert list(Catalog(url).sweep([LatestN(1)], grace_s=0).pinned) == [Catalog(url).find(1).id]
+    assert_same(Checkpointer(other).load_state(), state(1))
+    with Checkpointer(other, grace_s=0) as ckpt:
+        ckpt.save_state(5, {"new": 1}).result(60)
+    dry = Catalog(other).sweep([LatestN(1)], dry_run=True)
+    assert (len(dry.deleted), dry.files) == (1, 1), "its manifest; no file is its own"
+    assert Catalog(other).sweep([LatestN(1)], grace_s=0).files == 1
+    assert Catalog(url).remove(1, grace_s=0).deleted
+    assert steps(url) == [2]
+    assert_same(Checkpointer(other).load_state(), {"new": 1})
 
 
 def test_rules_that_keep_nothing_delete_nothing(url: str, store: Store) -> None:
