@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from rl_ckpt.format.manifest import Chunk, Manifest, ShardFileEntry
-from rl_ckpt.format.records import split_base
+from rl_ckpt.format.records import BASES
 from rl_ckpt.plan.compaction import Files, evacuate
 from rl_ckpt.state.boxes import Box
 
@@ -70,19 +70,26 @@ class KnownChunks:
         self.lasts = lasts
         self._entries = [file.entry for file in files]
         self._content = np.array([_content(file) for file in files], np.int64)
-        self._held = np.array([bool((file.rows["lasting"] > 0).any()) for file in files], bool)
-        self._based = np.array([split_base(file.entry.name) is not None for file in files], bool)
-        self._lasting_bytes = sum(int(f.rows["bytes"][f.rows["lasting"] > 0].sum()) for f in files)
+        # What lies in a fork's base takes nothing of this run's storage, and nothing is won by moving it here.
+        self._outer = np.array([file.entry.name.startswith(BASES) for file in files], bool)
+        self._held = np.array([bool((file.rows["lasting"] > 0).any()) for file in files], bool) & ~self._outer
+        mine = [file for file, outer in zip(files, self._outer, strict=True) if not outer]
+        self._lasting_bytes = sum(int(f.rows["bytes"][f.rows["lasting"] > 0].sum()) for f in mine)
         parts = [file.rows[file.rows["usable"] > 0] if file.whole else file.rows[:0] for file in files]
         rows = np.concatenate(parts) if parts else np.zeros(0, _ROW)
         number = np.repeat(np.arange(len(files), dtype=np.uint32), [len(part) for part in parts])
         born = np.array([file.born for file in files], np.int64)
         # Of several places with the same bytes the first is taken: one that stays anyway, else the newest, to which a
         # file that is given up was moved.
-        order = np.lexsort((-born[number], ~self._held[number], rows["hi"])) if len(rows) else np.zeros(0, np.int64)
+        order = (
+            np.lexsort((-born[number], ~(self._held | self._outer)[number], rows["hi"]))
+            if len(rows)
+            else np.zeros(0, np.int64)
+        )
         self._hi, self._lo = rows["hi"][order], rows["lo"][order]
         self._bytes, self._offset = rows["bytes"][order], rows["offset"][order]
-        self._file, self._lasting = number[order], rows["lasting"][order] > 0
+        self._file = number[order]
+        self._lasting = (rows["lasting"][order] > 0) & ~self._outer[self._file] if len(rows) else np.zeros(0, bool)
         self.names = frozenset(self._entries[n].name for n in np.unique(number).tolist())
 
     def __len__(self) -> int:
@@ -104,10 +111,10 @@ class KnownChunks:
         rows = place[hit]
         used = np.zeros(len(self._entries), np.int64)
         np.add.at(used, self._file[rows], self._bytes[rows])
+        used[self._outer] = 0
+        state_bytes = sum(size for _, size in keys) - int(self._bytes[rows[self._outer[self._file[rows]]]].sum())
         others = self._lasting_bytes - int(self._bytes[rows[self._lasting[rows]]].sum())
-        # What lies in another run takes no space in this one, and frees none when it is moved.
-        files = Files(np.where(self._based, used, self._content), used, self._held | self._based)
-        leave = evacuate(files, sum(size for _, size in keys), others, self.lasts)
+        leave = evacuate(Files(self._content, used, self._held), state_bytes, others, self.lasts)
         out: dict[Wanted, Found] = {}
         stay = ~leave[self._file[rows]]
         for k, row in zip(hit[stay].tolist(), rows[stay].tolist(), strict=True):
@@ -153,9 +160,9 @@ class ChunkIndex:
         self.chunks = 0
         """Places that it knows."""
 
-    def __contains__(self, checkpoint: str) -> bool:
-        """Whether it knows a checkpoint."""
-        return checkpoint in self._checkpoints
+    def names(self) -> set[str]:
+        """All files that it knows."""
+        return {*self._numbers}
 
     def add(self, manifest: Manifest, commit: int, sizes: Mapping[str, int] | None = None) -> None:
         """Takes a live checkpoint up.
@@ -214,11 +221,6 @@ class ChunkIndex:
             file.rows = np.concatenate([file.rows, rows[~known]])
             self.chunks += int((~known).sum())
         return number, mask
-
-    @property
-    def names(self) -> Collection[str]:
-        """Of the files that its checkpoints name."""
-        return self._numbers.keys()
 
     def check(self, sizes: Mapping[str, int]) -> None:
         """Nothing is found any more in files that have another size by now, or are gone; `sizes` as in `add`."""

@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from rl_ckpt.format.records import CommitRecord
-from rl_ckpt.plan.retention import KeepRule, LatestN
+from rl_ckpt.plan.retention import KeepRule, LatestN, NewerThan, Said, Tagged, TimedRule
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -82,17 +83,30 @@ def evacuate(files: Files, state_bytes: int, others_bytes: int, lasts: bool) -> 
     return out
 
 
-def lasting(commits: Sequence[CommitRecord], rules: Sequence[KeepRule]) -> set[str]:
-    """Ids of checkpoints that do not go by themselves as others come: all that other rules than `LatestN` keep.
+def lasting(
+    commits: Sequence[CommitRecord], rules: Sequence[KeepRule], now: float, said: Said | None = None
+) -> set[str]:
+    """Ids of checkpoints that do not go by themselves as others come: what tags keep, and most rules.
+
+    Those rules are all but `LatestN` and `NewerThan`; they are asked as if one more checkpoint had come already, which
+    takes the place of the newest of its period.
 
     Args:
-        commits: All of the run, oldest first.
+        commits: All of the run, oldest first, with the one that is being saved.
         rules: Retention rules; none at all keep everything.
+        now: Unix seconds.
+        said: Tags and requests to remove; None: the tags given at save alone.
     """
-    if not rules:
+    if not rules or not commits:
         return {commit.id for commit in commits}
-    kept = {commit.id for commit in commits if commit.tag is not None}
-    return kept.union(*(rule.keep(commits) for rule in rules if not isinstance(rule, LatestN)))
+    said = said or Said()
+    kept = {commit.id for commit in commits if commit.tag is not None or said.tags.get(commit.id)}
+    last = commits[-1]
+    coming = [*commits, msgspec.structs.replace(last, id="", step=last.step + 1, metrics={}, tag=None)]
+    for rule in rules:
+        if not isinstance(rule, LatestN | NewerThan | Tagged):
+            kept |= rule.keep_at(coming, now) if isinstance(rule, TimedRule) else rule.keep(coming)
+    return kept - {"", *said.removals}
 
 
 def file_target(written_bytes: int, whole: bool) -> int | float:

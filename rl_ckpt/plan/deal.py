@@ -30,8 +30,8 @@ COLUMNS_BEFORE_PACKING = 1024
 
 
 FILES_AT_LEAST = 16
-"""So many files take a save where several are written at a time, whatever the number of servers: those of which little is wanted later are written anew,
-one at a time (plan/compaction.py)."""
+"""So many files take a save where several are written at a time, whatever the number of servers: those of which little
+is wanted later are written anew, one at a time (plan/compaction.py)."""
 LEAST_FILE_BYTES = 256 << 10
 """No smaller files are made for that, nor to have several to write at a time."""
 

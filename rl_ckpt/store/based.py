@@ -21,7 +21,15 @@ import msgspec
 from rl_ckpt.errors import CorruptionError, InvalidInputError, StorageError
 from rl_ckpt.format import records
 from rl_ckpt.format.records import RunRecord
-from rl_ckpt.store.base import Buffer, ObjectMissingError, StorageOptions, Store, StoredObject, spare_none
+from rl_ckpt.store.base import (
+    Buffer,
+    ObjectMissingError,
+    PartialObject,
+    StorageOptions,
+    Store,
+    StoredObject,
+    spare_none,
+)
 from rl_ckpt.store.urls import BASE_OPTIONS, open_store
 
 
@@ -229,6 +237,11 @@ class BasedStore(Store):
         store, there = self._at(name)
         return store.get(there)
 
+    def getter(self) -> Callable[[str], bytes]:
+        """The own store's, which may be the cheaper, for what is its own."""
+        own = self.own.getter()
+        return lambda name: own(name) if records.split_base(name) is None else self.get(name)
+
     def read_into(self, name: str, reads: Sequence[tuple[int, memoryview]]) -> None:
         """From wherever it is."""
         store, there = self._at(name)
@@ -259,6 +272,14 @@ class BasedStore(Store):
         """Wherever it is."""
         store, there = self._at(name)
         return store.local_path(there)
+
+    def partial(self, name: str, size_bytes: int) -> PartialObject | None:
+        """In the run's own store."""
+        return self.own.partial(self._own_at(name), size_bytes)
+
+    def partial_bytes(self, name: str) -> int:
+        """In the run's own store."""
+        return self.own.partial_bytes(self._own_at(name))
 
     def is_local(self) -> bool:
         """Of the run's own store and of all bases."""

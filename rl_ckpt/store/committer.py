@@ -236,7 +236,8 @@ class Committer:
             return NOTHING_KNOWN  # given up meanwhile
         with self._lock:
             parent = self._continued(attempt.request)
-        stays = lasting([*self._commits, self._planned(checkpoint, attempt.request)], self._keep)
+        commits = [*self._commits, self._planned(checkpoint, attempt.request)]
+        stays = lasting(commits, self._keep, self._sweeper.clock.now(), self._sweeper.said)
         urgent = attempt.request.deadline_s is not None
         stored = self._reuse.find(parent, self._commits, stays, lasts=checkpoint in stays, urgent=urgent)
         self._sweeper.protect(checkpoint, stored.names)

@@ -16,10 +16,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from rl_ckpt.errors import CorruptionError
+from rl_ckpt.format import records
 from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.plan.chunk_index import ChunkIndex, KnownChunks
-from rl_ckpt.store.based import sizes_in_bases, sizes_of
+from rl_ckpt.store.based import sizes_of
 from rl_ckpt.store.commit_log import LATEST_S
 from rl_ckpt.store.run import Run
 
@@ -33,12 +34,12 @@ _READERS = 8
 class Reuse:
     """What saves to one run need not write; kept by the run's committer."""
 
-    def __init__(self, run: Run, read: Callable[[Manifest], None], *, ended: bool = False) -> None:
+    def __init__(self, run: Run, read: Callable[[Mapping[str, frozenset[str]]], None], *, ended: bool = False) -> None:
         """Nothing is read yet.
 
         Args:
             run: The run, opened for writing.
-            read: Is given each manifest of an older checkpoint that was read.
+            read: Is told which shard files an older checkpoint names, by its id, once its manifest was read.
             ended: Whether it is certain that the writer before this one asks the store for nothing any more.
         """
         self._run = run
@@ -119,7 +120,7 @@ class Reuse:
             gone = {commit.id for commit in commits if commit.id not in there}
             self.dropped(gone)
             self._passed |= gone
-            self._index.check(self._list())
+            self._index.check(sizes_of(self._run.store, self._index.names()))
             self._alone_at, self._oldest_epoch = None, 0
         return [c for c in commits if c.epoch >= self._oldest_epoch or c.id == self._newest_found]
 
@@ -131,21 +132,24 @@ class Reuse:
                 todo[commit.id] = commit
         if not todo:
             return
-        sizes = self._list()
+        sizes: dict[str, int] | None = None
         left = list(todo.values())
         with ThreadPoolExecutor(min(_READERS, len(left)), "rl_ckpt-index") as pool:
             while left and self._index.chunks < MOST_CHUNKS:
                 some = _first(left, most_bytes)  # a few at a time: a manifest may have many megabytes
                 if not some:
                     return
-                for commit, manifest in zip(some, pool.map(self._manifest, some), strict=True):
+                found = list(pool.map(self._manifest, some))
+                # A new checkpoint must not lean on a file that is gone or cut short.
+                names = {file.name for manifest in found if manifest is not None for file in manifest.files}
+                if sizes is None or any(records.split_base(name) and name not in sizes for name in names):
+                    sizes = dict.fromkeys(names, -1) | (sizes or {}) | sizes_of(self._run.store, names)
+                for commit, manifest in zip(some, found, strict=True):
                     if manifest is None:
                         self._passed.add(commit.id)  # nothing to refer to: what only it holds is written again
                     else:
-                        new = {file.name for file in manifest.files}.difference(sizes)
-                        sizes.update(sizes_in_bases(self._run.store, new))
                         self._take(manifest, commit.number, sizes)
-                        self._read(manifest)
+                        self._read({manifest.id: frozenset(file.name for file in manifest.files)})
                     most_bytes = None if most_bytes is None else most_bytes - commit.manifest_bytes
                 left = left[len(some) :]
         self._passed |= {commit.id for commit in left}
@@ -159,10 +163,6 @@ class Reuse:
             return self._run.manifest(commit)
         except CorruptionError:
             return None
-
-    def _list(self) -> dict[str, int]:
-        """Sizes of the files that are there: a new checkpoint must not lean on one that is gone or cut short."""
-        return sizes_of(self._run.store, self._index.names)
 
 
 def _first(commits: Sequence[CommitRecord], most_bytes: int | None) -> list[CommitRecord]:

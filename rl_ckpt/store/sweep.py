@@ -21,7 +21,7 @@ from rl_ckpt.format.digest import digest
 from rl_ckpt.format.manifest import Manifest
 from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.info import Verdict
-from rl_ckpt.plan.retention import KeepRule, decide
+from rl_ckpt.plan.retention import KeepRule, Said, decide
 from rl_ckpt.store import forks
 from rl_ckpt.store.base import ObjectMissingError
 from rl_ckpt.store.labels import LabelReader, Labels, leftovers, missing, put_back
@@ -82,6 +82,7 @@ class Sweeper:
         self._hold = hold
         self._run = run
         self._labels = LabelReader(run)
+        self.said = Said()  # by labels, as the last `judge` has read them
         self.clock = SteadyClock()
         self.done = Swept()
         self.grace_s = grace_s
@@ -105,13 +106,9 @@ class Sweeper:
         with self._lock:
             self._in_flight[checkpoint] = files
 
-    def know(self, manifest: Manifest) -> None:
-        """Says what a live checkpoint names: its manifest need not be read again."""
-        self._files[manifest.id] = frozenset(file.name for file in manifest.files)
-
     def committed(self, manifest: Manifest) -> None:
         """Says that `manifest` is committed."""
-        self.know(manifest)
+        self._files[manifest.id] = frozenset(file.name for file in manifest.files)
         with self._lock:
             self._in_flight.pop(manifest.id, None)
 
@@ -164,7 +161,8 @@ class Sweeper:
         back = self._heal(labels, commits)
         commits = sorted([*commits, *back], key=lambda commit: commit.number)
         doubt = {commit.id for commit in commits if self._run.log.in_doubt(commit.number)}
-        found = decide(commits, rules, self.clock.now(), labels.said(commits))
+        self.said = labels.said(commits)
+        found = decide(commits, rules, self.clock.now(), self.said)
         still = "its record may still be on its way"
         return back, [Verdict(v.id, v.step, True, still) if not v.keep and v.id in doubt else v for v in found]
 
@@ -185,7 +183,7 @@ class Sweeper:
         self.done.put_back += back
         return back
 
-    def know_files(self, files: Mapping[str, frozenset[str]]) -> None:
+    def know(self, files: Mapping[str, frozenset[str]]) -> None:
         """Says which shard files checkpoints name, by id, so that their manifests need not be read."""
         self._files |= files
 
@@ -346,12 +344,10 @@ class Sweeper:
         with self._lock:  # after the listing: whoever wrote a listed file was in flight before it
             checkpoints = {commit.id for commit in live} | self._in_flight.keys()
             spared = set[str]().union(*self._in_flight.values()) - named
-        # Attempts hold more than they will name: what they let go is looked for again.
-        self._look |= any(item.name in spared for item in listed) or any(
-            name.startswith(records.BASES) for name in spared
-        )
-        named |= spared
-        found = unnamed(self._run, listed, named, checkpoints)
+            # Attempts hold more than they will name: what they let go is looked for again.
+            in_bases = any(name.startswith(records.BASES) for name in spared)
+            self._look |= in_bases or any(item.name in spared for item in listed)
+        found = unnamed(self._run, listed, named | spared, checkpoints)
         self._sizes = {item.name: item.size_bytes for item in found}
         return [item.name for item in found if item.name not in self._let_go]
 

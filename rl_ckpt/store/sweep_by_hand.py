@@ -89,7 +89,7 @@ def _sweep(store: Store, committer: Committer, planned: _Planned) -> SweepReport
         notices.append("the store tells no times: files whose grace is not over wait for a sweep that runs as long")
     else:
         sweeper.seen({name: now - first for name, first in before.items()})
-    sweeper.know_files(planned.files)
+    sweeper.know(planned.files)
     try:
         committer.tidy()
     except StorageError as error:

@@ -108,7 +108,8 @@ def test_a_bases_files_are_read_as_if_they_were_the_runs_own(pair: tuple[Store, 
     if how == "pickled" and own.url.startswith("memory"):
         pytest.skip("a store in memory is one process's")
     store, name = opened(own, how), f"base/0/{FILE}"
-    assert store.get(name) == b"0123456789"
+    assert store.get(name) == store.getter()(name) == b"0123456789"
+    assert store.getter()("shards/4-bb/local-0.arrow") == b"own"
     room = bytearray(4)
     store.read_into(name, [(2, memoryview(room))])
     assert room == b"2345"
@@ -123,6 +124,11 @@ def test_a_bases_files_are_read_as_if_they_were_the_runs_own(pair: tuple[Store, 
     assert outer_base(store, name) == source.url
     assert outer_base(store, "shards/4-bb/local-0.arrow") is None
     assert store.stats.snapshot().bytes_read >= 14, "what bases give is counted too"
+
+
+def test_every_operation_of_a_store_goes_to_the_right_one() -> None:
+    operations = {name for name, value in vars(Store).items() if callable(value) and not name.startswith("_")}
+    assert operations <= vars(BasedStore).keys(), "one that is missing here would look for a base's files in the fork"
 
 
 def test_nothing_is_written_to_a_base(pair: tuple[Store, Store]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,10 @@ def test_only_what_it_named_is_open(committer: Committer) -> None:
     assert not committer.is_open(checkpoint)
 
 
-def test_a_save_under_way_that_leans_on_a_base_keeps_the_pin_there(committer: Committer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ends", ["abandoned", "committed"])
+def test_a_save_under_way_that_leans_on_a_base_keeps_the_pin_there(
+    committer: Committer, tmp_path: Path, ends: str
+) -> None:
     commit(committer, 1)
     committer.close()
     fork(str(tmp_path / "run"), str(tmp_path / "fork"))
@@ -189,7 +193,12 @@ def test_a_save_under_way_that_leans_on_a_base_keeps_the_pin_there(committer: Co
     forked.tidy()
     assert [record.step for record in forked.commits] == [3]
     assert list((tmp_path / "run/pins").iterdir()) != []
-    forked.abandon(slow)
+    if ends == "abandoned":
+        forked.abandon(slow)
+    else:  # without what it might have named; nothing else goes
+        forked.configure((), 0.0)
+        forked.sweeper._clean_at = math.inf
+        commit(forked, 2, slow)
     forked.tidy()
     assert not (tmp_path / "run/pins").exists()
     forked.close()

@@ -161,6 +161,17 @@ def test_a_writer_that_finds_the_pin_of_one_before_it_removes_it(root: str, monk
     assert list(pins(source)) == []
 
 
+def test_what_little_a_fork_needs_of_a_large_file_is_not_moved(root: str) -> None:
+    source, url = f"{root}/source", f"{root}/fork"
+    save(source, range(1), np.concatenate([FROZEN, np.arange(40_000.0)]), chunk_bytes=FROZEN.nbytes, write_streams=1)
+    fork(source, url)
+    with Checkpointer(url, chunk_bytes=FROZEN.nbytes, write_streams=1, keep=[LatestN(1)], grace_s=0) as ckpt:
+        for step in range(1, 5):
+            info = ckpt.save_state(step, state(step)).result(60)
+    assert info.bytes_written < 10_000 < FROZEN.nbytes
+    assert list(pins(source)) == [run_of(url)]
+
+
 @pytest.mark.parametrize("how", ["tagged", "pinned"])
 def test_the_pin_stays_where_a_checkpoint_is_claimed_in_the_moment_when_it_goes(
     root: str, how: str, monkeypatch: pytest.MonkeyPatch
