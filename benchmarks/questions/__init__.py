@@ -136,6 +136,19 @@ QUESTIONS: dict[str, Question] = {
     "s3": Question(
         "Save and restore, S3", "the faster raw client, same server and concurrency", "object_store", reasons=_S3
     ),
+    "pull": Question(
+        "A checkpoint brought from S3 to disk, and from disk to S3",
+        "the raw client, into warm memory",
+        "pulling",
+        reasons=(
+            (
+                "",
+                "",
+                "some 20 requests that do not depend on the size (0.3 s: log, manifest, pins, connections), and an "
+                "fsync of every file, which the others leave out",
+            ),
+        ),
+    ),
     "restore": Question("Restore, local disk, cached", _READ, "restoring", reasons=_RESTORE),
     "reads": Question("Bytes read from S3 per unique byte, N → M workers", "each byte once", "reading", "resharding"),
     "policy": Question("Restore of one policy out of 100", "its bytes", "reading", "one_policy"),

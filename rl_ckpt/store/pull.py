@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 from rl_ckpt.errors import (
     CheckpointNotFoundError,
@@ -36,6 +38,7 @@ from rl_ckpt.store.run import Run, who
 ALL = "all"
 _BATCH_BYTES = 1 << 30
 _BATCH_COMMITS = 16  # that are copied at once: of many small ones, each alone would wait for the store at every step
+_READERS = 16
 _TRIES = 3  # to bring files that somebody deletes at the destination
 
 Move = Callable[[Sequence[FileJob]], None]
@@ -122,12 +125,13 @@ def _find_files(source: Run, mirror: Mirror, ours: Log, found: Survey) -> None:
     """What each checkpoint needs, and what of it is there."""
     sizes: dict[str, int] = {}
     places: dict[str, set[Place]] = {}
-    for commit in found.todo:
-        manifest = _manifest(source, commit)
-        for name, some in spots(manifest).items():
-            places.setdefault(name, set()).update(some)
-        sizes.update({file.name: file.bytes for file in manifest.files})
-        found.names[commit.id] = [file.name for file in manifest.files]
+    with ThreadPoolExecutor(_READERS, "rl_ckpt-pull") as pool:
+        for begin in range(0, len(found.todo), _READERS):  # not all at once: a manifest may take many megabytes
+            for manifest in pool.map(partial(_manifest, source), found.todo[begin : begin + _READERS]):
+                for name, some in spots(manifest).items():
+                    places.setdefault(name, set()).update(some)
+                sizes.update({file.name: file.bytes for file in manifest.files})
+                found.names[manifest.id] = [file.name for file in manifest.files]
     there = sizes_at(mirror.store, sizes)
     present = {name: set(places.get(name, ())) for name, size in sizes.items() if there.get(name) == size}
     _leave_out_vouched(mirror, ours, present)
@@ -217,12 +221,15 @@ def _bring_batch(
     tell: Tell,
     why: str,
 ) -> None:
-    store, newest = mirror.store, batch[-1].id
+    store, newest, ids = mirror.store, batch[-1].id, [commit.id for commit in batch]
     named = dict.fromkeys(name for commit in batch for name in found.names[commit.id])
-    arriving = Arriving(store, [commit.id for commit in batch], f"a pull from {source.store.url}, {who()}")
+    arriving = Arriving(store, ids, f"a pull from {source.store.url}, {who()}")
     try:
         # Before the files: together with the pins it tells a sweep which files of older checkpoints are waited for.
-        raw = {commit.id: _bring_manifest(source, store, commit, why) for commit in batch}
+        with ThreadPoolExecutor(_READERS, "rl_ckpt-pull") as pool:
+            raw = dict(
+                zip(ids, pool.map(lambda commit: _bring_manifest(source, store, commit, why), batch), strict=True)
+            )
         jobs = [found.files[name] for name in named if name not in done]
         for _ in range(_TRIES):
             tell("copying", newest)

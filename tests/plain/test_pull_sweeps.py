@@ -15,7 +15,8 @@ from rl_ckpt import Catalog, Checkpointer, CommitConflictError, LatestN, Progres
 from rl_ckpt.format import records
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.urls import open_store
-from tests.plain.test_pull import assert_same, killed, saved, state
+from tests.plain.pulls import killed, saved, state
+from tests.unit.trees import assert_same
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from rl_ckpt.runtime.pull_nodes import _dealt, _Till
 from rl_ckpt.store.copier import FileJob
 from rl_ckpt.store.meter import Counts
 from rl_ckpt.store.urls import open_store
-from tests.ray.holders import several_nodes, until
+from tests.ray.holders import HEALTH, several_nodes, until
 from tests.s3_servers import S3Server
 from tests.unit.trees import assert_same
 
@@ -26,7 +26,7 @@ STATE = {f"w{i}": np.random.default_rng(i).random(120_000) for i in range(12)}
 
 @pytest.fixture(scope="module")
 def nodes(_no_aws_settings_from_outside: None) -> Iterator[Any]:
-    with several_nodes(3) as cluster:
+    with several_nodes(3, HEALTH) as cluster:
         yield cluster
 
 

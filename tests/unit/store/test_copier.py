@@ -248,16 +248,19 @@ def test_files_on_their_way_to_an_object_store_take_bounded_memory(
 ) -> None:
     target = open_store(f"memory://copier_target_{next(_numbers)}")
     jobs = [made(source, f"shards/1-a/s-{i}.arrow") for i in range(8)]
-    areas, most, lock = [0], [0], threading.Lock()
+    areas, most, lock, too_much = [0], [0], threading.Lock(), threading.Event()
     new_area, put = copier_module.new_area, target.put
 
     def count(size: int) -> memoryview:
         with lock:
             areas[0] += size
             most[0] = max(most[0], areas[0])
+            if areas[0] > 2 * jobs[0].bytes:
+                too_much.set()
         return new_area(size)
 
     def done(name: str, segments: Sequence[memoryview]) -> None:
+        too_much.wait(0.1)  # a store that is slow, so that others would go on
         put(name, segments)
         with lock:
             areas[0] -= jobs[0].bytes
