@@ -97,22 +97,17 @@ def running(_no_aws_settings_from_outside: None) -> Iterator[Running]:
 
 
 def test_the_demo_outlives_a_worker_that_somebody_kills(running: Running, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "rl_ckpt.demo", "--address", "auto", "--url", "s3://rl-ckpt/demo", "--kill", "you"]
-    command += [
-        "--iterations",
-        "8",
-        "--save-every",
-        "4",
-        "--workers",
-        "2",
-        "--workers-after",
-        "1",
-        "--out",
-        str(tmp_path),
-    ]
+    arguments = "--address auto --kill you --iterations 8 --save-every 4 --workers 2 --workers-after 1"
+    command = [sys.executable, "-m", "rl_ckpt.demo", *arguments.split(), "--out", str(tmp_path)]
     killed, lines = "", []
+    url = ["--url", "s3://rl-ckpt/demo"]
     with subprocess.Popen(
-        command, cwd=ROOT, env=running.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*command, *url],
+        cwd=ROOT,
+        env=running.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as demo:
         assert demo.stdout is not None
         for line in demo.stdout:
@@ -128,6 +123,12 @@ def test_the_demo_outlives_a_worker_that_somebody_kills(running: Running, tmp_pa
     running.tend_until(f"{killed} is dead")
     with pytest.raises(KeyError):
         kill(running.folder, killed)
+
+    # One is left: to kill that would end the job.
+    other = [*command, "--url", "s3://rl-ckpt/other"]
+    done = subprocess.run(other, cwd=ROOT, env=running.environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "needs two or more" in done.stderr
 
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed (Debian: prometheus)")

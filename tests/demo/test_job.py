@@ -59,3 +59,9 @@ def test_arguments_that_cannot_work_are_refused(args: list[str]) -> None:
     done = run_demo(*args)
     assert done.returncode == 2
     assert "at least" in done.stderr
+
+
+def test_nobody_is_asked_to_kill_a_node_of_the_demos_own_cluster() -> None:
+    done = run_demo("--kill", "you")
+    assert done.returncode == 2
+    assert "--address" in done.stderr
