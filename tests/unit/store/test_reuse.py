@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,7 +141,9 @@ def test_what_an_earlier_writer_may_be_deleting_is_not_leant_on(
 ) -> None:
     """One that was taken over from, and lives: it may have dropped all but the newest before it learnt that."""
     before = Committer(Run.open(url), (LatestN(1),), 0.0)
+    assert before._lease.ended, "the one that has made the run"
     after = Committer(Run.open(url), (), 0.0)
+    assert not after._lease.ended
     assert known(after) == {0, 3}, "the newest, and the file of the first that it names"
     store = before.run.store
     names = [records.commit_name(before.commits[2].number)]
@@ -211,7 +214,8 @@ def test_what_only_an_attempt_held_goes_after_its_commit(url: str) -> None:
     committer.stored(attempt)
     committer.tidy()
     assert len(list(Path(url).glob("shards/*"))) == 4
-    committer.configure([LatestN(9)], 0.0)  # nothing is dropped any more, which would make the sweep look
+    committer.configure([LatestN(9)], 0.0)  # nothing is dropped any more, which would make the sweep look,
+    committer.sweeper._clean_at = math.inf  # nor is it time to do so anyway
     committer.commit(WrittenSave(attempt, SaveRequest(10), _nothing(), {}, {}))
     committer.tidy()
     assert {path.name.split("-")[0] for path in Path(url).glob("shards/*")} == {"0", "3"}
