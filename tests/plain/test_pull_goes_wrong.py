@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -130,10 +128,8 @@ def drop(src: str, step: int) -> None:
 
 
 def test_a_source_that_changes_and_could_not_be_held(src: str, dst: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextlib.contextmanager
-    def refuse(*_: object) -> Iterator[None]:
+    def refuse(*_: object) -> NoReturn:
         raise StorageError("403: Access Denied")
-        yield
 
     monkeypatch.setattr(pull_module, "pin", refuse)
 
