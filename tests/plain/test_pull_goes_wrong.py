@@ -94,7 +94,19 @@ def test_no_such_run(tmp_path: Path, dst: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"streams": 0}, {"streams": True}, {"max_bytes_per_s": 0}, {"nodes": True}, {"at": ""}, {"at": True}, {"at": -1}],
+    [
+        {"streams": 0},
+        {"streams": True},
+        {"max_bytes_per_s": 0},
+        {"max_bytes_per_s": float("inf")},
+        {"nodes": True},
+        {"at": ""},
+        {"at": True},
+        {"at": -1},
+        {"at": None},
+        {"at": 1.5},
+        {"at": ["1-a"]},
+    ],
     ids=str,
 )
 def test_wrong_arguments(src: str, dst: str, options: dict[str, Any]) -> None:
