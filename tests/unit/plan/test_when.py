@@ -4,8 +4,10 @@ import math
 import random
 from typing import Any, TypeVar
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -154,6 +156,34 @@ def test_what_failed_to_be_saved_is_not_the_best():
     assert policy.due(3, {"r": 5.0}) is None, "still under way"
     save.outcome = StorageError("full")
     assert surely(policy.due(4, {"r": 5.0})).reasons == ("r 5 is the best so far (before: 1)",)
+
+
+def test_scalars_of_any_library_count():
+    values = [torch.tensor(1.0), torch.tensor([5.0]), jnp.float32(2.0), torch.tensor(math.nan), torch.tensor(True)]
+    assert saved_steps(SavePolicy(Best("r")), range(5), lambda step: {"r": values[step]}) == [0, 2]
+
+
+def test_an_urgent_save_that_failed_is_due_again_while_there_is_time():
+    notice = Preemption("node a is drained", 1e12, this_process=False, nodes=("a",))
+    policy, save = SavePolicy(OnPreemption(lambda: notice)), Save()
+    policy.began(surely(policy.due(1)), save)
+    assert policy.due(1) is None
+    save.outcome = StorageError("503")
+    again = surely(policy.due(2))
+    assert again.urgent
+    policy.began(again, Save())
+    assert policy.due(3) is None
+
+
+def test_auto_does_not_begin_a_second_save_before_the_first_is_measured():
+    clock, save = Clock(), Save()
+    policy = SavePolicy(Auto(min_s=10), clock=clock)
+    clock.now += 10
+    policy.began(surely(policy.due(1)), save)
+    clock.now += 60
+    assert policy.due(2) is None, "it would wait for the first, or be skipped"
+    save.outcome = info(1, stall_s=1e-9, durable_s=1.0)
+    assert policy.due(3) is not None
 
 
 def test_on_signal_once_for_each():
