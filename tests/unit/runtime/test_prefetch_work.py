@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from rl_ckpt import logs
 from rl_ckpt.errors import CheckpointError, StorageError
 from rl_ckpt.format.manifest import Manifest, encode
 from rl_ckpt.format.records import CommitRecord
@@ -357,6 +358,13 @@ def test_whatever_goes_wrong_ends_it_by_name(error: Exception) -> None:
         assert any(str(error) in notice for notice in done.notices)
 
     run(story)
+
+
+def test_its_log_records_have_the_fields(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "rl_ckpt")
+    run(lambda bench: bench.prefetch())
+    fields = [{name: vars(record).get(name) for name in logs.FIELDS} for record in caplog.records]
+    assert fields == [{"run": "", "step": 4, "attempt": "new", "node": ""}]
 
 
 def test_one_that_is_not_known_is_said_so() -> None:
