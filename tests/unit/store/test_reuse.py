@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rl_ckpt import Checkpointer, LatestN
+from rl_ckpt import Catalog, Checkpointer, LatestN
 from rl_ckpt.errors import StorageError
 from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.store import reuse as reuse_module
@@ -96,6 +96,20 @@ def test_a_branch_does_not_lean_on_what_it_left_behind(url: str) -> None:
         assert save(ckpt, 23, 2, 3, 0) == 0, "of its own line"
 
 
+def test_what_was_left_behind_stays_so_when_ancestors_are_dropped(url: str) -> None:
+    """By the writer that went back; who opens the run later can't know what those continued."""
+    for step in (1, 3):
+        Catalog(url).tag(step, "kept")
+    with Checkpointer(url, keep=[LatestN(1)], grace_s=0) as ckpt:
+        ckpt.load_state(1)
+        assert [save(ckpt, step, 0, 1, 4) for step in (20, 21, 22)] == [1, 0, 0]
+        assert ckpt._saver is not None
+        ckpt._saver._writer.submit(int).result(60)  # the sweep behind the save is done
+        assert [info.step for info in ckpt.checkpoints()] == [1, 3, 22]
+        assert save(ckpt, 23, 0, 3) == 1
+        assert save(ckpt, 24, 0, 1) == 0, "of an ancestor"
+
+
 def commit(number: int, parent: str | None) -> CommitRecord:
     return CommitRecord(
         number=number, run="r", write_id="", epoch=1, id=f"c{number}", step=number, manifest_bytes=0,
@@ -105,7 +119,7 @@ def commit(number: int, parent: str | None) -> CommitRecord:
 
 def test_a_line_goes_back_as_far_as_there_are_records_and_to_all_before_those() -> None:
     commits = [commit(1, None), commit(2, "c1"), commit(3, "c2"), commit(4, "c2"), commit(5, "c4"), commit(7, "c6")]
-    lines = {one.id: line(one, commits) for one in commits}
+    lines = {one.id: line(one, commits, {}) for one in commits}
     assert lines["c5"] == {"c5", "c4", "c2", "c1"}
     assert lines["c3"] == {"c3", "c2", "c1"}
     assert lines["c7"] == {one.id for one in commits}, "c6 was dropped: nobody knows what it continued"
