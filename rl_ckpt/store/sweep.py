@@ -235,6 +235,9 @@ class Sweeper:
             due -= {name for name in due if name in named | bases or checkpoint_of(name) == commit.id}
         if due:  # pins that came before the records went: whoever set them has found the record there
             due -= self._held(due)
+        # Once more: a process that was stopped meanwhile, for long, must not delete what a newer owner's saves name.
+        if due and self._run.log.overtaken():
+            return
         bases = {name for name in due if is_base(name)}
         # Manifests first.
         store.delete(sorted(due - bases, key=lambda name: (not name.startswith(records.MANIFESTS), name)))
