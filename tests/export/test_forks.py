@@ -36,7 +36,7 @@ def test_a_fork_is_exported_with_what_lies_in_its_bases(tmp_path: Path, depth: i
             assert (found["frozen"] == FROZEN).all()
             assert (found["own"] == step).all()
     shutil.move(source, tmp_path / "elsewhere")
-    with pytest.raises(CorruptionError, match="was forked from the run at .*source, which is not there any more"):
+    with pytest.raises(CorruptionError, match=r"was forked from the run at .*source, which is not there any more"):
         export_arrays(url, "frozen", "numpy", tmp_path / "lost.npz")
     assert not (tmp_path / "lost.npz").exists()
     export_arrays(url, "own", "numpy", tmp_path / "own.npz")  # which takes nothing of the source

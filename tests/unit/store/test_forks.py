@@ -162,6 +162,27 @@ def test_a_writer_that_finds_the_pin_of_one_before_it_removes_it(root: str, monk
     assert list(pins(source)) == []
 
 
+def test_a_pin_that_cannot_be_removed_keeps_no_sweep_from_all_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, url = str(tmp_path / "source"), str(tmp_path / "fork")
+    save(source, range(2))
+    fork(source, url)
+    save(url, range(2, 4), FROZEN + 1)
+
+    def refuse(run: Run, base: str) -> None:
+        raise StorageError("403")
+
+    monkeypatch.setattr(forks_module, "let_go", refuse)
+    first = Catalog(url).sweep([LatestN(1)], grace_s=0)
+    assert [notice for notice in first.notices if "was not removed: 403" in notice]
+    assert first.files > 0
+    save(url, range(4, 5), FROZEN + 1)
+    later = Catalog(url).sweep([LatestN(1)], grace_s=3600)
+    assert later.waiting_files > 0
+    assert files(url, records.WAITING_FILE), "the next sweep knows since when they wait"
+
+
 def test_what_little_a_fork_needs_of_a_large_file_is_not_moved(root: str) -> None:
     source, url = f"{root}/source", f"{root}/fork"
     save(source, range(1), np.concatenate([FROZEN, np.arange(40_000.0)]), chunk_bytes=FROZEN.nbytes, write_streams=1)
