@@ -2,8 +2,8 @@
 
 Owns: what the run's committer knows of stored chunks (plan/chunk_index.py), when it reads that, and which checkpoints a
 new one may lean on. Promises: none whose files are missing or cut short, none that this writer or an earlier one may be
-deleting, and none that the save's line of checkpoints has left behind: a restore that goes back to an older checkpoint
-does so because the newer are damaged, for all that is known here. For one thread at a time.
+deleting, and none that the save's line of checkpoints has left behind, as far as records tell: a restore that goes back
+to an older checkpoint does so because the newer are damaged, for all that is known here. For one thread at a time.
 
 Manifests are read when the first save asks, the newest first, as many as `FIRST_BYTES` allows: that is in the
 background, after the state was staged. The others are read after its commit.
