@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +14,11 @@ import pytest
 from rl_ckpt import Catalog, Checkpointer, LatestN
 from rl_ckpt.errors import StorageError
 from rl_ckpt.format.records import CommitRecord
+from rl_ckpt.plan.chunk_index import KnownChunks
 from rl_ckpt.store import reuse as reuse_module
 from rl_ckpt.store.commit_log import LATEST_S
 from rl_ckpt.store.committer import Committer, SaveRequest
+from rl_ckpt.store.pins import create
 from rl_ckpt.store.reuse import line
 from rl_ckpt.store.run import Run
 
@@ -124,6 +126,25 @@ def test_a_line_goes_back_as_far_as_there_are_records_and_to_all_before_those() 
     assert lines["c3"] == {"c3", "c2", "c1"}
     assert lines["c7"] == {one.id for one in commits}, "c6 was dropped: nobody knows what it continued"
     assert lines["c1"] == {"c1"}
+
+
+def test_what_a_fork_holds_counts_as_lasting(url: str) -> None:
+    """Its files stay whatever is written again: that would only double what they hold."""
+    run = Run.open(url)
+    committer = Committer(run, (LatestN(1),), 0.0)
+    held = committer.commits[1].id
+    create(run, held, "a fork")
+    committer.tidy()
+    find, seen = committer._reuse.find, list[set[str]]()
+
+    def spy(parent: str | None, commits: Sequence[CommitRecord], lasting: set[str], **more: Any) -> KnownChunks:
+        seen.append(lasting)
+        return find(parent, commits, lasting, **more)
+
+    committer._reuse.find = spy  # type: ignore[assignment,method-assign]
+    known(committer)
+    assert seen == [{held}]
+    committer.close()
 
 
 @pytest.mark.parametrize("how", ["gone", "cut short"])
