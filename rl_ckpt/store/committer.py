@@ -238,6 +238,7 @@ class Committer:
             parent = self._continued(attempt.request)
         commits = [*self._commits, self._planned(checkpoint, attempt.request)]
         stays = lasting(commits, self._keep, self._sweeper.clock.now(), self._sweeper.said)
+        stays |= self._sweeper.done.pinned.keys()  # a fork may hold one for ever
         urgent = attempt.request.deadline_s is not None
         stored = self._reuse.find(parent, self._commits, stays, lasts=checkpoint in stays, urgent=urgent)
         self._sweeper.protect(checkpoint, stored.names)

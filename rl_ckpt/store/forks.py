@@ -103,6 +103,7 @@ def make_fork(
     # From here on the fork is a run without a checkpoint, whose bases must stay: a crash leaves that, and the same call
     # goes on. The pins come first, so that a fork with a checkpoint always has them.
     _hold(own, record, bases, FOREVER)
+    _let_go_all(bases, _begin_pin(record))
     own.put(records.FORK_FILE, [records.encode(record)])
     fork = Run(own, record, storage_options)
     first = msgspec.structs.replace(
@@ -155,7 +156,7 @@ def _begin(own: Store, record: RunRecord, bases: Sequence[_Base]) -> None:
         own.create(records.RUN_FILE, records.encode(record))
     except ObjectExistsError as error:  # by another process, or by this one, and the reply was lost
         if records.decode_run(own.url, own.get(records.RUN_FILE)).run != record.run:
-            _let_all_go(record, bases)
+            _let_go_all(bases, _begin_pin(record))
             raise InvalidInputError(f"{own.url} was created by another process meanwhile") from error
 
 
@@ -165,24 +166,33 @@ def _hold(own: Store, record: RunRecord, bases: Sequence[_Base], expires: float)
     Raises:
         CheckpointNotFoundError: One was dropped before; no pin is left.
     """
+    name = records.pin_name(record.run) if expires == FOREVER else _begin_pin(record)
     for base in bases:
         pin = PinRecord(checkpoint=base.held, by=f"fork {own.url}", expires=expires)
         try:
-            base.store.put(records.pin_name(record.run), [records.encode(pin)])
+            base.store.put(name, [records.encode(pin)])
         except (StorageError, InvalidInputError) as error:
             raise type(error)(f"{base.store.url} could not be pinned, and must be for a fork: {error}") from error
     for base in bases:  # after its pin: what is there now stays (store/pins.py)
         if base.held not in {commit.id for commit in base.log.read().commits}:
-            _let_all_go(record, bases)
+            _let_go_all(bases, name)
             raise CheckpointNotFoundError(
                 f"checkpoint {base.held} of {base.store.url} was dropped by the retention rules meanwhile; choose "
                 "another"
             )
 
 
-def _let_all_go(record: RunRecord, bases: Sequence[_Base]) -> None:
+def _begin_pin(record: RunRecord) -> str:
+    """File of the pin that is over by itself.
+
+    Not the one that lasts: a sweep which finds a pin over deletes it by its name, a while after it has read it.
+    """
+    return records.pin_name(f"{record.run}-begin")
+
+
+def _let_go_all(bases: Sequence[_Base], pin: str) -> None:
     for base in bases:
-        base.store.delete([records.pin_name(record.run)])
+        base.store.delete([pin])
 
 
 def _unfinished(own: Store) -> RunRecord | None:

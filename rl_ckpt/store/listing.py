@@ -89,17 +89,19 @@ def find_ref(run: Run, log: Log, labels: Labels, ref: Ref) -> CommitRecord:
         newest = run.find(log, None)  # also says where there is none at all
         if ref == LATEST:
             return newest
-        by_id = next((commit for commit in log.commits if commit.id == ref), None)
-        tagged = [commit for commit in log.commits if ref in labels.tags(commit)]
-        if by_id is not None or tagged:
-            return by_id or tagged[-1]
-        if not ref.isascii() or not ref.isdecimal():
+        step = int(ref) if ref.isascii() and ref.isdecimal() else None
+        # A save takes any tag: one that looks like a step must not stand in its way.
+        found = [commit for commit in log.commits if ref == commit.id or commit.step == step]
+        found = found or [commit for commit in log.commits if ref in labels.tags(commit)]
+        if found:
+            return found[-1]
+        if step is None:
             tags = sorted({tag for commit in log.commits for tag in labels.tags(commit)})
             raise CheckpointNotFoundError(
                 f"{run.store.url} has no checkpoint with id or tag {ref!r}; its tags are {tags[-20:]}, and its newest "
                 f"checkpoint is {newest.id}"
             )
-        ref = int(ref)
+        ref = step
     return run.find(log, check_step(ref))
 
 

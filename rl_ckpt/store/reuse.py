@@ -2,8 +2,8 @@
 
 Owns: what the run's committer knows of stored chunks (plan/chunk_index.py), when it reads that, and which checkpoints a
 new one may lean on. Promises: none whose files are missing or cut short, none that this writer or an earlier one may be
-deleting, and none that the save's line of checkpoints has left behind: a restore that goes back to an older checkpoint
-does so because the newer are damaged, for all that is known here. For one thread at a time.
+deleting, and none that the save's line of checkpoints has left behind, as far as records tell: a restore that goes back
+to an older checkpoint does so because the newer are damaged, for all that is known here. For one thread at a time.
 
 Manifests are read when the first save asks, the newest first, as many as `FIRST_BYTES` allows: that is in the
 background, after the state was staged. The others are read after its commit.
@@ -46,6 +46,7 @@ class Reuse:
         self._read = read
         self._index = ChunkIndex()
         self._numbers: dict[str, int] = {}  # by checkpoint in the index: its commit
+        self._parents: dict[str, str | None] = {}  # by live checkpoint: what it continues, past those dropped meanwhile
         self._passed: set[str] = set()  # not in the index, and not to be read: damaged, gone, or too much
         self._newest_found: str | None = None
         self._oldest_epoch = run.log.epoch - 1 if ended else run.log.epoch
@@ -55,6 +56,7 @@ class Reuse:
     def begin(self, commits: Sequence[CommitRecord]) -> None:
         """Says which checkpoints there were when the run was opened."""
         self._newest_found = commits[-1].id if commits else None
+        self._parents = {commit.id: commit.parent for commit in commits}
 
     def find(
         self,
@@ -82,19 +84,27 @@ class Reuse:
             return self._index.view((), (), lasts)
         self._asked = True
         self._load([start] if urgent else [start, *reversed(commits)], FIRST_BYTES)
-        usable = {commit.id for commit in self._safe(commits)} & line(start, commits)
+        usable = {commit.id for commit in self._safe(commits)} & line(start, commits, self._parents)
         return self._index.view(usable, lasting, lasts)
 
     def committed(self, manifest: Manifest, record: CommitRecord) -> None:
         """Says that `manifest` is committed, and the newest; its files were just written, or found here."""
         self._take(manifest, record.number, None)
+        self._parents[record.id] = record.parent
         while self._index.chunks > MOST_CHUNKS and len(self._numbers) > 1:
             oldest = min(self._numbers, key=self._numbers.__getitem__)
-            self.dropped([oldest])
+            self._forget([oldest])
             self._passed.add(oldest)
 
     def dropped(self, checkpoints: Collection[str]) -> None:
         """Says that checkpoints are gone, or that their deletion was asked for."""
+        self._forget(checkpoints)
+        for checkpoint in checkpoints:  # what continued it continues, from here on, what it continued
+            if checkpoint in self._parents:
+                parent = self._parents.pop(checkpoint)
+                self._parents |= {id_: parent for id_, above in self._parents.items() if above == checkpoint}
+
+    def _forget(self, checkpoints: Collection[str]) -> None:
         self._index.drop(checkpoints)
         for checkpoint in checkpoints:
             self._numbers.pop(checkpoint, None)
@@ -176,19 +186,21 @@ def _first(commits: Sequence[CommitRecord], most_bytes: int | None) -> list[Comm
     return out
 
 
-def line(start: CommitRecord, commits: Sequence[CommitRecord]) -> set[str]:
+def line(start: CommitRecord, commits: Sequence[CommitRecord], parents: Mapping[str, str | None]) -> set[str]:
     """Ids of a checkpoint and its ancestors; where one of them is gone, of all that are older than its child.
 
     Args:
         start: The checkpoint.
         commits: All of the run.
+        parents: By checkpoint: which it continues, where that is known better than by its record.
     """
     by_id = {commit.id: commit for commit in commits}
     out: set[str] = set()
     at: CommitRecord | None = start
     while at is not None and at.id not in out:
         out.add(at.id)
-        if at.parent is not None and at.parent not in by_id:
+        parent = parents.get(at.id, at.parent)
+        if parent is not None and parent not in by_id:
             out |= {commit.id for commit in commits if commit.number < at.number}
-        at = by_id.get(at.parent) if at.parent is not None else None
+        at = by_id.get(parent) if parent is not None else None
     return out

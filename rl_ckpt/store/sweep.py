@@ -63,7 +63,7 @@ class Swept:
     partial: int = 0
     """Half-written objects that were removed."""
     uncleaned: str = ""
-    """Why the last sweep, which did all else, could not look for half-written objects."""
+    """What the last sweep, which failed, has not done; empty also where it had not come so far."""
 
 
 class Sweeper:
@@ -235,12 +235,12 @@ class Sweeper:
             due -= {name for name in due if name in named | bases or checkpoint_of(name) == commit.id}
         if due:  # pins that came before the records went: whoever set them has found the record there
             due -= self._held(due)
+        # Once more: a process that was stopped meanwhile, for long, must not delete what a newer owner's saves name.
+        if due and self._run.log.overtaken():
+            return
         bases = {name for name in due if is_base(name)}
         # Manifests first.
         store.delete(sorted(due - bases, key=lambda name: (not name.startswith(records.MANIFESTS), name)))
-        for base in sorted(bases):  # a crash before it: the next writer finds the pin, and removes it
-            self._let_go.add(base)  # also where that fails: of a source that is gone, nobody is to hear at every save
-            forks.let_go(self._run, base)
         self.done.files += len(due - bases)
         self.done.bytes += sum(self._sizes.get(name, 0) for name in due)
         self._orphans = {name: since for name, since in orphans.items() if name not in due}
@@ -248,9 +248,21 @@ class Sweeper:
         self._leaving = {name: commit for name, commit in self._leaving.items() if name in left}
         known = {commit.id for commit in kept} | self._leaving.keys()
         self._files = {name: files for name, files in self._files.items() if name in known}
-        if looking or now >= self._clean_at:
-            self.done.uncleaned = "half-written objects were not looked for"
-            self._clean_partial(now, again_s=self.grace_s if looking else max(self.grace_s, _LOOK_EVERY_S))
+        # What needs rights that all else does without comes last: all else is done where it fails.
+        try:
+            self._leave(bases)
+        finally:
+            if looking or now >= self._clean_at:
+                before, self.done.uncleaned = self.done.uncleaned, "half-written objects were not looked for"
+                self._clean_partial(now, again_s=self.grace_s if looking else max(self.grace_s, _LOOK_EVERY_S))
+                self.done.uncleaned = before
+
+    def _leave(self, bases: set[str]) -> None:
+        """Removes the pins in bases of which nothing is named any more."""
+        for base in sorted(bases):  # a crash before it: the next writer finds the pin, and removes it
+            self._let_go.add(base)  # also where that fails: of a source that is gone, nobody is to hear at every save
+            self.done.uncleaned = "the pin in a run that this one was forked from was not removed"
+            forks.let_go(self._run, base)
             self.done.uncleaned = ""
 
     def _delete_records(self, kept: Sequence[CommitRecord], looking: bool) -> list[CommitRecord]:

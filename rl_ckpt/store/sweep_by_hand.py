@@ -92,7 +92,7 @@ def _sweep(store: Store, committer: Committer, planned: _Planned) -> SweepReport
     sweeper.know(planned.files)
     try:
         committer.tidy()
-    except StorageError as error:
+    except (StorageError, InvalidInputError) as error:  # the latter: a base whose url can't be used here
         if not sweeper.done.uncleaned:
             raise
         notices.append(f"{sweeper.done.uncleaned}: {error}")

@@ -27,7 +27,8 @@ from rl_ckpt.format.records import PinRecord, RunRecord
 from rl_ckpt.store import forks as forks_module
 from rl_ckpt.store.base import Store
 from rl_ckpt.store.based import self_contained
-from rl_ckpt.store.pins import create
+from rl_ckpt.store.committer import Committer
+from rl_ckpt.store.pins import create, read_pins
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.urls import open_store
 from tests.s3_servers import S3Server
@@ -159,6 +160,27 @@ def test_a_writer_that_finds_the_pin_of_one_before_it_removes_it(root: str, monk
     assert list(pins(source)) == [run_of(url)]
     save(url, range(4, 5), FROZEN + 1, keep=[LatestN(1)], grace_s=0)
     assert list(pins(source)) == []
+
+
+def test_a_pin_that_cannot_be_removed_keeps_no_sweep_from_all_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, url = str(tmp_path / "source"), str(tmp_path / "fork")
+    save(source, range(2))
+    fork(source, url)
+    save(url, range(2, 4), FROZEN + 1)
+
+    def refuse(run: Run, base: str) -> None:
+        raise StorageError("403")
+
+    monkeypatch.setattr(forks_module, "let_go", refuse)
+    first = Catalog(url).sweep([LatestN(1)], grace_s=0)
+    assert [notice for notice in first.notices if "was not removed: 403" in notice]
+    assert first.files > 0
+    save(url, range(4, 5), FROZEN + 1)
+    later = Catalog(url).sweep([LatestN(1)], grace_s=3600)
+    assert later.waiting_files > 0
+    assert files(url, records.WAITING_FILE), "the next sweep knows since when they wait"
 
 
 def test_what_little_a_fork_needs_of_a_large_file_is_not_moved(root: str) -> None:
@@ -518,6 +540,30 @@ def test_a_fork_that_is_killed_anywhere_can_be_made_again(monkeypatch: pytest.Mo
         assert run_of(url) not in pins(source)
         left = [pin for pin in pins(source).values() if pin.by == f"fork {url}"]
         assert all(pin.expires < 2e11 for pin in left), "what nothing came of goes by itself"
+
+
+def test_a_sweep_that_found_a_forks_first_pin_over_does_not_take_its_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fork was begun long ago and is finished now, while a sweep of the source is about to delete that pin."""
+    source, url = f"memory://forks_{next(_names)}/source", f"memory://forks_{next(_names)}/fork"
+    save(source, range(2))
+    seen, make = stopping(-1, "after")
+    fork_on(source, f"memory://forks_{next(_names)}/fork", make, monkeypatch)
+    at = seen.index(f"create {records.RUN_FILE}")
+    monkeypatch.setattr(forks_module, "_BEGIN_S", -1.0)
+    _, make = stopping(at, "after")
+    with pytest.raises(Stopped):
+        fork_on(source, url, make, monkeypatch)
+    committer = Committer(Run.open(source), (), 0.0)
+
+    def meanwhile(*args: Any) -> Any:
+        found = read_pins(*args)
+        fork(source, url)
+        return found
+
+    monkeypatch.setattr("rl_ckpt.store.sweep.read_pins", meanwhile)
+    committer.sweeper._pinned()
+    committer.close()
+    assert pins(source).keys() >= {run_of(url)}
 
 
 def test_another_fork_is_not_taken_up_for_one_that_was_not_finished(monkeypatch: pytest.MonkeyPatch) -> None:

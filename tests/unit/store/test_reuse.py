@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rl_ckpt import Checkpointer, LatestN
+from rl_ckpt import Catalog, Checkpointer, LatestN
 from rl_ckpt.errors import StorageError
 from rl_ckpt.format import records
 from rl_ckpt.format.records import CommitRecord
+from rl_ckpt.plan.chunk_index import KnownChunks
 from rl_ckpt.plan.deal import SavePlan, deal
 from rl_ckpt.plan.inventory import take_inventory
 from rl_ckpt.plan.merge import merge
@@ -23,6 +24,7 @@ from rl_ckpt.state.tree import flatten
 from rl_ckpt.store import reuse as reuse_module
 from rl_ckpt.store.commit_log import LATEST_S
 from rl_ckpt.store.committer import Committer, SaveRequest, WrittenSave
+from rl_ckpt.store.pins import create
 from rl_ckpt.store.reuse import line
 from rl_ckpt.store.run import Run
 
@@ -103,6 +105,20 @@ def test_a_branch_does_not_lean_on_what_it_left_behind(url: str) -> None:
         assert save(ckpt, 23, 2, 3, 0) == 0, "of its own line"
 
 
+def test_what_was_left_behind_stays_so_when_ancestors_are_dropped(url: str) -> None:
+    """By the writer that went back; who opens the run later can't know what those continued."""
+    for step in (1, 3):
+        Catalog(url).tag(step, "kept")
+    with Checkpointer(url, keep=[LatestN(1)], grace_s=0) as ckpt:
+        ckpt.load_state(1)
+        assert [save(ckpt, step, 0, 1, 4) for step in (20, 21, 22)] == [1, 0, 0]
+        assert ckpt._saver is not None
+        ckpt._saver._writer.submit(int).result(60)  # the sweep behind the save is done
+        assert [info.step for info in ckpt.checkpoints()] == [1, 3, 22]
+        assert save(ckpt, 23, 0, 3) == 1
+        assert save(ckpt, 24, 0, 1) == 0, "of an ancestor"
+
+
 def commit(number: int, parent: str | None) -> CommitRecord:
     return CommitRecord(
         number=number, run="r", write_id="", epoch=1, id=f"c{number}", step=number, manifest_bytes=0,
@@ -112,11 +128,30 @@ def commit(number: int, parent: str | None) -> CommitRecord:
 
 def test_a_line_goes_back_as_far_as_there_are_records_and_to_all_before_those() -> None:
     commits = [commit(1, None), commit(2, "c1"), commit(3, "c2"), commit(4, "c2"), commit(5, "c4"), commit(7, "c6")]
-    lines = {one.id: line(one, commits) for one in commits}
+    lines = {one.id: line(one, commits, {}) for one in commits}
     assert lines["c5"] == {"c5", "c4", "c2", "c1"}
     assert lines["c3"] == {"c3", "c2", "c1"}
     assert lines["c7"] == {one.id for one in commits}, "c6 was dropped: nobody knows what it continued"
     assert lines["c1"] == {"c1"}
+
+
+def test_what_a_fork_holds_counts_as_lasting(url: str) -> None:
+    """Its files stay whatever is written again: that would only double what they hold."""
+    run = Run.open(url)
+    committer = Committer(run, (LatestN(1),), 0.0)
+    held = committer.commits[1].id
+    create(run, held, "a fork")
+    committer.tidy()
+    find, seen = committer._reuse.find, list[set[str]]()
+
+    def spy(parent: str | None, commits: Sequence[CommitRecord], lasting: set[str], **more: Any) -> KnownChunks:
+        seen.append(lasting)
+        return find(parent, commits, lasting, **more)
+
+    committer._reuse.find = spy  # type: ignore[assignment,method-assign]
+    known(committer)
+    assert seen == [{held}]
+    committer.close()
 
 
 @pytest.mark.parametrize("how", ["gone", "cut short"])

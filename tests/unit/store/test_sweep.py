@@ -18,6 +18,7 @@ from rl_ckpt.format import records
 from rl_ckpt.format.records import EpochRecord, PinRecord
 from rl_ckpt.store import sweep as sweep_module
 from rl_ckpt.store.base import Store
+from rl_ckpt.store.committer import Committer
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.urls import open_store
 from tests.unit.store.faulty import faulty, once
@@ -223,6 +224,28 @@ def test_a_sweep_that_is_overtaken_leaves_the_new_owners_files(url: str, store: 
         ckpt.save_state(1, state(1)).result(60)
     assert "shards/9-new/local-0.arrow" in names(store, records.SHARDS)
     assert steps_of(url) == [0, 1]
+
+
+def test_a_sweep_that_was_stopped_half_way_leaves_the_files_to_the_new_owner(
+    url: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it was stopped: the new owner's saves may name files of what both took for live."""
+    save_all(url, range(3), grace_s=0)
+    before = Committer(Run.open(url), (LatestN(1),), 0.0)
+    files, after = names(store, records.SHARDS), list[Committer]()
+    held = before.sweeper._held
+
+    def meanwhile(due: set[str]) -> set[str]:
+        after.append(Committer(Run.open(url), (), 0.0, take_over=True))
+        return held(due)
+
+    monkeypatch.setattr(before.sweeper, "_held", meanwhile)
+    before.tidy()
+    assert names(store, records.SHARDS) == files
+    for committer in (before, *after):
+        committer.close()
+    save_all(url, range(3, 4), grace_s=0)
+    assert_no_orphans(url, store)
 
 
 def test_files_of_a_commit_whose_outcome_is_unknown_are_not_swept(url: str, store: Store, monkeypatch: Any) -> None:
