@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rl_ckpt import Checkpointer, logs, metrics
-from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, InvalidInputError
+from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, InvalidInputError, StorageError
 from rl_ckpt.runtime.ray_metrics import RaySink
 from rl_ckpt.store.local import LocalStore
 
@@ -133,6 +133,28 @@ def test_a_save_that_fails_in_the_background_is_counted_by_its_reason(tmp_path, 
     assert notes.counts["saves_failed_total", "invalid_input"] == 1
     assert notes.gauges["saves_queued",] == 0
     assert notes.gauges["last_committed_step",] == 1
+
+
+def test_a_job_that_goes_on_tells_of_the_checkpoint_there_is_before_its_first_is_saved(tmp_path, notes, monkeypatch):
+    """Else the alert that everybody needs would not see a job whose saves fail from the start."""
+    with Checkpointer(str(tmp_path / "run")) as ckpt:
+        info = ckpt.save_state(7, {"a": np.arange(3)}).result(60)
+    notes.gauges.clear()
+    monkeypatch.setattr(LocalStore, "put", refuse)
+    with Checkpointer(str(tmp_path / "run")) as ckpt, pytest.raises(StorageError):
+        ckpt.save_state(8, {"a": np.arange(4)}).result(60)
+    assert notes.gauges["last_committed_step",] == 7
+    assert notes.gauges["last_commit_timestamp_seconds",] == info.time
+
+
+def refuse(*_):
+    raise StorageError("403")
+
+
+@pytest.mark.parametrize("port", [-1, 70_000, "metrics"])
+def test_a_port_that_is_none_is_told(port):
+    with pytest.raises(InvalidInputError, match="port"):
+        metrics.serve(port)
 
 
 def test_retries_of_the_store_are_counted(tmp_path, notes):
