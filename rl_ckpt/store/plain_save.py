@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +73,19 @@ class PlainSaver:
         self.sweep_failure: str | None = None
         self._last: tuple[dict[str, Node], Standing] | None = None  # nodes of the last save, and its plan
         self._planning = threading.Lock()
+
+    @staticmethod
+    def open(url: str, storage_options: Mapping[str, Any], keep: Sequence[KeepRule], options: Options) -> PlainSaver:
+        """Opens the run for a save, and makes it where there is none; where that fails, it is a save that failed.
+
+        Raises:
+            CheckpointError: As `Run.create`, and as the constructor.
+        """
+        try:
+            return PlainSaver(Run.create(url, storage_options, options.weak_commits), keep, options)
+        except BaseException as error:
+            Counted(url).failed(error, "")
+            raise
 
     def save(self, request: SaveRequest, flat: FlatTree, begun: float) -> PendingSave:
         """Stages a state; back as soon as the caller may change it.
