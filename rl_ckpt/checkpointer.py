@@ -339,9 +339,7 @@ class Checkpointer:
                 f"this Checkpointer saves {self._url} through Ray actors already; use another url for plain state"
             )
         if self._saver is None:
-            self._saver = PlainSaver(
-                Run.create(self._url, self._storage_options, self._options.weak_commits), self._keep, self._options
-            )
+            self._saver = PlainSaver.open(self._url, self._storage_options, self._keep, self._options)
             self._options = dataclasses.replace(self._options, take_over=False)  # it was asked for once, and is done
         if self._saver.sweep_failure:
             warnings.warn(f"old checkpoints could not be swept: {self._saver.sweep_failure}", stacklevel=2)

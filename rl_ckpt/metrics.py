@@ -268,10 +268,12 @@ def serve(port: int, host: str = "127.0.0.1") -> Exporter:
         host: Address to listen on. Anybody who reaches it can read the metrics, with the urls of runs.
 
     Raises:
-        InvalidInputError: prometheus_client is not installed (`pip install rl-ckpt[metrics]`).
+        InvalidInputError: prometheus_client is not installed (`pip install rl-ckpt[metrics]`), or no such port.
         OSError: The port is taken.
     """
     client = _client()
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 1 << 16:
+        raise InvalidInputError(f"port={port!r} must be an integer from 0 to 65535")
     registry = client.CollectorRegistry()
     sink = PrometheusSink(registry)
     server, thread = client.start_http_server(port, host, registry)

@@ -381,7 +381,7 @@ def _watch(
             limit_s = patience_s if isinstance(error, StorageError) else min(patience_s, OWNER_S if looked else 0.0)
             if failing_since is None:
                 failing_since = time.monotonic()
-                _log.warning("following %s into %s: %s", src, dst, error)
+                _log.warning("following %s into %s: %s", src, dst, error, extra={"run": os.fspath(src)})
             if time.monotonic() - failing_since >= limit_s:
                 raise
             report = None

@@ -18,7 +18,7 @@ from rl_ckpt.format.records import CommitRecord
 from rl_ckpt.runtime import restore_steps as rm
 from rl_ckpt.runtime import save_steps as sm
 from rl_ckpt.runtime.messages import Apply, Candidate, Failure, SaveDone, Sources, TryNext
-from rl_ckpt.store.counting import QUIET
+from rl_ckpt.store.counting import QUIET, tell_newest
 
 GAUGES_S = 5.0
 """Between two times that `gauges` is to be called: Ray sends every 10 s."""
@@ -150,9 +150,7 @@ class Observer:
         """The run's newest checkpoint in the store, as it is now."""
         if commit is not None:
             self._last = commit.time
-            metrics.record(metrics.LAST_STEP, commit.step, self._run)
-            metrics.record(metrics.LAST_TIME, commit.time, self._run)
-            self._age(commit.time)
+            tell_newest(self._run, commit)
 
     def gauges(self, tier: Mapping[str, int]) -> None:
         """What changes by itself.
@@ -163,10 +161,7 @@ class Observer:
         metrics.record(metrics.TIER_REPLICAS, tier["copies_held"], self._run)
         metrics.record(metrics.TIER_MISSING, tier["copies_missing"], self._run)
         if self._last is not None:
-            self._age(self._last)
-
-    def _age(self, at: float) -> None:
-        metrics.record(metrics.LAST_AGE, max(0.0, time.time() - at), self._run)
+            metrics.record(metrics.LAST_AGE, max(0.0, time.time() - self._last), self._run)
 
     # Restores.
 

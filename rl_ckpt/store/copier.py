@@ -1,8 +1,9 @@
 """Copying shard files from one store to another, verified on the way, by several threads.
 
 Owns: which piece is read next, the memory that takes, comparing digests, and finishing a file. Promises: a file appears
-at the destination only when every chunk in it that was asked for has its digest; of one that is there already, or was
-left unfinished, only what is missing or damaged is read from the source. Does not know: checkpoints, commits, nodes.
+at the destination only when every chunk in it that was asked for has its digest; of one that was left unfinished, only
+what is missing or damaged is read from the source; one that is there whole does not travel, unless a chunk of it is
+damaged. Does not know: checkpoints, commits, nodes.
 """
 
 from __future__ import annotations

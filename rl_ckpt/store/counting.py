@@ -49,9 +49,7 @@ class Counted:
         metrics.record(metrics.DURABLE, durable_s, run)
         metrics.record(metrics.BYTES_STAGED, staged_bytes, run)
         metrics.record(metrics.BYTES_DEDUPLICATED, staged_bytes - new_bytes, run)
-        metrics.record(metrics.LAST_STEP, record.step, run)
-        metrics.record(metrics.LAST_TIME, record.time, run)
-        metrics.record(metrics.LAST_AGE, max(0.0, time.time() - record.time), run)
+        tell_newest(run, record)
         text = "checkpoint %s is in the store after %.2f s: %d bytes staged, %d written, training waited %.3f s"
         numbers = (durable_s, staged_bytes, new_bytes, stall_s)
         _log.info(text, record.id, *numbers, extra={"run": run, **logs.fields(record.id)})
@@ -64,6 +62,13 @@ class Counted:
         level = logging.INFO if code in QUIET else logging.WARNING
         about = {"run": self._run, **logs.fields(checkpoint)}
         _log.log(level, "save %s failed (%s): %s", checkpoint, code, error, extra=about)
+
+
+def tell_newest(run: str, record: CommitRecord) -> None:
+    """The run's newest checkpoint in the store, as it is now: also where nothing was saved yet by who tells it."""
+    metrics.record(metrics.LAST_STEP, record.step, run)
+    metrics.record(metrics.LAST_TIME, record.time, run)
+    metrics.record(metrics.LAST_AGE, max(0.0, time.time() - record.time), run)
 
 
 @contextmanager

@@ -123,7 +123,12 @@ class LocalStore(Store):
         folder = check_prefix(prefix).rpartition("/")[0]
         start = os.path.join(self.root, folder) if folder else self.root
         with self._reading("list", prefix):
-            found = [_stored(self.root, path) for path in _files_below(start)]
+            try:
+                found = [_stored(self.root, path) for path in _files_below(start)]
+            except NotADirectoryError as error:
+                if not os.path.isdir(self.root):
+                    self._fail("list", prefix, error, writing=False)
+                return []  # below an object there is none
         return sorted((f for f in found if f and f.name.startswith(prefix)), key=lambda f: f.name)
 
     def delete(self, names: Sequence[str]) -> None:

@@ -100,16 +100,17 @@ class Mirror:
             StorageError: The store failed.
         """
         refuse_itself(self._source.store, self.store)
-        if self.run is None:
-            try:
-                record = records.decode_run(self.store.url, self.store.get(records.RUN_FILE))
-            except ObjectMissingError:
-                if self.store.list(records.COMMITS):
-                    raise CorruptionError(
-                        f"{self.store.url}/{records.RUN_FILE} is missing, though there is a commit log: "
-                        "`verify(repair=True)` makes it anew from that; or pull into another url"
-                    ) from None
-                return self._log
+        try:  # each time: who follows a run for months finds the mirror removed, or another run in its place
+            record = records.decode_run(self.store.url, self.store.get(records.RUN_FILE))
+        except ObjectMissingError:
+            if self.store.list(records.COMMITS):
+                raise CorruptionError(
+                    f"{self.store.url}/{records.RUN_FILE} is missing, though there is a commit log: "
+                    "`verify(repair=True)` makes it anew from that; or pull into another url"
+                ) from None
+            self.run, self._log = None, Log()
+            return self._log
+        if self.run is None or self.run.record != record:
             self._check_run(record)
             self.run = Run(self.store, record)
         return self.look()

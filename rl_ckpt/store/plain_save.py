@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ from rl_ckpt.plan.stage import stage
 from rl_ckpt.plan.standing import Standing, fixed_and_plains, standing
 from rl_ckpt.state.tree import FlatTree, Node
 from rl_ckpt.store.committer import Committer, SaveRequest, WrittenSave, info_of
-from rl_ckpt.store.counting import Counted
+from rl_ckpt.store.counting import Counted, tell_newest
 from rl_ckpt.store.pending import PendingSave
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.shard_writer import write_files
@@ -64,6 +64,8 @@ class PlainSaver:
         self._run = run
         self._options = options
         self._committer = Committer(run, keep, options.grace_s, take_over=options.take_over)
+        for record in self._committer.commits[-1:]:  # for the alert, should no save succeed from here on
+            tell_newest(run.store.url, record)
         self._buffers: queue.Queue[np.ndarray[Any, np.dtype[np.uint8]]] = queue.Queue()
         for _ in range(_GENERATIONS):
             self._buffers.put(np.empty(0, np.uint8))
@@ -71,6 +73,19 @@ class PlainSaver:
         self.sweep_failure: str | None = None
         self._last: tuple[dict[str, Node], Standing] | None = None  # nodes of the last save, and its plan
         self._planning = threading.Lock()
+
+    @staticmethod
+    def open(url: str, storage_options: Mapping[str, Any], keep: Sequence[KeepRule], options: Options) -> PlainSaver:
+        """Opens the run for a save, and makes it where there is none; where that fails, it is a save that failed.
+
+        Raises:
+            CheckpointError: As `Run.create`, and as the constructor.
+        """
+        try:
+            return PlainSaver(Run.create(url, storage_options, options.weak_commits), keep, options)
+        except BaseException as error:
+            Counted(url).failed(error, "")
+            raise
 
     def save(self, request: SaveRequest, flat: FlatTree, begun: float) -> PendingSave:
         """Stages a state; back as soon as the caller may change it.

@@ -57,6 +57,13 @@ def test_onto_itself(src: str, tmp_path: Path) -> None:
         refused(src, dst, InvalidInputError, "one within the other")
 
 
+def test_into_a_file(src: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for dst in ("file", "file/below"):
+        with pytest.raises(InvalidInputError, match="is a file: give a folder"):
+            pull(src, tmp_path / dst)
+
+
 def test_into_another_run(src: str, dst: str) -> None:
     saved(dst, range(1, 2))
     refused(src, dst, InvalidInputError, "is another run .* pull into another url")

@@ -27,6 +27,7 @@ from rl_ckpt import (
 )
 from rl_ckpt.store.committer import Committer
 from rl_ckpt.store.run import Run
+from rl_ckpt.store.urls import open_store
 from tests.plain.pulls import assert_mirror, saved, state
 from tests.unit.trees import assert_same
 
@@ -84,6 +85,27 @@ def test_watch_outlasts_a_store_that_fails_for_a_while(src: str, dst: str, monke
     saved(src, range(4, 5))
     with pytest.raises(StorageError, match="503"):
         next(watch(src, dst, poll_s=0, patience_s=0))
+
+
+def test_a_destination_that_is_removed_meanwhile_is_made_anew(src: str, dst: str) -> None:
+    following = watch(src, dst, poll_s=0)
+    next(following)
+    store = open_store(dst)
+    store.delete([item.name for item in store.list()])
+    saved(src, range(4, 6))
+    assert next(following).checkpoints == (Catalog(src).find(5).id,)
+    assert_mirror(src, dst, 5)
+
+
+def test_a_destination_that_is_another_run_meanwhile_is_told(src: str, dst: str) -> None:
+    following = watch(src, dst, poll_s=0)
+    next(following)
+    store = open_store(dst)
+    store.delete([item.name for item in store.list()])
+    saved(dst, range(1, 2))
+    saved(src, range(4, 5))
+    with pytest.raises(InvalidInputError, match="is another run"):
+        next(following)
 
 
 def test_watch_keeps_what_it_is_told_to(src: str, dst: str) -> None:

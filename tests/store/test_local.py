@@ -122,6 +122,17 @@ class TestErrors:
             with pytest.raises(InvalidInputError, match=r"file.*is a file: give a folder"):
                 call()
 
+    @pytest.mark.parametrize("below", ["", "sub"])
+    def test_listing_where_the_url_is_a_file(self, tmp_path: Path, below: str):
+        (tmp_path / "file").write_text("x")
+        for prefix in ("", "a/"):
+            with pytest.raises(InvalidInputError, match=r"file.*is a file: give a folder"):
+                open_store(tmp_path / "file" / below).list(prefix)
+
+    def test_below_an_object_there_is_nothing(self, store: Store):
+        store.put("a", [b"x"])
+        assert store.list("a/") == []
+
     def test_the_object_is_a_folder(self, store: Store):
         store.put("a/b", [b"x"])
         with pytest.raises(InvalidInputError, match="folder"):

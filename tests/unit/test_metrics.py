@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rl_ckpt import Checkpointer, logs, metrics
-from rl_ckpt.errors import CheckpointError, CheckpointNotFoundError, InvalidInputError
+from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError, StorageError
 from rl_ckpt.runtime.ray_metrics import RaySink
 from rl_ckpt.store.local import LocalStore
 
@@ -122,17 +122,48 @@ def test_a_save_and_a_load_without_ray(tmp_path, notes):
     assert len(notes.observed["restore_seconds", "total"]) == 1
 
 
-def test_a_save_that_fails_in_the_background_is_counted_by_its_reason(tmp_path, notes):
-    run = tmp_path / "run"
-    with Checkpointer(str(run)) as ckpt:
+def refuse(*_):
+    raise StorageError("403")
+
+
+def test_a_save_that_fails_in_the_background_is_counted_by_its_reason(tmp_path, notes, monkeypatch):
+    with Checkpointer(str(tmp_path / "run")) as ckpt:
         ckpt.save_state(1, {"x": np.zeros(9)}).result()
-        (run / "shards").rename(tmp_path / "aside")
-        (run / "shards").write_text("no folder")
-        with pytest.raises(CheckpointError, match="Not a directory"):
+        monkeypatch.setattr("rl_ckpt.store.plain_save.write_files", refuse)
+        with pytest.raises(StorageError, match="403"):
             ckpt.save_state(2, {"x": np.ones(9)}).result()
-    assert notes.counts["saves_failed_total", "invalid_input"] == 1
+    assert notes.counts["saves_failed_total", "storage"] == 1
     assert notes.gauges["saves_queued",] == 0
     assert notes.gauges["last_committed_step",] == 1
+
+
+def test_a_job_that_goes_on_tells_of_the_checkpoint_there_is_before_its_first_is_saved(tmp_path, notes, monkeypatch):
+    """Else the alert that everybody needs would not see a job whose saves fail from the start."""
+    with Checkpointer(str(tmp_path / "run")) as ckpt:
+        info = ckpt.save_state(7, {"a": np.arange(3)}).result(60)
+    notes.gauges.clear()
+    monkeypatch.setattr("rl_ckpt.store.plain_save.write_files", refuse)
+    with Checkpointer(str(tmp_path / "run")) as ckpt, pytest.raises(StorageError, match="403"):
+        ckpt.save_state(8, {"a": np.arange(4)}).result(60)
+    assert notes.gauges["last_committed_step",] == 7
+    assert notes.gauges["last_commit_timestamp_seconds",] == info.time
+
+
+def test_a_save_that_can_not_even_open_the_run_is_one_that_failed(tmp_path, notes, monkeypatch):
+    for method in ("put", "create"):
+        monkeypatch.setattr(LocalStore, method, refuse)
+    ckpt = Checkpointer(str(tmp_path / "run"))
+    for _ in range(2):
+        with pytest.raises(StorageError):
+            ckpt.save_state(8, {"a": np.arange(4)})
+    assert (notes.counts["saves_begun_total",], notes.counts["saves_failed_total", "storage"]) == (2, 2)
+    assert notes.gauges["saves_queued",] == 0
+
+
+@pytest.mark.parametrize("port", [-1, 70_000, "metrics"])
+def test_a_port_that_is_none_is_told(port):
+    with pytest.raises(InvalidInputError, match="port"):
+        metrics.serve(port)
 
 
 def test_retries_of_the_store_are_counted(tmp_path, notes):
