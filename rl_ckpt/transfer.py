@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import math
 import os
 import sys
 import threading
@@ -17,19 +18,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol
 
+from rl_ckpt import logs
 from rl_ckpt.catalog import Catalog
-from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError, StorageError
+from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError, RunOwnedError, StorageError
 from rl_ckpt.info import Progress, PullReport
 from rl_ckpt.plan.pulling import Estimate
-from rl_ckpt.plan.retention import KeepRule
+from rl_ckpt.plan.retention import KeepRule, Said, check_rules
 from rl_ckpt.store.base import Store
 from rl_ckpt.store.copier import Copier, FileJob, missing_bytes
 from rl_ckpt.store.meter import PullMeter
-from rl_ckpt.store.mirror import Mirror
+from rl_ckpt.store.mirror import OWNER_S, Mirror
 from rl_ckpt.store.pending import in_thread
 from rl_ckpt.store.pull import Outcome, Survey, bring, bring_labels, survey
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.urls import open_store
+
+_log = logs.logger()
 
 Nodes = Literal["auto", False]
 
@@ -91,6 +95,8 @@ def pull(
         weak_commits,
         _options_of(src, dst, storage_options, dst_storage_options),
     )
+    if isinstance(at, bool) or not isinstance(at, int | str):
+        raise InvalidInputError(f"at={at!r} must be a step, an id, a tag, 'latest' or 'all'")
     source = Run.open(os.fspath(src), storage_options)
     return _Pull(source, open_store(dst, settings.dst_storage_options), settings).pull(at)
 
@@ -127,10 +133,14 @@ class _Settings:
         ):
             raise InvalidInputError(f"streams={self.streams!r} must be an integer from 1 to {_MOST_STREAMS}")
         limit = self.max_bytes_per_s
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0):
+        if limit is not None and (not _is_number(limit) or not limit > 0):
             raise InvalidInputError(f"max_bytes_per_s={limit!r} must be a number greater than 0, or None")
         if self.nodes != "auto" and self.nodes is not False:
             raise InvalidInputError(f"nodes={self.nodes!r} must be 'auto' or False")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class _Pull:
@@ -311,7 +321,8 @@ def watch(
         dst: As for `pull`.
         poll_s: How often the source is looked at, in seconds.
         until: Ends it, within `poll_s` or after the checkpoint that is on its way. None: the caller stops asking.
-        keep: Retention rules for the destination, applied after every checkpoint. None: all stay.
+        keep: Retention rules for the destination, applied after every checkpoint. None given: all stay. Where that
+            fails, a notice of the report says so, and the next checkpoint's makes up for it.
         storage_options: As for `pull`.
         dst_storage_options: As for `pull`.
         streams: As for `pull`.
@@ -325,7 +336,8 @@ def watch(
         A report for each checkpoint, once it is committed at the destination.
 
     Raises:
-        CheckpointError: As `pull`; of a store that fails, after `patience_s`.
+        CheckpointError: As `pull`; of a store that fails, after `patience_s`; of another owner of the destination,
+            which may only be sweeping it, after a minute.
     """
     settings = _Settings(
         streams,
@@ -336,8 +348,9 @@ def watch(
         _options_of(src, dst, storage_options, dst_storage_options),
     )
     for name, seconds in (("poll_s", poll_s), ("patience_s", patience_s)):
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds >= 0:
+        if not _is_number(seconds) or not seconds >= 0:
             raise InvalidInputError(f"{name}={seconds!r} must be a number of seconds, 0 or more")
+    check_rules((), keep, 0.0, Said())
     return _watch(src, dst, settings, storage_options, poll_s, until or threading.Event(), tuple(keep), patience_s)
 
 
@@ -353,6 +366,7 @@ def _watch(
 ) -> Iterator[PullReport]:
     following: _Pull | None = None
     failing_since: float | None = None
+    looked = False  # and so the destination was nobody's
     while not until.is_set():
         try:
             if following is None:
@@ -360,17 +374,30 @@ def _watch(
                     Run.open(os.fspath(src), storage_options), open_store(dst, settings.dst_storage_options), settings
                 )
             report = following.next()
-            failing_since = None
+            looked, failing_since = True, None
         except CheckpointNotFoundError:  # nothing there yet, or dropped on its way: there will be newer ones
             report = None
-        except StorageError:
-            failing_since = time.monotonic() if failing_since is None else failing_since
-            if time.monotonic() - failing_since >= patience_s:
+        except (StorageError, RunOwnedError) as error:
+            limit_s = patience_s if isinstance(error, StorageError) else min(patience_s, OWNER_S if looked else 0.0)
+            if failing_since is None:
+                failing_since = time.monotonic()
+                _log.warning("following %s into %s: %s", src, dst, error)
+            if time.monotonic() - failing_since >= limit_s:
                 raise
             report = None
         if report is not None:
-            if keep:
-                Catalog(os.fspath(dst), storage_options=settings.dst_storage_options).sweep(keep)
-            yield report
+            yield _swept(report, dst, settings.dst_storage_options, keep) if keep else report
         else:
             until.wait(poll_s)
+
+
+def _swept(
+    report: PullReport, dst: str | os.PathLike[str], options: Mapping[str, Any] | None, keep: Sequence[KeepRule]
+) -> PullReport:
+    """Sweeps the destination; whether that works or not, what was pulled is there, and the caller is to hear of it."""
+    try:
+        Catalog(os.fspath(dst), storage_options=options).sweep(keep)
+    except (StorageError, RunOwnedError) as error:
+        notice = f"older checkpoints of {dst} were not swept: {error}"
+        return dataclasses.replace(report, notices=(*report.notices, notice))
+    return report

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
-
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.info import Preemption
 
@@ -26,7 +24,7 @@ class Asked(NamedTuple):
     """Since the last save, or since the policy was made."""
     metrics: Mapping[str, Any]
     auto_s: float | None
-    """The interval that is chosen, where there is an `Auto`."""
+    """The interval that is chosen, where there is an `Auto`; None too while the first save is on its way."""
 
 
 class Found(NamedTuple):
@@ -137,7 +135,7 @@ class OnSignal:
 
 @dataclass(frozen=True, slots=True)
 class OnPreemption:
-    """When this process or nodes of the job are about to be taken away; once for each such notice.
+    """When this process or nodes of the job are about to be taken away; once for each such notice, unless that fails.
 
     Example:
         with ckpt.preemption() as watch:
@@ -166,7 +164,8 @@ class OnPreemption:
 class Auto:
     """At the interval that loses least time, from what saves cost and how often something fails.
 
-    Until the first save is measured, that is `min_s`. See `plan.interval` for how it is chosen.
+    Until the first save is begun, that is `min_s`; the second waits until the first is measured. See `plan.interval`
+    for how it is chosen.
     """
 
     min_s: float = 30.0
@@ -192,7 +191,7 @@ class Auto:
 
 
 def _number(value: object) -> float | None:
-    if isinstance(value, np.generic | np.ndarray) and value.ndim == 0:
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # a scalar of NumPy, PyTorch, JAX
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None

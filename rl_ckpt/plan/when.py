@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.info import CheckpointInfo, Preemption
 from rl_ckpt.plan.interval import Chosen, interval
-from rl_ckpt.plan.save_rules import Asked, Auto, Best, Found, SaveRule
+from rl_ckpt.plan.save_rules import Asked, Auto, Best, Found, OnPreemption, SaveRule
 
 _SEEN = 8  # saves whose cost counts: the median of a few, so that a slow first one is soon forgotten
 _LEAST_S = 1.0  # that an urgent save gets, however late the notice
@@ -116,7 +116,8 @@ class SavePolicy:
         if self._last_step is None or step < self._last_step:  # the first step, or the loop went back
             self._last_step = step - 1
         chosen = self.chosen
-        auto_s = None if chosen is None else chosen.interval_s
+        unmeasured = not self._stalls and self._under_way  # how long the first takes is not known yet: one at a time
+        auto_s = None if chosen is None or unmeasured else chosen.interval_s
         asked = Asked(step, self._last_step, now - self._saved_at, metrics or {}, auto_s)
         answers = [rule.ask(asked, memory) for rule, memory in zip(self._rules, self._memory, strict=True)]
         self._found = {place: found for place, found in enumerate(answers) if found is not None}
@@ -229,9 +230,9 @@ class SavePolicy:
                 open_.append((saving, before, after))
             elif isinstance(outcome, CheckpointInfo):
                 self._measure(outcome)
-            else:  # it is no checkpoint: what it was the best of is not saved
+            else:  # it is no checkpoint: the best is not saved, and what is taken away is in danger still
                 for place, memory in after.items():
-                    if isinstance(self._rules[place], Best) and self._memory[place] == memory:
+                    if isinstance(self._rules[place], Best | OnPreemption) and self._memory[place] == memory:
                         self._memory[place] = before[place]
         self._under_way = open_
 

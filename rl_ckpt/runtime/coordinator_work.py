@@ -339,9 +339,11 @@ class CoordinatorWork:
             await self._decided()
         found = await self._restore_work.load(key, step, tried)
         self._observer.found(key, found.manifest.id)
+        # Or it came while the manifest was read, before which nothing of it was in memory.
+        came = found.holdings is None and self._tier.holdings(found.id) is not None
         return self._restores.loaded(
             key, found.manifest, found.data, found.mappable, found.damaged, found.holdings, found.notice,
-            coming=self._prefetches.coming(found.id),
+            coming=came or self._prefetches.coming(found.id),
         )  # fmt: skip
 
     async def _await(self, key: str, checkpoint: str) -> Iterable[Any]:

@@ -9,7 +9,6 @@ is lost that had it; whatever fails is left to the store, and told.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
@@ -32,7 +31,7 @@ from rl_ckpt.runtime.status import PrefetchStatus
 from rl_ckpt.runtime.tier_steps import Bring, Release
 from rl_ckpt.runtime.tier_work import TierWork
 
-_log = logging.getLogger("rl_ckpt")
+_log = logs.logger()
 
 _KEPT = 8  # prefetches whose report can still be asked for
 _SHARE = 2  # of a node's free shared memory, one part in so many may be taken: a restore needs some too

@@ -36,7 +36,8 @@ HOLD_S = 3600.0
 """How long the pin of a killed pull keeps what had arrived from the mirror's sweeps."""
 _RENEW_S = 60.0
 _JOIN_S = 5.0
-_OWNER_S = 60.0  # how long a commit waits for a sweep of the mirror to end
+OWNER_S = 60.0
+"""How long a commit waits for a sweep of the mirror to end."""
 _LOOK_S = 0.5
 
 
@@ -256,7 +257,7 @@ class Mirror:
                 f"{self.store.object_url(name)} commits {there.id}, which was saved there and not in the source; pull "
                 "into another url"
             )
-        self._refuse_owner(there, _OWNER_S)
+        self._refuse_owner(there, OWNER_S)
         self.store.put(name, [data])
 
 

@@ -107,8 +107,6 @@ def survey(source: Run, mirror: Mirror, at: int | str | Sequence[str]) -> tuple[
 
 
 def _chosen(source: Run, log: Log, labels: Labels, at: int | str) -> list[CommitRecord]:
-    if isinstance(at, bool) or not isinstance(at, int | str):
-        raise InvalidInputError(f"at={at!r} must be a step, an id, a tag, 'latest' or 'all'")
     newest = source.find(log, None)  # also says where there is none at all
     if at != ALL:
         newest = find_ref(source, log, labels, at)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -96,7 +94,19 @@ def test_no_such_run(tmp_path: Path, dst: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"streams": 0}, {"streams": True}, {"max_bytes_per_s": 0}, {"nodes": True}, {"at": ""}, {"at": True}, {"at": -1}],
+    [
+        {"streams": 0},
+        {"streams": True},
+        {"max_bytes_per_s": 0},
+        {"max_bytes_per_s": float("inf")},
+        {"nodes": True},
+        {"at": ""},
+        {"at": True},
+        {"at": -1},
+        {"at": None},
+        {"at": 1.5},
+        {"at": ["1-a"]},
+    ],
     ids=str,
 )
 def test_wrong_arguments(src: str, dst: str, options: dict[str, Any]) -> None:
@@ -130,10 +140,8 @@ def drop(src: str, step: int) -> None:
 
 
 def test_a_source_that_changes_and_could_not_be_held(src: str, dst: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    @contextlib.contextmanager
-    def refuse(*_: object) -> Iterator[None]:
+    def refuse(*_: object) -> NoReturn:
         raise StorageError("403: Access Denied")
-        yield
 
     monkeypatch.setattr(pull_module, "pin", refuse)
 

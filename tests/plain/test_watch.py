@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,17 @@ import rl_ckpt
 from rl_ckpt import (
     Catalog,
     Checkpointer,
+    CheckpointError,
     InvalidInputError,
+    KeepRule,
     LatestN,
     PullReport,
+    RunOwnedError,
     StorageError,
+    SweepReport,
     watch,
 )
+from rl_ckpt.store.committer import Committer
 from rl_ckpt.store.run import Run
 from tests.plain.pulls import assert_mirror, saved, state
 from tests.unit.trees import assert_same
@@ -97,7 +104,41 @@ def assert_mirror_but_for_sweeps(src: str, dst: str, step: int) -> None:
     assert len([epoch for epoch in theirs.epochs if epoch not in mine.epochs]) <= 1
 
 
-@pytest.mark.parametrize("options", [{"poll_s": -1}, {"patience_s": "long"}, {"streams": 0}], ids=str)
+@pytest.mark.parametrize("error", [StorageError("503"), RunOwnedError("another sweep")], ids=lambda e: e.code)
+def test_a_sweep_that_fails_is_said_and_made_up_for(
+    src: str, dst: str, monkeypatch: pytest.MonkeyPatch, error: CheckpointError
+) -> None:
+    sweep, errors = Catalog.sweep, [error]
+
+    def fail(self: Catalog, keep: Sequence[KeepRule]) -> SweepReport:
+        if errors:
+            raise errors.pop()
+        return sweep(self, keep)
+
+    monkeypatch.setattr(Catalog, "sweep", fail)
+    following = watch(src, dst, poll_s=0, keep=[LatestN(1)])
+    first = next(following)
+    assert (len(first.checkpoints), len(first.notices)) == (1, 1)
+    assert str(error) in first.notices[0]
+    saved(src, range(4, 5))
+    assert next(following).notices == ()
+    assert [info.step for info in Catalog(dst).checkpoints()] == [4]
+
+
+def test_watch_outlasts_a_sweep_of_the_mirror_by_somebody_else(src: str, dst: str) -> None:
+    following = watch(src, dst, poll_s=0)
+    next(following)
+    saved(src, range(4, 5))
+    sweeper = Committer(Run.open(dst), [], 0.0)
+    threading.Timer(0.2, sweeper.close).start()
+    assert next(following).checkpoints == (Catalog(src).find(4).id,)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"poll_s": -1}, {"poll_s": math.inf}, {"patience_s": "long"}, {"streams": 0}, {"keep": [LatestN]}],
+    ids=str,
+)
 def test_watch_says_at_once_what_it_can_not_take(src: str, dst: str, options: dict[str, Any]) -> None:
     with pytest.raises(InvalidInputError, match=next(iter(options))):
         watch(src, dst, **options)

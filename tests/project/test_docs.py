@@ -42,12 +42,14 @@ def _run(page: Path, cwd: Path, environment: dict[str, str]) -> subprocess.Compl
 
 
 def _s3_environment(endpoint: str, buckets: set[str]) -> dict[str, str]:
-    """Makes the buckets and says where they are, as users would."""
+    """Makes the buckets, empty ones as pages name the same, and says where they are, as users would."""
     import s3fs
 
     credentials = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
     fs = s3fs.S3FileSystem(key="testing", secret="testing", endpoint_url=endpoint, skip_instance_cache=True)
     for bucket in sorted(buckets):
+        if fs.exists(bucket):
+            fs.rm(bucket, recursive=True)
         if not fs.exists(bucket):
             fs.mkdir(bucket)
     return {**credentials, "AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1"}

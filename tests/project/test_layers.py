@@ -110,7 +110,7 @@ def violations(module: str, imports: list[Import]) -> list[str]:
             if FLOORS.index(target) > FLOORS.index(floor):
                 bad.append(f"{where} imports {item.name} from the floor above, {target}")
             elif floor == "ground" and item.name not in {"rl_ckpt.errors", "rl_ckpt.logs"}:
-                bad.append(f"{where} imports {item.name}; the ground imports nothing of us but errors and logs")
+                bad.append(f"{where} imports {item.name}; the ground imports nothing of the package but errors, logs")
         elif top in TEST_ONLY:
             bad.append(f"{where} imports {top}, which users do not have")
         elif top in NEVER_AT_MODULE_LEVEL and not (item.lazy or item.typing_only or top in _at_home(module)):

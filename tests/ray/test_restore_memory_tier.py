@@ -206,10 +206,11 @@ def test_a_damaged_file_is_repaired_from_another_checkpoint_with_the_same_bytes(
     tmp_path: Path, workers: list[Any], how: str
 ) -> None:
     with Checkpointer(str(tmp_path / "run"), chunk_bytes=CHUNK, memory_tier=False) as ckpt:
+        save(ckpt, workers, 0, copies=False)
         first = save(ckpt, workers, 1, copies=False)
-        save(ckpt, workers, 2, copies=False)
+        ckpt.restore(workers, step=0)
         give(workers, [state(rank, 1) for rank in range(WORLD)])
-        info = ckpt.save(3, workers).result(60)  # the bytes of step 1, which the newest checkpoint did not have
+        info = ckpt.save(3, workers).result(60)  # the bytes of step 1, on another branch: they are written once more
         give(workers, [state(9, 99)] * WORLD)
         path = max((shards(ckpt) / info.id).iterdir(), key=lambda p: p.stat().st_size)
         if how == "flip":
@@ -232,8 +233,9 @@ def test_a_file_that_s3_lost_is_repaired_from_another_checkpoint(moto_server: S3
     bucket = moto_server.new_bucket()
     options = moto_server.storage_options()
     with Checkpointer(f"s3://{bucket}/run", storage_options=options, chunk_bytes=CHUNK, memory_tier=False) as ckpt:
+        save(ckpt, workers, 0, copies=False)
         first = save(ckpt, workers, 1, copies=False)
-        save(ckpt, workers, 2, copies=False)
+        ckpt.restore(workers, step=0)
         give(workers, [state(rank, 1) for rank in range(WORLD)])
         info = ckpt.save(3, workers).result(60)
         client = moto_server.client()

@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray.train
@@ -110,8 +111,9 @@ def test_workers_save_when_rank_0_says_so(ray_small, tmp_path):
             run_config=ray.train.RunConfig(name="run", storage_path=str(tmp_path / "theirs")),
         ).fit()
     assert [info.step for info in Checkpointer(str(tmp_path / "ours")).checkpoints()] == [1, 2, 3, 6]
+    no_rule: Any = EverySteps
     with pytest.raises(InvalidInputError, match="is no rule"):
-        TrainLoop(str(tmp_path / "ours"), when=[EverySteps])
+        TrainLoop(str(tmp_path / "ours"), when=[no_rule])
 
 
 def test_only_the_driver_closes(ray_small, tmp_path):

@@ -10,7 +10,6 @@ import msgspec
 import numpy as np
 import pytest
 
-import rl_ckpt
 from rl_ckpt import (
     BestN,
     Catalog,
@@ -18,6 +17,7 @@ from rl_ckpt import (
     CheckpointNotFoundError,
     EveryNSteps,
     InvalidInputError,
+    KeepRule,
     LatestN,
     RunOwnedError,
     StorageError,
@@ -28,6 +28,7 @@ from rl_ckpt.format.records import LabelRecord, PinRecord
 from rl_ckpt.store.base import Store
 from rl_ckpt.store.committer import Committer, SaveRequest
 from rl_ckpt.store.run import Run
+from rl_ckpt.store.sweep import Sweeper
 from rl_ckpt.store.urls import open_store
 from tests.unit.trees import assert_same
 
@@ -259,9 +260,20 @@ def test_a_request_that_nobody_carried_out_is_carried_out_by_the_next_sweep(url:
     assert_nothing_left_over(url, store)
 
 
+def store_clock_ahead(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    real = Sweeper.store_now
+
+    def ahead(self: Sweeper) -> float:
+        now = real(self)
+        assert now is not None
+        return now + seconds
+
+    monkeypatch.setattr(Sweeper, "store_now", ahead)
+
+
 def test_a_sweep_does_what_its_dry_run_said(url: str, store: Store) -> None:
     save(url, *range(10), tags={1: "x"})
-    keep = [LatestN(2), EveryNSteps(4), BestN("score", "max", 1)]
+    keep: list[KeepRule] = [LatestN(2), EveryNSteps(4), BestN("score", "max", 1)]
     before = names(store)
     dry = Catalog(url).sweep(keep, dry_run=True, grace_s=0)
     assert names(store) == before
@@ -297,8 +309,7 @@ def test_files_go_when_their_grace_is_over_though_sweeps_are_short(
     assert first.waiting_bytes > 0
     again = Catalog(url).sweep([LatestN(1)], grace_s=100)
     assert (again.deleted, again.files, again.waiting_files) == ((), 0, first.waiting_files)
-    real = rl_ckpt.store.sweep.Sweeper.store_now  # type: ignore[attr-defined]
-    monkeypatch.setattr(rl_ckpt.store.sweep.Sweeper, "store_now", lambda self: real(self) + 101)  # type: ignore[attr-defined]
+    store_clock_ahead(monkeypatch, 101)
     last = Catalog(url).sweep([LatestN(1)], grace_s=100)
     assert (last.files, last.bytes, last.waiting_files) == (first.waiting_files, first.waiting_bytes, 0)
     assert steps(url) == [3]
@@ -309,12 +320,11 @@ def test_a_store_clock_that_went_back_begins_the_grace_anew(
     url: str, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(url, *range(3))
-    real = rl_ckpt.store.sweep.Sweeper.store_now  # type: ignore[attr-defined]
-    monkeypatch.setattr(rl_ckpt.store.sweep.Sweeper, "store_now", lambda self: real(self) + 1e8)  # type: ignore[attr-defined]
+    store_clock_ahead(monkeypatch, 1e8)
     waiting = Catalog(url).sweep([LatestN(1)], grace_s=100).waiting_files
     monkeypatch.undo()
     assert Catalog(url).sweep(grace_s=100).waiting_files == waiting
-    monkeypatch.setattr(rl_ckpt.store.sweep.Sweeper, "store_now", lambda self: real(self) + 101)  # type: ignore[attr-defined]
+    store_clock_ahead(monkeypatch, 101)
     assert Catalog(url).sweep(grace_s=100).files == waiting
     assert steps(url) == [2]
 

@@ -21,7 +21,9 @@ def test_a_signal_makes_a_save_due_and_reaches_who_listened_before():
             policy = SavePolicy(OnSignal(asked.count))
             assert policy.due(1) is None
             os.kill(os.getpid(), signal.SIGUSR1)
-            policy.began(policy.due(1))
+            due = policy.due(1)
+            assert due is not None
+            policy.began(due)
             assert policy.due(1) is None
         assert signal.getsignal(signal.SIGUSR1) is mine
         os.kill(os.getpid(), signal.SIGUSR1)

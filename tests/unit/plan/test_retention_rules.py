@@ -50,7 +50,7 @@ def test_one_per_keeps_the_last_of_each_period() -> None:
 
 def test_one_per_is_steady_under_sweep_after_sweep() -> None:
     """Swept after every save, what is left is what one sweep at the end leaves."""
-    rules = [LatestN(1), OnePer(HOUR, 4)]
+    rules: list[KeepRule] = [LatestN(1), OnePer(HOUR, 4)]
     left: list[CommitRecord] = []
     for new in every_ten_minutes(60):
         left.append(new)
@@ -96,7 +96,7 @@ def test_verdicts_say_why() -> None:
 @pytest.mark.parametrize("jump", [400 * DAY, -400 * DAY])
 def test_a_clock_that_jumps_leaves_the_newest_and_the_tagged(jump: float) -> None:
     commits = [commit(0, NOW - 3 * DAY, tag="x"), commit(1, NOW - 2 * DAY), commit(2, NOW - HOUR)]
-    rules = [NewerThan(DAY), OnePer(DAY, 1)]
+    rules: list[KeepRule] = [NewerThan(DAY), OnePer(DAY, 1)]
     assert {0, 2} <= set(kept(commits, *rules, now=NOW + jump))
     if jump < 0:
         assert kept(commits, *rules, now=NOW + jump) == [0, 1, 2], "what lies in the future is kept"

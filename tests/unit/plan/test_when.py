@@ -2,9 +2,12 @@
 
 import math
 import random
+from typing import Any, TypeVar
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +16,8 @@ from rl_ckpt.info import CheckpointInfo, Preemption
 from rl_ckpt.plan.interval import interval
 from rl_ckpt.plan.save_rules import Auto, Best, EverySeconds, EverySteps, OnPreemption, OnSignal
 from rl_ckpt.plan.when import SavePolicy
+
+T = TypeVar("T")
 
 
 class Clock:
@@ -33,6 +38,11 @@ class Save:
 
     def peek(self):
         return self.outcome
+
+
+def surely(found: T | None) -> T:
+    assert found is not None
+    return found
 
 
 def info(step, stall_s=None, durable_s=None):
@@ -81,11 +91,11 @@ def test_what_was_not_saved_is_due_again():
     clock = Clock()
     policy = SavePolicy(EverySteps(5), EverySeconds(10), Best("r"), clock=clock)
     clock.now += 10
-    first = policy.due(5, {"r": 1.0})
+    first = surely(policy.due(5, {"r": 1.0}))
     assert len(first.reasons) == 3
     assert policy.due(5, {"r": 1.0}) == first
-    assert len(policy.due(6, {"r": 1.0}).reasons) == 3, "and at the next step"
-    policy.began(policy.due(6, {"r": 1.0}))
+    assert len(surely(policy.due(6, {"r": 1.0})).reasons) == 3, "and at the next step"
+    policy.began(surely(policy.due(6, {"r": 1.0})))
     assert policy.due(6, {"r": 1.0}) is None
     assert policy.due(7, {"r": 1.0}) is None
 
@@ -99,7 +109,7 @@ def test_a_loop_that_waits_for_its_saves_only_says_what_came_of_them():
     clock.now += 99
     assert policy.due(6, {"r": 1.0}) is None
     clock.now += 1
-    assert policy.due(6, {"r": 1.0}).reasons == ("100 s since the last save: every 100 s",)
+    assert surely(policy.due(6, {"r": 1.0})).reasons == ("100 s since the last save: every 100 s",)
 
 
 def test_seconds_count_from_the_begin_of_the_last_save():
@@ -141,11 +151,39 @@ def test_the_best_is_a_finite_number():
 
 def test_what_failed_to_be_saved_is_not_the_best():
     policy, save = SavePolicy(Best("r")), Save()
-    policy.began(policy.due(1, {"r": 1.0}))
-    policy.began(policy.due(2, {"r": 9.0}), save)
+    policy.began(surely(policy.due(1, {"r": 1.0})))
+    policy.began(surely(policy.due(2, {"r": 9.0})), save)
     assert policy.due(3, {"r": 5.0}) is None, "still under way"
     save.outcome = StorageError("full")
-    assert policy.due(4, {"r": 5.0}).reasons == ("r 5 is the best so far (before: 1)",)
+    assert surely(policy.due(4, {"r": 5.0})).reasons == ("r 5 is the best so far (before: 1)",)
+
+
+def test_scalars_of_any_library_count():
+    values = [torch.tensor(1.0), torch.tensor([5.0]), jnp.float32(2.0), torch.tensor(math.nan), torch.tensor(True)]
+    assert saved_steps(SavePolicy(Best("r")), range(5), lambda step: {"r": values[step]}) == [0, 2]
+
+
+def test_an_urgent_save_that_failed_is_due_again_while_there_is_time():
+    notice = Preemption("node a is drained", 1e12, this_process=False, nodes=("a",))
+    policy, save = SavePolicy(OnPreemption(lambda: notice)), Save()
+    policy.began(surely(policy.due(1)), save)
+    assert policy.due(1) is None
+    save.outcome = StorageError("503")
+    again = surely(policy.due(2))
+    assert again.urgent
+    policy.began(again, Save())
+    assert policy.due(3) is None
+
+
+def test_auto_does_not_begin_a_second_save_before_the_first_is_measured():
+    clock, save = Clock(), Save()
+    policy = SavePolicy(Auto(min_s=10), clock=clock)
+    clock.now += 10
+    policy.began(surely(policy.due(1)), save)
+    clock.now += 60
+    assert policy.due(2) is None, "it would wait for the first, or be skipped"
+    save.outcome = info(1, stall_s=1e-9, durable_s=1.0)
+    assert policy.due(3) is not None
 
 
 def test_on_signal_once_for_each():
@@ -160,17 +198,17 @@ def test_on_signal_once_for_each():
 
 def test_a_preemption_is_urgent_once_and_says_who_has_to_go(monkeypatch):
     monkeypatch.setattr("rl_ckpt.info.time.time", lambda: 1000.0)
-    notices = [None]
+    notices: list[Preemption | None] = [None]
     policy = SavePolicy(EverySteps(1), OnPreemption(lambda: notices[0], reserve=0.5))
-    assert not policy.due(1).urgent
+    assert not surely(policy.due(1)).urgent
     notices[0] = Preemption("node a is drained", 1030.0, this_process=False, nodes=("a",))
-    due = policy.due(1)
+    due = surely(policy.due(1))
     assert (due.urgent, due.leave, due.deadline_s) == (True, False, 15.0)
     assert due.text == "step 1: every 1 steps; node a is drained"
     policy.began(due)
     assert policy.due(1) is None, "told once"
     notices[0] = Preemption("SIGTERM", 1000.5, this_process=True, nodes=("a",))
-    due = policy.due(2)
+    due = surely(policy.due(2))
     assert (due.leave, due.deadline_s) == (True, 1.0), "however little time is left"
 
 
@@ -180,13 +218,13 @@ def test_a_preemption_is_urgent_once_and_says_who_has_to_go(monkeypatch):
 def test_auto_learns_what_a_save_costs_and_says_what_it_chose():
     clock, policy = Clock(), None
     policy = SavePolicy(Auto(min_s=10, max_s=1000, mtbf_s=20_000), clock=clock)
-    assert policy.chosen.text == "every 10 s until a save is measured (0 failures seen)"
+    assert surely(policy.chosen).text == "every 10 s until a save is measured (0 failures seen)"
     clock.now += 10
     save = Save()
-    policy.began(policy.due(1), save)
+    policy.began(surely(policy.due(1)), save)
     save.outcome = info(1, stall_s=0.25, durable_s=4.0)
     assert policy.due(2) is None
-    chosen = policy.chosen
+    chosen = surely(policy.chosen)
     assert chosen.interval_s == pytest.approx(math.sqrt(2 * 0.25 * 20_010), rel=0.01)
     assert chosen.text.startswith("every 100.")
     assert "stalls training 0.25 s and is durable after 4 s, with a failure every 5.56 h" in chosen.text
@@ -194,7 +232,7 @@ def test_auto_learns_what_a_save_costs_and_says_what_it_chose():
     clock.now += 99
     assert policy.due(3) is None
     clock.now += 2
-    assert policy.due(3).reasons == ("101 s since the last save: every 100 s, as chosen",)
+    assert surely(policy.due(3)).reasons == ("101 s since the last save: every 100 s, as chosen",)
     assert SavePolicy(EverySteps(1)).chosen is None
 
 
@@ -203,7 +241,7 @@ def test_auto_keeps_its_bounds_and_never_saves_before_the_last_is_durable():
         policy = SavePolicy(Auto(min_s=30, max_s=300, mtbf_s=86_400), clock=Clock())
         policy.saved(info(1, stall_s, durable_s))
         policy.lost(failures)
-        return policy.chosen.interval_s
+        return surely(policy.chosen).interval_s
 
     assert chosen(1e-6, 1.0) == 30
     assert chosen(0.0, 0.0) == 30
@@ -218,14 +256,14 @@ def test_one_slow_save_is_forgotten():
     policy = SavePolicy(Auto(min_s=1, max_s=1e6), clock=Clock())
     for step, stall_s in enumerate([30.0, 0.1, 0.1, 0.1]):
         policy.saved(info(step, stall_s, 1.0))
-    assert policy.chosen.stall_s == 0.1
+    assert surely(policy.chosen).stall_s == 0.1
 
 
 def test_what_was_learned_goes_into_a_checkpoint_and_back():
     clock = Clock()
     policy = SavePolicy(Best("r"), Best("loss", "min"), Auto(min_s=1), clock=clock)
     clock.now += 500
-    policy.began(policy.due(1, {"r": 2.0}))
+    policy.began(surely(policy.due(1, {"r": 2.0})))
     policy.saved(info(1, 0.5, 3.0))
     policy.lost()
     state = policy.get_state()
@@ -268,7 +306,8 @@ def test_what_hardly_runs_saves_about_as_often_as_it_fails():
 def time_lost(policy, clock, work_s, stall_s, durable_s, mtbf_s):
     """Trains under failures, and saves as `policy` says; what it took beyond the work, as a share of it."""
     dice = random.Random(7)
-    start, done, step, committed, queue = clock.now, 0.0, 0, 0.0, []
+    start, done, step, committed = clock.now, 0.0, 0, 0.0
+    queue: list[tuple[float, float, int]] = []  # durable when, work that it holds, step
     fails_at = clock.now + dice.expovariate(1 / mtbf_s)
     while done < work_s:
         clock.now += 1.0
@@ -304,16 +343,19 @@ def test_in_a_run_with_failures_auto_is_about_as_good_as_the_best_fixed_interval
 # --- bad input ---
 
 
+ANY: Any = {"type": EverySteps, "number": 5, "fraction": 1.5, "text": "day"}  # of types that none takes
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda: SavePolicy(), "no rules"),
-        (lambda: SavePolicy(EverySteps), "is no rule"),
-        (lambda: SavePolicy(5), "5 is no rule"),
+        (lambda: SavePolicy(ANY["type"]), "is no rule"),
+        (lambda: SavePolicy(ANY["number"]), "5 is no rule"),
         (lambda: SavePolicy(Auto(), Auto()), "two Auto"),
         (lambda: EverySteps(0), "integer of at least 1"),
         (lambda: EverySteps(True), "integer of at least 1"),
-        (lambda: EverySteps(1.5), "integer of at least 1"),
+        (lambda: EverySteps(ANY["fraction"]), "integer of at least 1"),
         (lambda: EverySeconds(0), "greater than 0"),
         (lambda: EverySeconds(math.nan), "greater than 0"),
         (lambda: EverySeconds(math.inf), "greater than 0"),
@@ -322,7 +364,7 @@ def test_in_a_run_with_failures_auto_is_about_as_good_as_the_best_fixed_interval
         (lambda: OnPreemption(lambda: None, reserve=0), "reserve"),
         (lambda: Auto(min_s=-1), "min_s"),
         (lambda: Auto(min_s=10, max_s=5), "must not be the greater"),
-        (lambda: Auto(mtbf_s="day"), "mtbf_s"),
+        (lambda: Auto(mtbf_s=ANY["text"]), "mtbf_s"),
         (lambda: SavePolicy(Auto()).lost(-1), "at least 0"),
     ],
 )

@@ -67,11 +67,11 @@ def test_a_save(notes, caplog):
     assert notes.gauges["saves_queued",] == 0
 
 
-def test_what_ranks_did_before_they_were_heard_of_is_part_of_the_time_to_durable(notes):
+def test_what_ranks_did_before_they_were_heard_of_is_part_of_the_time_to_durable(notes, monkeypatch):
     world = World(bench := save_bench.Bench())
     save(bench, world, 7)
     staged = bench.machine.staged
-    bench.machine.staged = lambda message: staged(msgspec.structs.replace(message, stall_s=3.0))
+    monkeypatch.setattr(bench.machine, "staged", lambda message: staged(msgspec.structs.replace(message, stall_s=3.0)))
     bench.stage(7, 0)
     bench.stage(7, 1)
     bench.look_up()

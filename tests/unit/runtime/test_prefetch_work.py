@@ -7,11 +7,13 @@ import dataclasses
 from collections.abc import Callable, Coroutine, Iterable
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock, MagicMock
 
 import msgspec
 import numpy as np
 import pytest
 
+from rl_ckpt import logs
 from rl_ckpt.errors import CheckpointError, StorageError
 from rl_ckpt.format.manifest import Manifest, encode
 from rl_ckpt.format.records import CommitRecord
@@ -19,9 +21,11 @@ from rl_ckpt.options import Options
 from rl_ckpt.plan.parts import ChunkAt, Part, Remembered
 from rl_ckpt.runtime import messages, tier_work, watch
 from rl_ckpt.runtime import tier_steps as tier
+from rl_ckpt.runtime.coordinator_work import CoordinatorWork
 from rl_ckpt.runtime.messages import Failure, Flaw, HoldDone, Ok, decode
 from rl_ckpt.runtime.prefetch_messages import BringDone, BringOrder, PrefetchDone, PrefetchOrder
 from rl_ckpt.runtime.prefetch_work import PrefetchWork
+from rl_ckpt.runtime.restore_work import Loaded
 from rl_ckpt.runtime.spec import RunSpec
 from rl_ckpt.runtime.status import PrefetchStatus
 from rl_ckpt.runtime.tier_work import TierWork
@@ -359,6 +363,13 @@ def test_whatever_goes_wrong_ends_it_by_name(error: Exception) -> None:
     run(story)
 
 
+def test_its_log_records_have_the_fields(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "rl_ckpt")
+    run(lambda bench: bench.prefetch())
+    fields = [{name: vars(record).get(name) for name in logs.FIELDS} for record in caplog.records]
+    assert fields == [{"run": "", "step": 4, "attempt": "new", "node": ""}]
+
+
 def test_one_that_is_not_known_is_said_so() -> None:
     async def story(bench: Bench) -> None:
         done = await bench.work.wait("7-other")
@@ -366,3 +377,17 @@ def test_one_that_is_not_known_is_said_so() -> None:
         assert done.code == "not_found"
 
     run(story)
+
+
+@pytest.mark.parametrize("came", [True, False])
+def test_what_came_while_the_manifest_was_read_is_not_read_again(came: bool) -> None:
+    """It was not in memory when the restore looked, and is not on its way any more."""
+    told: list[bool] = []
+    found = Loaded("4-new", MANIFEST, b"", False, {}, None)
+    coordinator = MagicMock(_adopt=AsyncMock(), _decided=AsyncMock())
+    coordinator._restore_work.load = AsyncMock(return_value=found)
+    coordinator._prefetches.coming.return_value = False
+    coordinator._tier.holdings.return_value = MagicMock() if came else None
+    coordinator._restores.loaded.side_effect = lambda *_, coming: told.append(coming)
+    asyncio.run(CoordinatorWork._load(coordinator, "key", None, ()))
+    assert told == [came]

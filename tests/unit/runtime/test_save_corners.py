@@ -14,6 +14,7 @@ import msgspec
 import pytest
 import ray
 
+from rl_ckpt import logs
 from rl_ckpt.errors import StorageError, WorkerFailuresError
 from rl_ckpt.format.manifest import Chunk, Manifest, ShardFileEntry
 from rl_ckpt.options import Options
@@ -38,6 +39,13 @@ NO_MEMORY = StorageError("1000 bytes of staging memory don't fit")
 
 def tiered(**options: object) -> Bench:
     return Bench(Options(**options))  # type: ignore[arg-type]
+
+
+def as_an_actor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a coordinator asks Ray for; and what it says of itself for all logs ends with the test."""
+    context = SimpleNamespace(was_current_actor_reconstructed=False, get_node_id=lambda: "node")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(logs, "_here", {})
 
 
 def fails(bench: Bench, ask: sm.ReserveMemory) -> None:
@@ -396,8 +404,7 @@ def test_a_coordinator_that_comes_back_works_with_the_options_of_who_saves(
     if owned:
         assert owners.begin(User(saver, 1.0), False, set()) is None
     monkeypatch.setattr(coordinator_room, "KeptOwners", lambda *_: SimpleNamespace(load=lambda: owners))
-    context = SimpleNamespace(was_current_actor_reconstructed=False)
-    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    as_an_actor(monkeypatch)
     coordinator = Coordinator(maker, "service")
     spec = saver if owned else maker
     assert (coordinator._spec, coordinator._tier_work._spec) == (spec, spec)
@@ -408,8 +415,7 @@ def test_a_coordinator_that_comes_back_works_with_the_options_of_who_saves(
 def test_memory_that_is_short_as_it_has_the_only_copy_is_flushed(monkeypatch: pytest.MonkeyPatch, alone: bool) -> None:
     """The save that finds no room fails, but not all those after it."""
     monkeypatch.setattr(coordinator_room, "KeptOwners", lambda *_: SimpleNamespace(load=lambda: None))
-    context = SimpleNamespace(was_current_actor_reconstructed=False)
-    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    as_an_actor(monkeypatch)
     flushed: list[float] = []
 
     async def flush(seconds: float) -> None:

@@ -20,7 +20,7 @@ from rl_ckpt.format.digest import digest
 from rl_ckpt.store.base import Buffer
 from rl_ckpt.store.layout import compose_anew, leaves_in, writer_of
 from rl_ckpt.store.local import LocalStore
-from rl_ckpt.store.pins import pin
+from rl_ckpt.store.pins import Hold, pin
 from rl_ckpt.store.repair import spots
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.verify import verify
@@ -303,7 +303,7 @@ def test_a_repair_beside_a_job_leaves_out_what_that_job_drops(twice: Twice, monk
     url, ids = twice
     steps = [7]
 
-    def drop_the_oldest(run: Run, checkpoint: str, seconds: float) -> AbstractContextManager[None]:
+    def drop_the_oldest(run: Run, checkpoint: str, seconds: float) -> AbstractContextManager[Hold]:
         if steps:
             with Checkpointer(url, keep=[LatestN(2)], grace_s=0) as other:
                 other.save_state(steps.pop(), {"n": np.ones(3)}).result(60)
