@@ -126,9 +126,6 @@ class RestoreWork:
             try:
                 work = partial(self._load, step, tried, remembered)
                 loaded = await loop.run_in_executor(self._reading, work)
-                if loaded.memory is None:  # a prefetch may have brought it in while the store was read
-                    now = next((memory for memory in self._tier.remembered() if memory.id == loaded.id), None)
-                    loaded = dataclasses.replace(loaded, memory=now)
                 if loaded.memory is not None:
                     self._tier.use(loaded.id, token)
             finally:

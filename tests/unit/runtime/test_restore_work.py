@@ -99,21 +99,6 @@ def test_a_commit_that_memory_has_not_is_loaded_without(run: Run) -> None:
     assert tier.uses == {}
 
 
-def test_what_comes_into_memory_while_the_store_is_read_is_taken_from_there(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tier, read = Tier(), restore_work._manifest
-
-    def brought_in_meanwhile(*candidate: Any) -> Any:
-        tier.kept.append(memory(run, 2))
-        return read(*candidate)
-
-    monkeypatch.setattr(restore_work, "_manifest", brought_in_meanwhile)
-    found = load(run, tier)
-    assert found.holdings is not None
-    assert tier.uses == {"token": found.id}
-
-
 def test_a_manifest_comes_out_of_memory_only_if_it_is_what_was_committed(run: Run) -> None:
     good = memory(run, 2)
     path = folder(run) / "manifests" / f"{good.id}.json"
