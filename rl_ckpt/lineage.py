@@ -96,6 +96,7 @@ def diff(
 
     Raises:
         CheckpointNotFoundError: No such run or checkpoint, or the parent of `b` is no longer there.
+        InvalidInputError: `select` chooses nothing of either.
         CorruptionError: A checkpoint is damaged where it had to be read.
         StorageError: A store failed.
     """

@@ -64,6 +64,6 @@ def _check_reached(address: str) -> None:
 
 def _nobody(address: str, why: str) -> InvalidInputError:
     return InvalidInputError(
-        f"no Ray cluster at {address!r}: {why}. Start one (`ray start --head`), or give its head's address, such as "
-        "10.0.0.1:6379, with --address or in $RAY_ADDRESS"
+        f"no Ray cluster at {address!r}: {why.rstrip('.')}. Start one (`ray start --head`), or give its head's "
+        "address, such as 10.0.0.1:6379, with --address or in $RAY_ADDRESS"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
 import typer
@@ -14,7 +15,7 @@ from rl_ckpt.cli.place import ref, run_and_refs, run_and_rest
 from rl_ckpt.cli.text import size
 from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.export.face import export_arrays, export_model
-from rl_ckpt.export.report import ExportReport, Format, TensorInfo
+from rl_ckpt.export.report import SUFFIXES, ExportReport, Format, TensorInfo
 
 Trust = Literal["restricted", "full"]
 
@@ -50,6 +51,8 @@ def _export(
     place, (word,) = run_and_refs([url, which], ["REF"], optional=1)
     if select and policy != "default_policy":
         raise InvalidInputError("--policy and --select: give one of them")
+    if form is None and out is not None:
+        _check_suffix(out, "safetensors" if select else "onnx")
     common: dict[str, Any] = {"step": _step(session, place, word, step), "storage_options": session.options(place)}
     if select:
         report = export_arrays(place, select, form or "safetensors", out, **common)
@@ -65,6 +68,13 @@ def _export(
         return
     for line in _lines(report):
         session.out.line(line)
+
+
+def _check_suffix(out: str, form: Format) -> None:
+    """Fails where a file's name says another format than the one that is made without --format."""
+    meant = next((name for name, suffix in SUFFIXES.items() if suffix == PurePath(out).suffix), form)
+    if meant != form:
+        raise InvalidInputError(f"--out {out} is named as {meant}, and {form} is made without --format: give it")
 
 
 def _step(session: Session, place: str, word: str | None, step: int | None) -> int | None:

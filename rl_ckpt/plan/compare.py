@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from rl_ckpt.errors import InvalidInputError
 from rl_ckpt.format.manifest import ArrayEntry, ArrayRef, Chunk, Manifest, SavedNode, Variant
 from rl_ckpt.state.arrays import ArraySpec
 from rl_ckpt.state.boxes import Box, overlap
@@ -71,13 +72,18 @@ def compare(a: Manifest, b: Manifest, select: str | Sequence[str] | None) -> Com
         a: The one before.
         b: The one after.
         select: Globs of paths; None: everything.
+
+    Raises:
+        InvalidInputError: `select` chooses nothing of either; "no difference" would be misread.
     """
     out, wanted = Compared(), Selector(select)
     equal: dict[tuple[int, int], bool] = {}  # arrays that stand at many paths are looked at once
-    for path in dict.fromkeys([*a.nodes, *b.nodes]):
-        if wanted(path):
-            for ranks, before, after in _by_ranks(path, a, b):
-                _sort_in(out, path, ranks, (a, before), (b, after), equal)
+    chosen = [path for path in dict.fromkeys([*a.nodes, *b.nodes]) if wanted(path)]
+    if select is not None and not chosen:
+        raise InvalidInputError(f"select={select!r}: neither {a.id} nor {b.id} has such a path")
+    for path in chosen:
+        for ranks, before, after in _by_ranks(path, a, b):
+            _sort_in(out, path, ranks, (a, before), (b, after), equal)
     return out
 
 

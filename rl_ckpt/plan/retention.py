@@ -106,10 +106,15 @@ class BestN:
 
     def keep(self, commits: Sequence[CommitRecord]) -> set[str]:
         """See `KeepRule.keep`."""
-        values: dict[str, Any] = {commit.id: leaves.decode(commit.metrics.get(self.metric)) for commit in commits}
         sign = 1 if self.mode == "max" else -1
-        numbers = [(sign * value, place, id_) for place, (id_, value) in enumerate(values.items()) if _is_number(value)]
-        return {id_ for _, _, id_ in sorted(numbers)[-self.n :]} if numbers else {*values}
+        found = self.values(commits)
+        numbers = [(sign * found[c.id], place, c.id) for place, c in enumerate(commits) if c.id in found]
+        return {id_ for _, _, id_ in sorted(numbers)[-self.n :]} if numbers else {c.id for c in commits}
+
+    def values(self, commits: Sequence[CommitRecord]) -> dict[str, Any]:
+        """The metric of those checkpoints that have it as a number, by id."""
+        found: dict[str, Any] = {commit.id: leaves.decode(commit.metrics.get(self.metric)) for commit in commits}
+        return {id_: value for id_, value in found.items() if _is_number(value)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +219,14 @@ def decide(
     kept: dict[str, list[str]] = {}
     for rule in rules:
         for checkpoint in _kept_by(rule, commits, now, said):
-            kept.setdefault(checkpoint, []).append(repr(rule))
+            kept.setdefault(checkpoint, []).append(_reason(rule, commits))
     return [_verdict(commit, commit is commits[-1], kept, not rules, said, now) for commit in commits]
+
+
+def _reason(rule: KeepRule, commits: Sequence[CommitRecord]) -> str:
+    if isinstance(rule, BestN) and not rule.values(commits):
+        return f"{rule!r}: no checkpoint has this metric, so nothing tells which is best"
+    return repr(rule)
 
 
 def _kept_by(rule: KeepRule, commits: Sequence[CommitRecord], now: float, said: Said) -> set[str]:

@@ -39,6 +39,8 @@ class _Planned:
     """By checkpoint: the shard files that its manifest names."""
     idle: bool
     """Whether there is nothing to do at all."""
+    unreadable: tuple[str, ...]
+    """A notice where manifests can't be read."""
 
 
 def dry_run(run: Run, log: Log, labels: Labels, keep: Sequence[KeepRule], grace_s: float) -> SweepReport:
@@ -46,6 +48,7 @@ def dry_run(run: Run, log: Log, labels: Labels, keep: Sequence[KeepRule], grace_
 
     Raises:
         InvalidInputError: The rules keep nothing.
+        CorruptionError: Checkpoints are to go, and the newest can't be read.
         StorageError: The store failed.
     """
     return _plan(run, log, labels, keep, grace_s).report
@@ -63,6 +66,7 @@ def sweep(run: Run, log: Log, labels: Labels, keep: Sequence[KeepRule], grace_s:
 
     Raises:
         InvalidInputError: The rules keep nothing; nothing was written.
+        CorruptionError: Checkpoints are to go, and the newest can't be read; nothing was written.
         RunOwnedError: A job that is alive owns the run; nothing was written.
         StorageError: The store failed; nothing live is harmed.
     """
@@ -82,7 +86,7 @@ def sweep(run: Run, log: Log, labels: Labels, keep: Sequence[KeepRule], grace_s:
 
 
 def _sweep(store: Store, committer: Committer, planned: _Planned) -> SweepReport:
-    sweeper, notices = committer.sweeper, list[str]()
+    sweeper, notices = committer.sweeper, [*planned.unreadable]
     now = sweeper.store_now()
     before = _waiting(store)
     if now is None:
@@ -134,6 +138,7 @@ def remove(
     Raises:
         InvalidInputError: One is the newest, tagged, or held by a reader or a fork; nothing was written.
         CheckpointNotFoundError: One was dropped meanwhile.
+        CorruptionError: The newest can't be read; nothing was written.
         StorageError: The store failed, or can't be written to.
     """
     _check_removable(run, log, labels, commits, force)
@@ -162,6 +167,18 @@ def _check_removable(run: Run, log: Log, labels: Labels, commits: Sequence[Commi
             raise InvalidInputError(f"{name} is held by {held[commit.id]}; it can be removed when that is done with it")
         if tags and not force:
             raise InvalidInputError(f"{name} is tagged {', '.join(tags)}; take the tags off, or force it")
+    _check_newest(run, log)
+
+
+def _check_newest(run: Run, log: Log) -> None:
+    """None goes while the newest can't be read: the one before it may be all that there is."""
+    try:
+        run.manifest(log.commits[-1])
+    except CorruptionError as error:
+        raise CorruptionError(
+            f"no checkpoint is removed while the newest can't be read: {error}. Put that back "
+            "(`verify(repair=True)` says whether it can be had), or save again first"
+        ) from error
 
 
 def _plan(run: Run, log: Log, labels: Labels, keep: Sequence[KeepRule], grace_s: float) -> _Planned:
@@ -170,8 +187,11 @@ def _plan(run: Run, log: Log, labels: Labels, keep: Sequence[KeepRule], grace_s:
     verdicts = decide(log.commits, keep, now, said)
     held = holders(read_pins(run.store, now, lambda: None)[0])
     going = [v.id for v in verdicts if not v.keep and v.id not in held]
+    if going:
+        _check_newest(run, log)
     ids = {commit.id for commit in log.commits}
     files, notices = _files(run, [commit for commit in log.commits if commit.id not in going])
+    unreadable = tuple(notices)
     listed = list_parts(run)
     owner = _owner(run.store, log)
     if owner:
@@ -198,7 +218,7 @@ def _plan(run: Run, log: Log, labels: Labels, keep: Sequence[KeepRule], grace_s:
         notices=tuple(notices),
     )
     idle = not (going or free or partial or report.put_back or leftovers(labels, ids, log.head))
-    return _Planned(report, files, idle and not owner)
+    return _Planned(report, files, idle and not owner, unreadable)
 
 
 def _owner(store: Store, log: Log) -> str:

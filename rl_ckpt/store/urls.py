@@ -35,6 +35,7 @@ def normalise_url(url: str | os.PathLike[str]) -> str:
     if not isinstance(text, str) or not text.strip():
         raise InvalidInputError(f"the url of a run must be text that is not empty, got {text!r}: give {_SUPPORTED}")
     if "://" not in text:
+        _refuse_half_a_scheme(text)
         return "file://" + os.path.abspath(os.path.expanduser(text))
     scheme, _, rest = text.partition("://")
     scheme = {"s3a": "s3", "local": "file"}.get(scheme.lower(), scheme.lower())
@@ -87,6 +88,15 @@ def open_store(url: str | os.PathLike[str], storage_options: StorageOptions | No
 
         return S3Store(normal, storage_options)
     return FsspecStore(normal, storage_options)
+
+
+def _refuse_half_a_scheme(text: str) -> None:
+    """s3:/bucket/run-7 is a url that lacks a slash: as a folder it would take what was meant for the bucket."""
+    scheme, colon, rest = text.partition(":/")
+    if colon and scheme.lower() in {*known_implementations, "s3a"}:
+        raise InvalidInputError(
+            f"{text!r} lacks a slash: write {scheme}://{rest}, or ./{text} if a folder of that name is meant"
+        )
 
 
 def _local_path(text: str, rest: str) -> str:

@@ -43,6 +43,7 @@ def test_a_checkpoint_that_is_not_the_newest_of_its_step(
     [
         (["200", "--step", "100"], "REF and --step: give one of them"),
         (["-s", "policy", "--policy", "p"], "--policy and --select: give one of them"),
+        (["-s", "policy", "--out", "out.npz"], "is named as numpy, and safetensors is made without --format"),
         (["--module-class", "os:path"], "write package.module:Class"),
         (["-f", "gif"], "Usage: rl-ckpt export"),
     ],

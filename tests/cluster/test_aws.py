@@ -225,6 +225,8 @@ def test_the_launchers_file_starts_nodes_that_hold_checkpoints() -> None:
     node = worker["node_config"]
     for name in [*node["SubnetIds"], *node["SecurityGroupIds"], f"key-pair/{node['KeyName']}"]:
         assert name in launched
+    # Not tagged on create, so AWS looks at the right to make the request that a spot instance comes of, too.
+    assert (":spot-instances-request/*" in launched) == ("spot" in json.dumps(node.get("InstanceMarketOptions", {})))
     tags = [part["Condition"]["StringEquals"] for part in LAUNCH["Statement"] if "Condition" in part]
     assert {value for tag in tags for key, value in tag.items() if "ray-cluster-name" in key} == {made["cluster_name"]}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import ipaddress
 import re
 import subprocess
 import sys
@@ -76,7 +77,10 @@ def test_the_nodes_can_stage_save_before_they_go_and_lose_their_head(compose: di
         assert service["environment"]["RAY_AUTH_MODE"] == "token", name
     head, worker = (compose["services"][name] for name in ("head", "worker"))
     assert head["environment"]["RAY_REDIS_ADDRESS"] == "valkey:6379"
-    assert "ipv4_address" in head["networks"]["cluster"]
+    (pool,) = compose["networks"]["cluster"]["ipam"]["config"]
+    address = ipaddress.ip_address(head["networks"]["cluster"]["ipv4_address"])
+    assert address in ipaddress.ip_network(pool["subnet"])
+    assert address not in ipaddress.ip_network(pool["ip_range"])  # nobody gets it while the head is away
     assert "--num-cpus=0" in " ".join(words(head["command"]))
     assert worker["deploy"]["replicas"] >= 3  # one may go, and there still is somewhere for replicas
 

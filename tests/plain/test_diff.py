@@ -157,6 +157,8 @@ def test_which_checkpoints_are_compared(url: str) -> None:
 
 def test_a_part_by_its_paths(url: str) -> None:
     save(url, {"a": {"x": 1, "y": np.ones(3)}, "b": 1}, {"a": {"x": 2, "y": np.zeros(3)}, "b": 2})
+    with pytest.raises(InvalidInputError, match="has such a path"):
+        diff(url, select="zzz")
     found = diff(url, select=["a", "!a/y"])
     assert [leaf.path for leaf in found.leaves] == ["a/x"]
     assert found.arrays == ()

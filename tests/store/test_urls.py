@@ -52,6 +52,8 @@ def test_relative_paths_and_home_become_absolute(monkeypatch: pytest.MonkeyPatch
         ("s3:///", "names no place"),
         ("file://host/path", "three slashes"),
         ("file://relative", "three slashes"),
+        ("s3:/bucket/x", "write s3://bucket/x, or ./s3:/bucket/x"),
+        (Path("s3a://bucket/x"), "lacks a slash"),  # type: ignore[list-item]  # a Path takes one away
         ("s3://key:topsecret@bucket/x", "credentials"),
         ("gs://user:topsecret@bucket/x", "credentials"),
         ("s3://bucket/x?versionId=1", "no '\\?'"),

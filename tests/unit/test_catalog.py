@@ -15,6 +15,7 @@ from rl_ckpt import (
     Catalog,
     Checkpointer,
     CheckpointNotFoundError,
+    CorruptionError,
     EveryNSteps,
     InvalidInputError,
     KeepRule,
@@ -440,6 +441,28 @@ def test_nothing_is_deleted_while_records_or_manifests_can_not_be_read(url: str,
     with pytest.warns(UserWarning, match="can't be read"):
         assert "records can't be read" in str(Catalog(url).sweep(dry_run=True).notices)
     assert {name for name in names(store) if name.startswith(records.SHARDS)} == before
+
+
+def test_no_checkpoint_goes_while_the_newest_can_not_be_read(url: str, store: Store) -> None:
+    save(url, 1, 2, 3)
+    first, _, newest = Run.open(url).log.read().commits
+    good = store.get(records.manifest_name(newest.id))
+    store.delete([records.manifest_name(newest.id)])
+    before = names(store)
+    for action in (
+        lambda: Catalog(url).sweep([LatestN(1)], grace_s=0),
+        lambda: Catalog(url).sweep([LatestN(1)], dry_run=True),
+        lambda: Catalog(url).remove([2], grace_s=0),
+    ):
+        with pytest.raises(CorruptionError, match=r"while the newest can't be read.* is missing"):
+            action()
+    assert names(store) == before
+    store.put(records.manifest_name(newest.id), [good])
+    store.put(records.manifest_name(first.id), [b"rotten"])
+    Catalog(url).tag(1, "kept")
+    report = Catalog(url).sweep([LatestN(1)], grace_s=0)
+    assert "no files are deleted while manifests can't be read" in report.notices[0]
+    assert (len(report.deleted), report.files) == (1, 0)
 
 
 def test_one_checkpoint_is_verified_by_what_it_is_called(url: str) -> None:

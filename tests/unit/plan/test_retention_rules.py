@@ -69,6 +69,8 @@ def test_best_of_a_metric() -> None:
 def test_a_metric_that_no_checkpoint_has_drops_nothing() -> None:
     commits = [commit(step, score=1.0) for step in range(3)]
     assert kept(commits, BestN("scroe"), LatestN(1)) == [0, 1, 2]
+    assert "no checkpoint has this metric" in decide(commits, [BestN("scroe")], NOW)[0].why
+    assert decide(commits, [BestN("score", n=3)], NOW)[0].why == "BestN(metric='score', mode='max', n=3)"
 
 
 def test_tags_keep_and_removals_drop_whatever_the_rules_say() -> None:
