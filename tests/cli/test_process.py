@@ -143,10 +143,13 @@ def test_an_interrupted_pull_keeps_what_arrived_and_goes_on(tmp_path: Path, cli:
 
 
 def test_completion_for_each_shell() -> None:
-    for shell in ("bash", "zsh", "fish"):
-        code, out, _ = call("--show-completion", shell)
+    # Else typer looks which shell it was started from: below a test runner, there may be none.
+    named = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    for shell, sign in (("bash", "complete -o"), ("zsh", "#compdef"), ("fish", "complete --command")):
+        code, out, _ = call("--show-completion", shell, **named)
         assert code == 0
         assert "_RL_CKPT_COMPLETE" in out
+        assert sign in out
     completing = {"_RL_CKPT_COMPLETE": "complete_bash", "COMP_WORDS": "rl-ckpt swe", "COMP_CWORD": "1"}
     assert call(**completing)[1].split() == ["sweep"]
 

@@ -171,6 +171,8 @@ LASTING = {
 }
 
 
+# On a busy machine, a sweep beside may wait longer than this Checkpointer is willing to; the next save says so.
+@pytest.mark.filterwarnings("ignore:old checkpoints could not be swept")
 @pytest.mark.parametrize(("fault", "told"), LASTING.values(), ids=LASTING.keys())
 def test_a_fault_that_lasts_fails_this_save_only_and_is_told(
     moto_server: S3Server, impatient: Behind, fault: Fault, told: str
