@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import pytest
@@ -23,60 +22,21 @@ from rl_ckpt import (
     fork,
 )
 from rl_ckpt.format import records
-from rl_ckpt.format.records import PinRecord, RunRecord
+from rl_ckpt.format.records import RunRecord
 from rl_ckpt.store import forks as forks_module
-from rl_ckpt.store.base import Store
 from rl_ckpt.store.based import self_contained
-from rl_ckpt.store.committer import Committer
-from rl_ckpt.store.pins import create, read_pins
+from rl_ckpt.store.pins import create
 from rl_ckpt.store.run import Run
 from rl_ckpt.store.urls import open_store
 from tests.s3_servers import S3Server
-from tests.unit.store.faulty import FaultyStore, Stopped, faulty, once
+from tests.unit.store.faulty import faulty, once
+from tests.unit.store.forked import FROZEN, files, in_memory, load, newest, pins, run_of, save, state
 from tests.unit.trees import assert_same
-
-_names = itertools.count()
-FROZEN = np.random.default_rng(0).random(4000)  # 32,000 bytes
 
 
 @pytest.fixture(params=["local", "memory"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path) if request.param == "local" else f"memory://forks_{next(_names)}"
-
-
-def state(step: int, frozen: Any = FROZEN) -> dict[str, Any]:
-    return {"frozen": frozen, "own": np.full(500, step, np.float64), "step": step}
-
-
-def save(url: str, steps: range, frozen: Any = FROZEN, **options: Any) -> None:
-    with Checkpointer(url, **options) as ckpt:
-        for step in steps:
-            ckpt.save_state(step, state(step, frozen)).result(60)
-
-
-def load(url: str, step: int | None = None) -> Any:
-    return Checkpointer(url).load_state(step)
-
-
-def files(url: str, prefix: str = "") -> set[str]:
-    return {item.name for item in open_store(url).list(prefix)}
-
-
-def pins(url: str) -> dict[str, PinRecord]:
-    """By run that holds them."""
-    store = open_store(url)
-    names = files(url, records.PINS)
-    return {name[5:-5]: records.decode(name, store.get(name), PinRecord) for name in names}
-
-
-def run_of(url: str) -> str:
-    return Run.open(url).record.run
-
-
-def newest(url: str) -> str:
-    found = Checkpointer(url).latest()
-    assert found is not None
-    return found.id
+    return str(tmp_path) if request.param == "local" else in_memory()
 
 
 def test_a_fork_holds_the_checkpoint_and_none_of_its_bytes(root: str) -> None:
@@ -483,148 +443,11 @@ def test_on_s3_nothing_is_copied(s3_server: S3Server) -> None:
     assert open_store(source, options).list("pins/") == []
 
 
-# A process that dies at any operation of a fork.
-
-
-def stopping(at: int, when: str) -> tuple[list[str], Callable[[Store], FaultyStore]]:
-    """What makes stores that stop the world at an operation, of all of them together; and what was done."""
-    seen: list[str] = []
-
-    def stop(moment: str) -> Callable[[str, str], None]:
-        def hook(operation: str, name: str) -> None:
-            if moment == when:  # what fails has no moment after it
-                seen.append(f"{operation} {name}")
-                if len(seen) == at + 1:
-                    raise Stopped
-
-        return hook
-
-    def make(store: Store) -> FaultyStore:
-        made = FaultyStore(store)
-        made.before, made.after = stop("before"), stop("after")
-        return made
-
-    return seen, make
-
-
-def fork_on(source: str, url: str, make: Callable[[Store], Store], patch: pytest.MonkeyPatch) -> None:
-    with patch.context() as inner:
-        inner.setattr(forks_module, "open_store", lambda url, options=None: make(open_store(url, options)))
-        inner.setattr("rl_ckpt.store.run.open_store", lambda url, options=None: make(open_store(url, options)))
-        inner.setattr(forks_module, "probe_create_only", lambda store: store.create("probe/x", b""))
-        fork(source, url)
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_fork_that_is_killed_anywhere_can_be_made_again(monkeypatch: pytest.MonkeyPatch, when: str) -> None:
-    source = f"memory://forks_{next(_names)}/source"
-    save(source, range(2))
-    seen, make = stopping(-1, when)
-    fork_on(source, f"memory://forks_{next(_names)}/fork", make, monkeypatch)
-    assert len(seen) > 10
-    for at in range(len(seen)):
-        url = f"memory://forks_{next(_names)}/fork"
-        kept = {name: open_store(source).get(name) for name in files(source)}
-        _, make = stopping(at, when)
-        with pytest.raises(Stopped):
-            fork_on(source, url, make, monkeypatch)
-        there = {name: open_store(source).get(name) for name in files(source)}
-        assert kept.items() <= there.items(), "nothing of the source was changed"
-        done = files(url, records.COMMITS) and Checkpointer(url).checkpoints()
-        if not done:
-            fork(source, url)
-        assert [info.step for info in Checkpointer(url).checkpoints()] == [1], seen[at]
-        assert_same(load(url), state(1))
-        assert pins(source)[run_of(url)].expires > 2e11, seen[at]
-        save(url, range(2, 4), FROZEN + 1, keep=[LatestN(1)], grace_s=0)
-        assert run_of(url) not in pins(source)
-        left = [pin for pin in pins(source).values() if pin.by == f"fork {url}"]
-        assert all(pin.expires < 2e11 for pin in left), "what nothing came of goes by itself"
-
-
-def test_a_sweep_that_found_a_forks_first_pin_over_does_not_take_its_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fork was begun long ago and is finished now, while a sweep of the source is about to delete that pin."""
-    source, url = f"memory://forks_{next(_names)}/source", f"memory://forks_{next(_names)}/fork"
-    save(source, range(2))
-    seen, make = stopping(-1, "after")
-    fork_on(source, f"memory://forks_{next(_names)}/fork", make, monkeypatch)
-    at = seen.index(f"create {records.RUN_FILE}")
-    monkeypatch.setattr(forks_module, "_BEGIN_S", -1.0)
-    _, make = stopping(at, "after")
-    with pytest.raises(Stopped):
-        fork_on(source, url, make, monkeypatch)
-    committer = Committer(Run.open(source), (), 0.0)
-
-    def meanwhile(*args: Any) -> Any:
-        found = read_pins(*args)
-        fork(source, url)
-        return found
-
-    monkeypatch.setattr("rl_ckpt.store.sweep.read_pins", meanwhile)
-    committer.sweeper._pinned()
-    committer.close()
-    assert pins(source).keys() >= {run_of(url)}
-
-
-def test_another_fork_is_not_taken_up_for_one_that_was_not_finished(monkeypatch: pytest.MonkeyPatch) -> None:
-    root = f"memory://forks_{next(_names)}"
-    save(f"{root}/source", range(2))
-    _, make = stopping(-1, "never")
-
-    def stop_at_commit(store: Store) -> FaultyStore:
-        made = make(store)
-
-        def hook(operation: str, name: str) -> None:
-            if (operation, name[:10]) == ("put", "manifests/"):
-                raise Stopped
-
-        made.before = hook
-        return made
-
-    with pytest.raises(Stopped):
-        fork_on(f"{root}/source", f"{root}/fork", stop_at_commit, monkeypatch)
-    with pytest.raises(InvalidInputError, match="that was never finished"):
-        fork(f"{root}/source", f"{root}/fork", at=0)
-    assert fork(f"{root}/source", f"{root}/fork").step == 1
-
-
-def test_a_checkpoint_dropped_while_it_is_forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    root = f"memory://forks_{next(_names)}"
-    save(f"{root}/source", range(2))
-    run = Run.open(f"{root}/source")
-    first = run.log.read().commits[0]
-
-    def sweep(store: Store) -> None:
-        run.store.delete([records.commit_name(first.number)])
-
-    monkeypatch.setattr(forks_module, "probe_create_only", sweep)
-    with pytest.raises(CheckpointNotFoundError, match="was dropped"):
-        fork(f"{root}/source", f"{root}/fork", at=0)
-    assert files(f"{root}/source", "pins/") == set()
-    assert files(f"{root}/fork") == set()
-
-
-def test_of_two_forks_to_one_place_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    root = f"memory://forks_{next(_names)}"
-    save(f"{root}/source", range(2))
-    probe = forks_module.probe_create_only
-
-    def other_first(store: Store) -> None:
-        monkeypatch.setattr(forks_module, "probe_create_only", probe)
-        fork(f"{root}/source", f"{root}/fork", at=0)
-
-    monkeypatch.setattr(forks_module, "probe_create_only", other_first)
-    with pytest.raises(InvalidInputError, match="was created by another process meanwhile"):
-        fork(f"{root}/source", f"{root}/fork", at=1)
-    assert [c.step for c in Checkpointer(f"{root}/fork").checkpoints()] == [0]
-    assert list(pins(f"{root}/source")) == [run_of(f"{root}/fork")]
-
-
 def test_runs_without_bases_are_written_byte_for_byte_as_before() -> None:
     path = Path(__file__).resolve().parents[2] / "data/v1/run/run.json"
     record = records.decode("run.json", path.read_bytes(), RunRecord)
     assert records.encode(record) == path.read_bytes()
-    url = f"memory://forks_{next(_names)}"
+    url = in_memory()
     save(url, range(1))
     run = Run.open(url)
     assert (run.record.version, run.manifest(run.log.read().commits[0]).version) == (1, 1)
