@@ -164,7 +164,8 @@ def test_local_disk_refuses_a_change(disk: Disk, life: str) -> None:
 @pytest.mark.parametrize(
     ("life", "kind"),
     [("new run", "during"), ("coordinator", "late")]
-    + [("job", kind) for kind in ("before", "during", "reply lost", "paused", "late")],
+    + [("job", kind) for kind in ("before", "during", "late")]
+    + [pytest.param("job", kind, marks=pytest.mark.soak) for kind in ("reply lost", "paused")],
 )
 def test_s3_at_every_sort_of_change(moto: Bucket, life: str, kind: Kind) -> None:
     walk(moto, life, kind, once=True)

@@ -48,7 +48,7 @@ def kill_everything(url: str, storage_options: dict[str, Any], after: int) -> li
                 return ground.kill_all()
 
 
-@pytest.mark.parametrize("store", ["local", "s3"])
+@pytest.mark.parametrize("store", ["local", pytest.param("s3", marks=pytest.mark.soak)])
 def test_nothing_is_left_after_kill_9_of_everything_and_a_new_start(
     store: str, tmp_path: Path, moto_server: S3Server
 ) -> None:

@@ -147,7 +147,7 @@ def as_of_another_machine(store: Store) -> None:
     store.put(name, [records.encode(msgspec.structs.replace(lease, machine="another", lease_s=1e6))])
 
 
-@pytest.mark.parametrize("kind", ["local", "s3"])
+@pytest.mark.parametrize("kind", ["local", pytest.param("s3", marks=pytest.mark.soak)])
 def test_two_clusters_on_one_url(kind: str, tmp_path: Path, workers: list[Any], moto_server: S3Server) -> None:
     """The second is told, then takes over; the first still serves, and learns at its next save by whom."""
     url = str(tmp_path / "run") if kind == "local" else f"s3://{moto_server.new_bucket()}/run"

@@ -16,7 +16,9 @@ ONE, TWO = [one for one in ROUNDS if len(one) == 1], [two for two in ROUNDS if l
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize(("store", "persist_every", "kinds"), [("local", 1, ONE), ("s3", 3, TWO)])
+@pytest.mark.parametrize(
+    ("store", "persist_every", "kinds"), [("local", 1, ONE), pytest.param("s3", 3, TWO, marks=pytest.mark.soak)]
+)
 def test_a_short_storm_loses_nothing(
     store: str, persist_every: int, kinds: list[tuple[str, ...]], tmp_path: Path, moto_server: S3Server
 ) -> None:
