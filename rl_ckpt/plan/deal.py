@@ -34,9 +34,6 @@ FILES_AT_LEAST = 16
 is wanted later are written anew, one at a time (plan/compaction.py)."""
 LEAST_FILE_BYTES = 256 << 10
 """No smaller files are made for that, nor to have several to write at a time."""
-LARGE_FILE_BYTES = 4 << 20
-"""Nor any smaller than this where a server has a few such files: local stores write those past the page cache."""
-FEW_FILES = 4
 
 Place = tuple[int, int]
 """Which chunk: the number of its array, and its own in it."""
@@ -237,8 +234,7 @@ def into_files(
 ) -> list[tuple[list[tuple[int, Write]], bool]]:
     """Which chunks of one shard server go into one file each, and whether it is packed; packed ones last."""
     total = sum(write.chunk.size_bytes for _, write in dealt)
-    least = LARGE_FILE_BYTES if total >= FEW_FILES * LARGE_FILE_BYTES else LEAST_FILE_BYTES
-    target = max(min(-(-total // files_at_least), file_bytes), least)
+    target = max(min(-(-total // files_at_least), file_bytes), LEAST_FILE_BYTES)
     rows, columns = _small(dealt)
     return [(group, False) for group in _groups(columns, target)] + [(group, True) for group in _groups(rows, target)]
 

@@ -143,7 +143,7 @@ def test_imports_point_downward() -> None:
         ("rl_ckpt.format.manifest", "from ..plan import write", "floor above, plan"),
         ("rl_ckpt.format.manifest", "def f():\n from rl_ckpt import store", "floor above, store"),
         ("rl_ckpt.format.manifest", "from .. import Checkpointer", "floor above, faces"),
-        ("rl_ckpt.errors", "from rl_ckpt.options import SaveOptions", "imports nothing of us"),
+        ("rl_ckpt.errors", "from rl_ckpt.options import SaveOptions", "imports nothing of the package"),
         ("rl_ckpt.store.log", "def f():\n import ray.util", "works without it"),
         ("rl_ckpt.checkpointer", "import ray", "inside functions"),
         ("rl_ckpt.state.torch", "import torch", "at module level"),

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,10 +169,12 @@ def test_a_restore_drops_the_batches_of_before(case: Case, built: Any) -> None:
         assert learner._weights_seq_no == 0
         assert weights_digest(learner.module) == weights_digest(built(case).module)
     give(learner, case, 5)
-    while learner._learner_thread_in_queue.qsize():
+    updates, until = 3 if case is CIRCULAR else 1, time.monotonic() + WAIT_S
+    while learner._learner_thread_in_queue.qsize() or learner._weights_seq_no < updates:
         assert learner._learner_thread.is_alive()
+        assert time.monotonic() < until
     with held(learner):
-        assert learner._weights_seq_no == (3 if case is CIRCULAR else 1)
+        assert learner._weights_seq_no == updates
 
 
 @pytest.mark.parametrize("before", [1, 2, 3, 4])
