@@ -32,18 +32,21 @@ class ChunkAt(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Part(msgspec.Struct, frozen=True):
-    """What one shard server staged of one checkpoint."""
+    """What one shard server staged of one checkpoint, or is to bring in of it."""
 
     checkpoint: str
     origin: str
-    """The shard server whose ranks staged it."""
+    """The shard server whose ranks staged it, or that is the first to be asked to bring it in."""
     bytes: int
     chunks: tuple[ChunkAt, ...]
+    attempt: str = ""
+    """Of the prefetch, where it is brought in: one that was given up comes back under another name only."""
 
     @property
     def name(self) -> str:
         """By which it is on every holder's shelf."""
-        return part_name(self.checkpoint, self.origin)
+        name = part_name(self.checkpoint, self.origin)
+        return f"{name}-{self.attempt}" if self.attempt else name
 
 
 def part_name(checkpoint: str, origin: str) -> str:

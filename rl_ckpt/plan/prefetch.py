@@ -51,12 +51,13 @@ def places(manifest: Manifest) -> dict[Key, Stored]:
     return out
 
 
-def deal_parts(manifest: Manifest, room: Mapping[str, int]) -> Dealt:
+def deal_parts(manifest: Manifest, room: Mapping[str, int], attempt: str = "") -> Dealt:
     """Deals a checkpoint's chunks out.
 
     Args:
         manifest: Of the checkpoint.
         room: By shard server: how many bytes it may take at the most.
+        attempt: In the names of the parts: each prefetch's are others.
 
     Returns:
         The parts. Loads are level as far as there is room; each server gets runs of chunks that lie together in the
@@ -81,8 +82,8 @@ def deal_parts(manifest: Manifest, room: Mapping[str, int]) -> Dealt:
             continue
         tables.setdefault(server, []).append(ChunkAt(key[0], filled[server], key[1]))
         filled[server] += size
-    parts = tuple([Part(manifest.id, server, filled[server], tuple(tables[server])) for server in sorted(tables)])
-    return Dealt(parts, total, tuple(left), sum(size for _, size in left))
+    parts = [Part(manifest.id, server, filled[server], tuple(tables[server]), attempt) for server in sorted(tables)]
+    return Dealt(tuple(parts), total, tuple(left), sum(size for _, size in left))
 
 
 def _with_room(servers: Sequence[str], size: int, filled: Mapping[str, int], room: Mapping[str, int]) -> str | None:

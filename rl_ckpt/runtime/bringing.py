@@ -81,6 +81,13 @@ class Bringing:
                 del self._fetches[name]
         return {item.offset: item.flaw for item in failed}
 
+    def give_up(self) -> None:
+        """Who asked for what is being brought in is gone: that ends."""
+        with self._lock:
+            names = list(self._fetches)
+        for name in names:
+            self._shelf.withdraw(name)
+
     def bytes_so_far(self) -> int:
         """Of parts that are being brought in: what is here, and verified."""
         with self._lock:

@@ -3,13 +3,14 @@
 Owns: starting a shard server on each node that is to take part, dealing the chunks out by the room that they have, and
 what is told of it in the end. Who has what is the memory tier's to decide (`tier`): it asks for parts (`Bring`), has
 copies made of them, and brings a lost node's part in again. Promises: each chunk leaves the store once, unless a node
-is lost that had it; whatever fails is left to the store, and told.
+is lost that had it, or the coordinator on the way; whatever fails is left to the store, and told.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -349,4 +350,4 @@ class PrefetchWork:
 
 def _deal(manifest: bytes, room: dict[str, int]) -> tuple[Manifest, Dealt, dict[Key, Stored]]:
     decoded = msgspec.json.decode(manifest, type=Manifest)
-    return decoded, deal_parts(decoded, room), places(decoded)
+    return decoded, deal_parts(decoded, room, uuid.uuid4().hex[:8]), places(decoded)

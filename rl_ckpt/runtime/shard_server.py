@@ -205,6 +205,8 @@ class ShardServer:
     @ray.method(concurrency_group="control")
     def held(self, adopt: bool) -> bytes:
         """What it holds; `adopt` where a coordinator asks that knows nothing of it."""
+        if adopt:
+            self._bringing.give_up()
         found = self._held.found(adopt)
         self._tell_held()
         return encode(found)

@@ -48,7 +48,7 @@ class KeptCheckpoints:
         pieces = [piece for piece in kept.pieces.values() if piece.part is not None]
         return Holdings(
             [piece.part for piece in pieces if piece.part is not None],
-            {part_name(kept.id, piece.origin): piece.holders for piece in pieces},
+            {name: piece.holders for name, piece in kept.pieces.items()},
         )
 
     def copies(self, server: str) -> dict[str, tuple[str, str]]:

@@ -367,15 +367,24 @@ def test_a_shard_server_that_is_killed_on_the_way_begins_again(store: Store, wor
         assert store.reads() == before
 
 
-def test_a_coordinator_that_is_killed_on_the_way_is_asked_again(store: Store, workers: list[Any]) -> None:
+@pytest.mark.parametrize("reads", [0, 4])
+def test_a_coordinator_that_is_killed_on_the_way_is_asked_again(store: Store, workers: list[Any], reads: int) -> None:
     saved(store, workers)
     with store.run() as ckpt:
-        with store.closed():
+        with store.closed(after=reads):
             handle = store.prefetch()
             assert store.reading.wait(WAIT_S)
+            if reads:
+                until(
+                    lambda: total(server_stats(ckpt), "parts_held"),
+                    "of three parts of two reads each, one at least is all there",
+                )
             kill_process(pid_of(link(ckpt)))
+            until(lambda: total(server_stats(ckpt), "parts_held") == 0, "another coordinator begins anew")
         report = handle.result(WAIT_S)
-        assert (report.bytes_left, report.damaged) == (0, {})
+        whole(report)
+        assert len(report.nodes) == 3
+        until(lambda: total(server_stats(ckpt), "parts_held") == 6, "what was on its way for the first is not kept")
         before = store.reads()
         restored(ckpt, workers)
         assert store.reads() == before

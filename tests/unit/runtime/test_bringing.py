@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -164,17 +165,32 @@ def test_one_that_was_given_up_is_not_brought_in_by_a_late_call(
     assert server.held.room() == 10 + saved.part.bytes, "a spare is room"
 
 
+def test_another_prefetch_brings_in_what_was_given_up(server: Server, saved: Saved) -> None:
+    first = server.bringing.bring(saved.order, saved.store, 30)
+    server.held.release(first.part.name)
+    part = msgspec.structs.replace(saved.part, attempt="again")
+    done = server.bringing.bring(BringOrder(part, saved.order.files), saved.store, 30)
+    assert done.part == part
+    assert good(done)
+    assert part.name != saved.part.name
+    assert [one.part for one in Server().held.found(True).parts] == [part]
+
+
+@pytest.mark.parametrize("how", ["released", "its coordinator is gone"])
 def test_one_that_is_given_up_meanwhile_ends_early(
-    server: Server, saved: Saved, monkeypatch: pytest.MonkeyPatch
+    server: Server, saved: Saved, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     read_into, reads = saved.store.read_into, []
     monkeypatch.setattr(fetching, "_READ_BYTES", CHUNK)
     monkeypatch.setattr(fetching, "_READS_AT_ONCE", 1)
 
-    def read(*how: Any) -> Any:
-        reads.append(how)
-        server.held.release(saved.part.name)
-        return read_into(*how)
+    def read(*order: Any) -> Any:
+        reads.append(order)
+        if how == "released":
+            server.held.release(saved.part.name)
+        else:
+            server.bringing.give_up()
+        return read_into(*order)
 
     monkeypatch.setattr(saved.store, "read_into", read)
     with pytest.raises(StorageError, match="given up"):
