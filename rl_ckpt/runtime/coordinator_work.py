@@ -312,9 +312,10 @@ class CoordinatorWork:
         return self._committed(key, save, *await self._save_work.commit(save))
 
     async def _land(self, key: str, save: sm.Save) -> Iterable[Any]:
-        return self._committed(key, save, *await self._save_work.land(save))
+        decided = self._committed(key, save, *await self._save_work.land(save))
+        return await self._tier_work.written_down(decided)
 
-    def _committed(self, key: str, save: sm.Save, done: SaveDone, manifest: bytes) -> Iterable[Any]:
+    def _committed(self, key: str, save: sm.Save, done: SaveDone, manifest: bytes) -> list[Any]:
         remembered = self._tier_work.remembered(save, done.record, manifest, done.in_store)
         notice = "; ".join(filter(None, [done.notice, self._tier_work.take_notice()]))
         decided = list(self._saves.committed(key, msgspec.structs.replace(done, notice=notice)))

@@ -39,6 +39,7 @@ _TRIES = 5
 _RELEASE_TRIES = 120
 _ANSWER_S = 300.0  # within which a server makes a copy, or is not waited for any more
 _FOUND_S = 60.0  # within which it says what it holds
+_WRITTEN_S = 10.0  # within which servers write down what they hold parts of, or others' word is enough
 _AGAIN_S = 1.0  # a server that was killed is back after about so long
 
 Tell = Callable[[Iterable[Any]], None]
@@ -72,7 +73,7 @@ class TierWork:
         self._said = ""
         self._unsure: list[str] = []  # servers that may have something of which nobody knows
         self._nodes: dict[str, str] = {}  # by name of the shard server that each has or would have
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[bool]] = set()
         self._adoption: asyncio.Task[None] | None = None
         self.watch = Watch(lambda: saving() or self.brain.busy(), self._seen)
 
@@ -149,8 +150,8 @@ class TierWork:
             case t.Copy(server, part, holder):
                 make = partial(encode, CopyOrder(part, holder))
                 self._spawn(self._have(part, server, "copy", make, holder))
-            case t.Remember(server, done, parts):
-                self._spawn(self._remember(server, partial(encode, RememberOrder(done, parts))))
+            case t.Remember():
+                self._remembering(instruction)
             case t.Release(server, name):
                 self._spawn(self._release(server, name))
             case _:
@@ -205,6 +206,31 @@ class TierWork:
             if server in self._nodes:
                 raise
             # Else gone with its node, and nobody's loss: the brain has told others.
+
+    async def written_down(self, instructions: list[Any]) -> list[Any]:
+        """Has those who hold a checkpoint that is in memory alone write down what it is, before anybody is told of it.
+
+        The coordinator alone knew until then, and its loss would be the checkpoint's.
+
+        Args:
+            instructions: On its commit.
+
+        Returns:
+            The others of them, once as many have written it down as there are to be copies, or no more will.
+        """
+        memos = [one for one in instructions if isinstance(one, t.Remember) and one.checkpoint.record is None]
+        left = {self._remembering(memo) for memo in memos}
+        by, written = asyncio.get_running_loop().time() + _WRITTEN_S, 0
+        while left and written <= self._spec.options.replicas:
+            wait_s = by - asyncio.get_running_loop().time()
+            done, left = await asyncio.wait(left, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                break
+            written += sum(task.result() for task in done)
+        return [one for one in instructions if one not in memos]
+
+    def _remembering(self, memo: t.Remember) -> asyncio.Task[bool]:
+        return self._spawn(self._remember(memo.server, partial(encode, RememberOrder(memo.checkpoint, memo.parts))))
 
     async def _release(self, server: str, name: str) -> None:
         try:
@@ -292,13 +318,18 @@ class TierWork:
             [(held.part, held.path) for held in found.parts], [(memo.done, memo.parts) for memo in found.remembered]
         )
 
-    def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
-        async def run() -> None:
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[bool]:
+        """In the background; the task tells whether it succeeded."""
+
+        async def run() -> bool:
             try:
                 await work
             except (CheckpointError, ray.exceptions.RayError) as error:
                 self.cannot_land(str(error))
+                return False
+            return True
 
         task = asyncio.get_running_loop().create_task(run())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

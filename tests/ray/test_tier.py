@@ -168,6 +168,8 @@ def test_what_is_only_in_memory_names_every_chunk_where_it_lies(tmp_path: Path, 
     with Checkpointer(str(tmp_path / "run"), persist_every=2) as ckpt:
         save(ckpt, workers, 0)
         info = save(ckpt, workers, 1)
+        memos = [decode(ray.get(one.held.remote(False)), FoundParts).remembered for one in servers(ckpt).values()]
+        assert sum(memo.done.id == info.id for found in memos for memo in found) >= 2, "at once: on two nodes"
         complete(ckpt, 6)
         server = servers(ckpt)[min(servers(ckpt))]
         found = decode(ray.get(server.held.remote(False)), FoundParts)

@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock, MagicMock
 
+import msgspec
 import pytest
 import ray
 
@@ -15,9 +17,11 @@ from rl_ckpt.options import Options
 from rl_ckpt.plan.parts import ChunkAt, Part, Remembered
 from rl_ckpt.runtime import tier_steps as tier
 from rl_ckpt.runtime import tier_work, watch
+from rl_ckpt.runtime.coordinator_work import CoordinatorWork
 from rl_ckpt.runtime.messages import FoundParts, HoldDone, HoldOrder, Ok, encode
 from rl_ckpt.runtime.spec import NAMESPACE, RunSpec
 from rl_ckpt.runtime.tier_work import TierWork
+from tests.unit.runtime.tier_bench import record
 
 NODES = ("a" * 16, "b" * 16)
 SPEC = RunSpec("file:///nowhere", {}, (), Options(), "get_state", "set_state")
@@ -125,6 +129,54 @@ def test_who_holds_a_checkpoint_is_told_to_remember_it(alive: dict[str, bool], b
     asyncio.run(bench.landed())
     assert {call for call in bench.servers.calls if call[0] == "remember"} == {("remember", name) for name in SERVERS}
     assert (bench.work.take_notice(), bench.others) == ("", [tier.Landed("c")])
+
+
+@pytest.mark.parametrize("how", ["both", "one is gone", "one hangs", "all hang"])
+def test_what_is_in_memory_alone_is_written_down_before_anybody_is_told(
+    alive: dict[str, bool], bench: Bench, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Else the coordinator's death in that moment would lose a checkpoint that was said to be one."""
+    if how == "one is gone":
+        bench.servers.gone.add(SERVERS[1])
+    bench.servers.hang |= {("remember", name) for name in {"one hangs": SERVERS[1:], "all hang": SERVERS}.get(how, ())}
+    monkeypatch.setattr(tier_work, "_WRITTEN_S", 0.2 if "hang" in how else 60.0)
+
+    async def story() -> None:
+        await bench.hold()
+        async with asyncio.timeout(30):
+            assert await bench.work.written_down(["done", *bench.work.brain.committed(DONE)]) == ["done"]
+        assert all(("remember", name) in bench.servers.calls for name in set(SERVERS) - bench.servers.gone)
+        for task in bench.work._tasks:
+            task.cancel()
+
+    asyncio.run(story())
+
+
+def test_a_save_that_stays_in_memory_is_told_once_that_is_written_down() -> None:
+    order: list[str] = []
+
+    async def written_down(instructions: list[Any]) -> list[Any]:
+        order.append("written down")
+        return [*instructions, "told"]
+
+    coordinator = MagicMock()
+    coordinator._save_work.land = AsyncMock(return_value=("done", b"{}"))
+    coordinator._committed = lambda *_: ["decided"]
+    coordinator._tier_work.written_down = written_down
+    assert asyncio.run(CoordinatorWork._land(coordinator, "key", MagicMock())) == ["decided", "told"]
+    assert order == ["written down"]
+
+
+def test_what_the_store_has_too_waits_for_nobody(alive: dict[str, bool], bench: Bench) -> None:
+    stored = msgspec.structs.replace(DONE, record=record("1", 1))
+
+    async def story() -> None:
+        await bench.hold()
+        instructions = ["done", *bench.work.brain.committed(stored)]
+        assert await bench.work.written_down(instructions) == instructions
+        assert not [call for call in bench.servers.calls if call[0] == "remember"]
+
+    asyncio.run(story())
 
 
 @pytest.mark.parametrize("node_too", [True, False], ids=["with its node", "alone"])
