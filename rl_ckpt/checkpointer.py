@@ -18,10 +18,9 @@ from rl_ckpt.errors import CheckpointNotFoundError, InvalidInputError
 from rl_ckpt.info import CheckpointInfo, RestoreReport, SuperviseReport, VerifyReport
 from rl_ckpt.options import Options, WhenBusy, check_deadline, check_step
 from rl_ckpt.plan.retention import KeepRule
-from rl_ckpt.state.leaves import is_utf8
 from rl_ckpt.state.tree import flatten
 from rl_ckpt.store.committer import SaveRequest, encode_metrics, info_of
-from rl_ckpt.store.listing import listed
+from rl_ckpt.store.listing import check_tag, listed
 from rl_ckpt.store.pending import Branch, PendingSave, decide, raise_untold, wanted_step
 from rl_ckpt.store.pins import pin
 from rl_ckpt.store.plain_load import load
@@ -154,7 +153,7 @@ class Checkpointer:
             workers: Ray actor handles, by rank; each has `get_state()` (see the constructor) returning a state tree.
                 What is equal on several workers is written once; what differs belongs to its rank.
             metrics: Plain values to find the checkpoint by later (a return, a loss).
-            tag: A name; a tagged checkpoint is never swept.
+            tag: A name; a tagged checkpoint is never swept. A word, not what would be taken for a step or an id.
             deadline_s: For an urgent save: seconds from now until it is decided, by this call or by `result()`. It is
                 committed by then, or nothing of it remains (SaveTimeoutError). In the rare case that the commit record
                 itself was on its way to a store that did not answer, it may yet land (CommitUnknownError). `close`
@@ -475,9 +474,7 @@ class Checkpointer:
     def _request(
         self, step: int, metrics: Mapping[str, object] | None, tag: str | None, deadline_s: float | None = None
     ) -> SaveRequest:
-        if tag is not None and not (isinstance(tag, str) and tag and is_utf8(tag)):
-            raise InvalidInputError(f"tag={tag!r} must be a string of Unicode text, and not empty")
-        encoded = encode_metrics(metrics or {})
+        encoded, tag = encode_metrics(metrics or {}), None if tag is None else check_tag(tag)
         parent, since = self._branch.parent()
         return SaveRequest(check_step(step), encoded, tag, parent, check_deadline(deadline_s), since)
 

@@ -18,6 +18,7 @@ from rl_ckpt.runtime.service import pending_save
 from rl_ckpt.runtime.spec import Place, RunSpec
 from rl_ckpt.runtime.staging import prepare_rank, save_rank
 from rl_ckpt.store.committer import SaveRequest, encode_metrics
+from rl_ckpt.store.listing import check_tag
 from rl_ckpt.store.pending import Branch, PendingSave, raise_untold
 
 
@@ -83,8 +84,9 @@ class WorkerCheckpointer:
         """
         begun = time.monotonic()
         metrics, limit_s = encode_metrics(metrics or {}), check_deadline(deadline_s)
+        named = None if tag is None else check_tag(tag)
         parent, since = self._branch.parent()
-        request = SaveRequest(check_step(step), metrics, tag, parent, limit_s, since)
+        request = SaveRequest(check_step(step), metrics, named, parent, limit_s, since)
         place = Place(f"save-{self._spec.job}-{request.step}", self._rank, self._world_size)
         with guarded(self._spec, place, "lost_save"), contextlib.ExitStack() as undone:
             raise_untold(self._pending)  # in here, so that the other ranks do not wait for this one

@@ -90,7 +90,6 @@ def find_ref(run: Run, log: Log, labels: Labels, ref: Ref) -> CommitRecord:
         if ref == LATEST:
             return newest
         step = int(ref) if ref.isascii() and ref.isdecimal() else None
-        # A save takes any tag: one that looks like a step must not stand in its way.
         found = [commit for commit in log.commits if ref == commit.id or commit.step == step]
         found = found or [commit for commit in log.commits if ref in labels.tags(commit)]
         if found:

@@ -53,7 +53,9 @@ def test_wrong_exports(words: list[str], said: str, cli: Cli, run: Path) -> None
 
 
 def test_imports_that_cannot_be(cli: Cli, tmp_path: Path) -> None:
-    refused = cli("import", tmp_path / "none", tmp_path / "run", code=2).stderr
+    (tmp_path / "native").mkdir()
+    (tmp_path / "native" / "algorithm_state.pkl").write_bytes(b"x")
+    refused = cli("import", tmp_path / "native", tmp_path / "run", code=2).stderr
     assert "Give --allow-pickle to import it" in refused
-    assert "no such directory" in cli("import", tmp_path / "none", tmp_path / "run", "--allow-pickle", code=3).stderr
+    assert "no such directory" in cli("import", tmp_path / "none", tmp_path / "run", code=3).stderr
     assert not (tmp_path / "run").exists()

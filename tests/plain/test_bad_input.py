@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -344,9 +345,9 @@ class TestArguments:
         assert newest is not None
         assert_same(dict(newest.metrics), metrics)
 
-    @pytest.mark.parametrize("tag", ["", 5, b"best", ["a"]], ids=repr)
+    @pytest.mark.parametrize("tag", ["", 5, b"best", ["a"], "5", "latest", "4-0123456789ab", " best"], ids=repr)
     def test_tags_that_are_none(self, folder: Path, ckpt: Checkpointer, tag: Any) -> None:
         before = listing(folder)
-        with pytest.raises(InvalidInputError, match="tag="):
+        with pytest.raises(InvalidInputError, match=f"tag {re.escape(repr(tag))}"):
             ckpt.save_state(30, {}, tag=tag)
         assert listing(folder) == before

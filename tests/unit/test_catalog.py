@@ -95,14 +95,6 @@ def test_a_checkpoint_is_found_by_step_id_tag_and_as_the_latest(url: str) -> Non
     assert infos == Checkpointer(url).checkpoints()
 
 
-def test_a_tag_given_at_save_does_not_stand_in_the_way_of_a_step(tmp_path: Path) -> None:
-    with Checkpointer(str(tmp_path)) as ckpt:
-        for step, tag in ((1, None), (2, "1"), (3, "7")):
-            ckpt.save_state(step, {"w": step}, tag=tag).result(60)
-    catalog = Catalog(str(tmp_path))
-    assert [catalog.find(ref).step for ref in ("1", "7")] == [1, 3]
-
-
 @pytest.mark.parametrize("ref", [7, "7", "no such", "3-abcdef", "٣"])
 def test_what_is_not_there_is_said(url: str, ref: int | str) -> None:
     save(url, 1, 2, tags={1: "first"})

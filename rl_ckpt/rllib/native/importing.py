@@ -119,10 +119,10 @@ def import_native(
         InvalidInputError: Not a native checkpoint or one of another version, or a class is needed that is not found.
         CheckpointError: As `Checkpointer.save_state`. Nothing was written in all these cases.
     """
-    check_allowed(allow_pickle, source)
     wanted = None if step is None else check_step(step)
     objects = Objects(allow_imports)
-    directory = NativeDirectory(source, trust, source_options)
+    directory = NativeDirectory(source, trust, source_options)  # a wrong path is said before any word is asked for
+    check_allowed(allow_pickle, source)
     kind = directory.kind()
     if kind.layout == "algorithm":
         tree, described = _algorithm(directory, objects, config)
