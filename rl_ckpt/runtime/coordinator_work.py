@@ -85,6 +85,7 @@ class CoordinatorWork:
         self._news = asyncio.Event()  # set, and replaced, whenever something has happened
         self._idle = asyncio.Event()
         self._idle.set()
+        self._naming = asyncio.Lock()  # what came of one name is known before the next save's step is checked
         self._flushing = Flushing(self._saves, self._tier, self._save_work, self._do, self._idle)
         self._prefetches = PrefetchWork(self._servers, self._tier_work, self._do, self._something)
         self._status = StatusWork(self._saves, self._restores, self._tier, self._servers, self._prefetches.status)
@@ -255,7 +256,8 @@ class CoordinatorWork:
 
     async def _name(self, key: str, request: SaveRequest) -> Iterable[Any]:
         await self._adopt()
-        return self._saves.named(key, await self._save_work.name(request))
+        async with self._naming:  # else a save that failed meanwhile would have its step still, in the next one's way
+            return self._saves.named(key, await self._save_work.name(request))
 
     async def _look_up(self, key: str, checkpoint: str) -> Iterable[Any]:
         return self._saves.looked_up(key, await self._save_work.look_up(checkpoint))

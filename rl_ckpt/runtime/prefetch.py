@@ -98,8 +98,9 @@ def _begin(spec: RunSpec, order: PrefetchOrder) -> RunSpec:
 def _begin_again(spec: RunSpec, order: PrefetchOrder) -> None:
     """After the coordinator was lost; not where it was ended, and what it held with it: nobody wants that any more."""
     until = time.monotonic() + spec.options.join_timeout_s
+    data = encode(msgspec.structs.replace(order, again=True))
     try:
-        reply = decode(insist(spec, lambda link: link.prefetch.remote(encode(order)), until), Ok | Failure)
+        reply = decode(insist(spec, lambda link: link.prefetch.remote(data), until), Ok | Failure)
     except InvalidInputError as error:
         text = (
             f"the prefetch of {order.record.id} is over: the actors of {spec.url} were ended by a Checkpointer's close"

@@ -44,6 +44,8 @@ class PrefetchOrder(msgspec.Struct, frozen=True):
     """Whether it was asked for as the newest: a newer one that memory has is as good, or better."""
     memory_bytes: int | None = None
     """As in `Options`, for this checkpoint; None: as the options say."""
+    again: bool = False
+    """Whether it was asked for before, of this coordinator or of one that was lost: what that came to is the answer."""
 
 
 class PrefetchDone(msgspec.Struct, frozen=True, tag="prefetched"):

@@ -100,8 +100,8 @@ class PrefetchWork:
         if not self._tier.spec.options.memory_tier:
             text = f"{self._tier.spec.url} is saved with memory_tier=False: its service keeps no checkpoint in memory"
             return Failure.of(InvalidInputError(text))
-        under_way = self._all.get(order.record.id)
-        if under_way is not None and not under_way.done.is_set():
+        known = self._all.get(order.record.id)
+        if known is not None and (order.again or not known.done.is_set()):
             return Ok()
         there = self._in_memory(order)
         if there is not None and there.id != order.record.id and not order.latest:

@@ -289,7 +289,9 @@ class TierWork:
         for name in names:
             self._servers.note(name)
         await self.watch.look()
-        self._tell(self.brain.adopt(await self._find(names, True)))
+        # Those of nodes that are known to be dead are not asked: Ray may take a while to say so of each.
+        there = [name for name in names if not self._nodes or name in self._nodes]
+        self._tell(self.brain.adopt(await self._find(there, True)))
         self.watch.start()
 
     def committed(self) -> None:

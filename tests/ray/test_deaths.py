@@ -453,7 +453,8 @@ def test_a_node_that_dies_while_it_writes(tmp_path: Path, cluster: Any, workers:
         pending = ckpt.save(2, team)
         at.reached()
         if copied:
-            until(lambda: any(memory_files(name, f"*{lost}*") for name in servers(ckpt)), "a buddy has a copy")
+            others = [name for name in servers(ckpt) if name != lost]
+            until(lambda: any(memory_files(name, f"held-part-2-*{lost}") for name in others), "a buddy has a copy")
         lose_node(cluster, node)
         if copied:
             assert pending.result(WAIT_S).step == 2

@@ -15,7 +15,14 @@ HERE = Path(__file__).parent
 @pytest.fixture(scope="module")
 def ray_small() -> Iterator[None]:
     """A cluster of one node, connected."""
-    ray.init("local", num_cpus=16, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
+    ray.init(
+        "local",
+        num_cpus=16,
+        include_dashboard=False,
+        object_store_memory=200 << 20,
+        log_to_driver=False,
+        _system_config={"prestart_worker_first_driver": False},
+    )
     yield
     ray.shutdown()
 

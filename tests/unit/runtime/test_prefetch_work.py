@@ -47,8 +47,8 @@ def record(checkpoint: str = "4-new", number: int = 4, run: str = "r") -> Commit
     )  # fmt: skip
 
 
-def order(*, latest: bool = True, memory_bytes: int | None = None) -> PrefetchOrder:
-    return PrefetchOrder(record(), encode(MANIFEST), NODES, latest, memory_bytes)
+def order(*, latest: bool = True, memory_bytes: int | None = None, again: bool = False) -> PrefetchOrder:
+    return PrefetchOrder(record(), encode(MANIFEST), NODES, latest, memory_bytes, again)
 
 
 class Servers:
@@ -285,6 +285,17 @@ def test_not_more_than_the_limit_and_half_of_what_is_free(of_order: int | None, 
 
     run(story, Options(memory_bytes=of_options, replicas=0))
     run(half)
+
+
+def test_who_asks_again_as_an_answer_was_lost_gets_that_answer() -> None:
+    async def story(bench: Bench) -> None:
+        done = await bench.prefetch()
+        assert isinstance(bench.work.begin(order(again=True)), Ok)
+        assert await bench.work.wait("4-new") is done
+        other = await bench.prefetch()
+        assert (other.bytes_fetched, len(other.notices)) == (0, 1), "a prefetch of its own"
+
+    run(story)
 
 
 def test_what_memory_has_already_is_not_brought_in() -> None:

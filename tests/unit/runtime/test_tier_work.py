@@ -277,6 +277,42 @@ def test_a_table_that_cant_be_made_gives_the_generation_back_after_the_commit(
     assert not bench.work.brain.busy()
 
 
+def test_servers_of_dead_nodes_are_not_asked_what_they_hold(
+    alive: dict[str, bool], bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray may let such a call hang, and what was on the lost node would be copied again as late."""
+    actors = [{"name": name, "namespace": NAMESPACE} for name in SERVERS]
+    monkeypatch.setattr(ray.util, "list_named_actors", lambda **_: actors)
+    del alive[NODES[1]]
+    bench.servers.hang.add(("held", SERVERS[1]))
+    asyncio.run(asyncio.wait_for(bench.work.adopted(), 30))
+    assert bench.servers.calls[0] == ("held", SERVERS[0])
+    assert ("held", SERVERS[1]) not in bench.servers.calls
+
+
+def test_the_next_saves_step_is_checked_once_the_one_before_it_is_decided() -> None:
+    """Else a save that failed while its name was made would have its step still, in the way of the next try."""
+    order: list[str] = []
+
+    async def name(request: str) -> str:
+        order.append(f"checks {request}")
+        await asyncio.sleep(0)
+        return request
+
+    async def story() -> None:
+        coordinator = MagicMock(_adopt=AsyncMock(), _naming=asyncio.Lock())
+        coordinator._save_work.name = name
+        coordinator._saves.named = lambda _, checkpoint: [f"decides {checkpoint}"]
+
+        async def one(request: Any) -> None:
+            order.extend(await CoordinatorWork._name(coordinator, "key", request))  # as `_do` does
+
+        await asyncio.gather(one("first"), one("second"))
+
+    asyncio.run(story())
+    assert order == ["checks first", "decides first", "checks second", "decides second"]
+
+
 def test_what_only_the_coordinator_before_knew_of_goes_after_the_first_commit(
     alive: dict[str, bool], bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
