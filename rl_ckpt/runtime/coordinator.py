@@ -63,6 +63,7 @@ class Coordinator(CoordinatorWork):
         if context.was_current_actor_reconstructed:  # the one before was lost; where with its node, copies are missing
             context.current_actor.take_up.remote()
 
+    @ray.method(max_task_retries=-1)  # called while it starts: Ray may refuse that as "the actor is restarting"
     async def take_up(self) -> None:
         """Learns what servers hold, and has copied again what was lost."""
         self._take_care()

@@ -31,13 +31,15 @@ RUNS = {
         "3",
     ],
 }
+# Pages of docs/ say and run the same, block by block (tests/project/test_docs.py).
+SLOW = {"rllib_import.py", "rllib_onnx.py", "rllib_policy.py", "rllib_subset.py"}
 
 
 def test_every_example_is_run_here() -> None:
     assert sorted(RUNS) == sorted(path.name for path in EXAMPLES.glob("*.py"))
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.soak] if n in SLOW else []) for n in RUNS])
 def test_an_example_runs(name: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *RUNS[name]], cwd=tmp_path, capture_output=True, text=True, timeout=280

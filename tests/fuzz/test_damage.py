@@ -89,7 +89,7 @@ def listed(disk: Disk) -> None:
         assert info.tag == ("best" if info.step == 2 else None)
 
 
-@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.soak] if n >= 7 else []) for n in range(13)])
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.soak] if n >= 4 else []) for n in range(13)])
 def test_what_is_read_is_what_was_saved_or_an_error(
     seed: int, runs: tuple[SavedRun, SavedRun, SavedRun], tmp_path: Path
 ) -> None:

@@ -44,7 +44,7 @@ def check(report: VerifyReport, before: dict[int, bool], after: dict[int, bool],
         assert good or said.get(step) != "good", f"step {step} did not load, and is said to be good"
 
 
-@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.soak] if n >= 3 else []) for n in range(6)])
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.soak] if n >= 2 else []) for n in range(6)])
 def test_what_is_called_good_or_repaired_loads(
     seed: int, runs: tuple[SavedRun, SavedRun, SavedRun], tmp_path: Path
 ) -> None:

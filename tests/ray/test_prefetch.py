@@ -374,13 +374,15 @@ def test_a_coordinator_that_is_killed_on_the_way_is_asked_again(store: Store, wo
         with store.closed(after=reads):
             handle = store.prefetch()
             assert store.reading.wait(WAIT_S)
+            there = servers(ckpt)  # by now: another coordinator knows none of them at first
+
+            def held() -> int:
+                return sum(ray.get(server.stats.remote())["parts_held"] for server in there.values())
+
             if reads:
-                until(
-                    lambda: total(server_stats(ckpt), "parts_held"),
-                    "of three parts of two reads each, one at least is all there",
-                )
+                until(held, "of three parts of two reads each, one at least is all there")
             kill_process(pid_of(link(ckpt)))
-            until(lambda: total(server_stats(ckpt), "parts_held") == 0, "another coordinator begins anew")
+            until(lambda: held() == 0, "another coordinator begins anew")
         report = handle.result(WAIT_S)
         whole(report)
         assert len(report.nodes) == 3

@@ -61,7 +61,7 @@ def statistics(algo: Any) -> Any:
     return pipeline.get_state()["MeanStdFilter"]
 
 
-@pytest.mark.parametrize("was_local", [False, True])
+@pytest.mark.parametrize("was_local", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_what_all_runners_have_seen_is_restored_without_a_local_runner(
     was_local: bool, ray_small: None, tmp_path: Path
 ) -> None:

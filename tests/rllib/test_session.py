@@ -51,7 +51,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "f64": lambda: own_config("float64"),
     "two learners": lambda: ppo_config().learners(num_learners=2),
 }
-SLOW = {"dqn", "sac", "multi", "own", "lstm"}  # each loads and goes on in test_exact.py too
+SLOW = {"dqn", "sac", "multi", "own", "lstm", "f64"}  # but for f64, each loads and goes on in test_exact.py too
 
 FRESH = """
 import json, sys, warnings
