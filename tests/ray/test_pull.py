@@ -75,7 +75,8 @@ def test_a_node_that_dies_meanwhile_takes_nothing_with_it(nodes: Any, src: str, 
             lost, node = None, lost
             nodes.remove_node(node, allow_graceful=False)
 
-    report = pull(src, tmp_path / "dst", progress=kill, max_bytes_per_s=5e6)
+    # So slow that every node has something under way when the first bytes are told.
+    report = pull(src, tmp_path / "dst", progress=kill, max_bytes_per_s=2e6)
     assert lost is None
     assert any("a node was lost" in notice for notice in report.notices)
     ckpt = Checkpointer(str(tmp_path / "dst"))
