@@ -53,12 +53,14 @@ def assert_mirror(source: str | Store, target: str | Store, step: int) -> None:
 
 
 _PULLER = """
-import json, sys, rl_ckpt
+import select, signal, sys, rl_ckpt
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 src, dst, limit, moved, phase = sys.argv[1:]
 def tell(progress):
     if progress.bytes_moved >= int(moved) and phase in ("", progress.phase):
         print("there", flush=True)
-        sys.stdin.read()
+        while not select.select([sys.stdin], [], [], 0.1)[0]:  # a signal just before a read would wait with it
+            pass
 rl_ckpt.pull(src, dst, progress=tell, max_bytes_per_s=float(limit), streams=2, nodes=False)
 """
 

