@@ -30,10 +30,12 @@ def _name(path: Path) -> str:
 
 def _run(page: Path, cwd: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # Where a page leaves Ray's start to RLlib, that would take the cluster of whatever test runs beside this one.
+    alone = {"RAY_ADDRESS": "local", "MPLBACKEND": "agg"}
     return subprocess.run(
         [sys.executable, run_blocks.__file__, str(page)],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": search, "MPLBACKEND": "agg", **environment},
+        env={**os.environ, "PYTHONPATH": search, **alone, **environment},
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
