@@ -117,6 +117,7 @@ class _Calls:
         self._question: Any = None
         self._replies: dict[int, Any] = {}
         self._dead: set[int] = set()  # of which it is not known yet what becomes of the save
+        self._asked: set[int] = set()  # of those: whom the question is about
         self._patience_s = _PHASES * spec.options.join_timeout_s
         self._deadline = min(time.monotonic() + self._patience_s, self._last)
 
@@ -197,7 +198,7 @@ class _Calls:
             self._deadline = min(self._deadline, time.monotonic() + _STRAGGLERS_S)
 
     def _ask(self) -> None:
-        self._question = coordinator(self._spec).restages.remote(self._key)
+        self._question, self._asked = coordinator(self._spec).restages.remote(self._key), set(self._dead)
 
     def _news(self, ref: Any) -> None:
         """The coordinator says what has become of the dead, and who is to do what in their place."""
@@ -211,8 +212,10 @@ class _Calls:
                 self._stage_again(order)
             if news.waits:
                 return
-        dead, self._dead = self._dead, set()
-        for rank in dead:
+        # Who died after it was asked is not in this answer.
+        known = self._dead if isinstance(news, Failure) else self._dead & self._asked
+        self._dead = self._dead - known
+        for rank in known:
             self.note(rank, news if isinstance(news, Failure) else StagedRank(news.checkpoint, 0.0))
 
     def _stage_again(self, order: Restage) -> None:
